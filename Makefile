@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. Each makes .venv first if it is missing or out of date.
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-fast lint format bench lock clean
+
+python := .venv/bin/python
+PORT ?=
+ARGS ?=
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup:  ## make .venv and install everything (VTPRUNE_BACKEND=cpu|cuda, VTPRUNE_PYTHON=...)
+	@tools/setup.sh
+
+serve: setup  ## serve the demo model (PORT=8000, ARGS="[MODEL] [any vLLM flag]")
+	@exec .venv/bin/vtprune serve $(ARGS) $(if $(PORT),--port $(PORT))
+
+test: lint  ## run the checks and all tests (ARGS="any pytest flag")
+	@exec $(python) -m pytest $(ARGS)
+
+test-fast: setup  ## run the tests that start no engine
+	@exec $(python) -m pytest tests/unit $(ARGS)
+
+lint: setup  ## run ruff and mypy
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+format: setup  ## let ruff format the code and fix what it can
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+
+bench: setup  ## measure this machine (ARGS="any flag of vtprune_bench")
+	@exec $(python) -m vtprune_bench $(ARGS)
+
+lock: setup  ## rewrite requirements/*.lock from what is installed in .venv
+	@$(python) tools/lock.py
+
+clean:  ## remove .venv, caches and builds
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

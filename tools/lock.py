@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write requirements/*.lock from the packages in this environment: `make lock`.
+
+A lock names everything that vtprune with an extra needs, directly or through another package, at the version
+installed here. It is installed with `pip install --no-deps`, so nothing outside it can drift in. Which builds
+of torch and torchvision are installed depends on the machine and is left to setup_env.py.
+"""
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCKS = Path(__file__).resolve().parent.parent / "requirements"
+CHOSEN_AT_SETUP = {"torch", "torchvision", "vtprune"}
+# Published on the package index as CUDA builds only, which do not load beside CPU torch; LLaVA needs neither.
+ABSENT = {"torchaudio", "torchcodec"}
+# Needed on other Pythons or machines than the one that writes the lock, or not on all of them.
+MARKERS = {
+    "intel-cmplr-lib-ur": 'platform_machine == "x86_64"',
+    "intel-openmp": 'platform_machine == "x86_64"',
+    "triton": 'platform_machine == "x86_64"',
+}
+OTHER_PYTHONS = {"six": 'six==1.17.0; python_version > "3.11"'}
+PYTHON_VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+
+HEADER = """\
+# Every package {what}.
+# Written by `make lock`; installed by tools/setup_env.py with --no-deps.
+"""
+
+
+def needed(name: str, extras: Iterable[str], python: str) -> list[tuple[str, frozenset[str]]]:
+    """List what a distribution with these extras asks for under a Python version, as (name, extras) pairs."""
+    found: list[tuple[str, frozenset[str]]] = []
+    for text in distribution(name).requires or []:
+        requirement = Requirement(text)
+        environment = {**default_environment(), "python_version": python}
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras)
+        ):
+            found.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return found
+
+
+def closure(extra: str) -> set[str]:
+    """Name every distribution that `vtprune[extra]` needs under any supported Python."""
+    seen: set[tuple[str, frozenset[str], str]] = set()
+    names: set[str] = set()
+    todo = [("vtprune", frozenset({extra}), python) for python in PYTHON_VERSIONS]
+    while todo:
+        item = todo.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        name, extras, python = item
+        if name in OTHER_PYTHONS:
+            names.add(name)
+            continue
+        if name in ABSENT:
+            continue
+        try:
+            todo += [(*child, python) for child in needed(name, extras, python)]
+        except PackageNotFoundError as error:
+            raise SystemExit(
+                f"lock: {name} is needed under Python {python} but is not installed here; install it, or "
+                "name its version in OTHER_PYTHONS."
+            ) from error
+        names.add(name)
+    return names - CHOSEN_AT_SETUP
+
+
+def pin(name: str) -> str:
+    """Give the lock's line for a distribution."""
+    if name in OTHER_PYTHONS:
+        return OTHER_PYTHONS[name]
+    marker = f"; {MARKERS[name]}" if name in MARKERS else ""
+    return f"{name}=={distribution(name).version}{marker}"
+
+
+def main() -> None:
+    """Write both locks."""
+    if not distribution("torch").version.endswith("+cpu"):
+        raise SystemExit("lock: torch here is a CUDA build; write the locks beside its CPU build.")
+    runtime = closure("cpu")
+    tools = closure("test") - runtime
+    for file, names, what in (
+        ("cpu.lock", runtime, "that serving on a CPU needs, but torch and torchvision"),
+        ("test.lock", tools, "that tests, checks and plots need beyond those that serving needs"),
+    ):
+        lines = "".join(f"{pin(name)}\n" for name in sorted(names))
+        (LOCKS / file).write_text(HEADER.format(what=what) + lines)
+        print(f"{file}: {len(names)} packages")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start-up check: reads the operator's policy, refuses what cannot work, hands the policy on.
+
+vLLM runs `LlavaPruneConfig.verify_and_update_config` once while it builds `VllmConfig`
+(`VllmConfig.try_verify_and_update_config`), before any process of the engine starts. The multimodal
+processor sees the `ModelConfig` alone, so what it needs is attached to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_vtprune.policy import PrunePolicy
+from vllm_vtprune.vision.encoder import feature_layer_index
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+_ATTRIBUTE = "vtprune_context"
+
+
+class UnsupportedModelError(ValueError):
+    """A model or engine configuration the plugin does not fit; the message says what is supported."""
+
+
+@dataclass(frozen=True)
+class PluginContext:
+    """What travels with `ModelConfig` to whoever needs it (pickled to the engine's processes).
+
+    Attributes:
+        policy: the operator's settings.
+        dummy_weights: vLLM runs with `--load-format dummy`.
+        download_dir: where the hub client keeps files.
+        vision_tokens: tokens of one image before pruning.
+    """
+
+    policy: PrunePolicy = PrunePolicy()
+    dummy_weights: bool = False
+    download_dir: str | None = None
+    vision_tokens: int = 0
+
+
+class LlavaPruneConfig(VerifyAndUpdateConfig):
+    """Start-up check for `LlavaForConditionalGeneration`."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the configuration and attach the plugin's context.
+
+        Raises:
+            UnsupportedModelError: the vision tower is not a CLIP tower, or a feature the plugin excludes.
+            PolicyError: `additional_config["vtprune"]` cannot work.
+            CheckpointError: the checkpoint asks for feature layers the plugin does not support.
+        """
+        model_config = vllm_config.model_config
+        hf_config = model_config.hf_config
+        tower = getattr(hf_config.vision_config, "model_type", "unknown")
+        if tower != "clip_vision_model":
+            raise UnsupportedModelError(
+                f"vtprune supports LLaVA checkpoints with a CLIP vision tower; {model_config.model} has "
+                f"{tower!r}. Serve a CLIP-based LLaVA, or set VLLM_PLUGINS='' to run without vtprune."
+            )
+        feature_layer_index(hf_config)
+        policy = PrunePolicy.from_config(vllm_config.additional_config)
+        vision = hf_config.vision_config
+        context = PluginContext(
+            policy=policy,
+            dummy_weights=vllm_config.load_config.load_format == "dummy",
+            download_dir=vllm_config.load_config.download_dir,
+            vision_tokens=(vision.image_size // vision.patch_size) ** 2
+            + (hf_config.vision_feature_select_strategy == "full"),
+        )
+        setattr(model_config, _ATTRIBUTE, context)
+
+
+def plugin_context(model_config: ModelConfig) -> PluginContext:
+    """The context attached at start-up; the defaults where the check has not run (processor-only use)."""
+    context = getattr(model_config, _ATTRIBUTE, None)
+    return context if isinstance(context, PluginContext) else PluginContext()

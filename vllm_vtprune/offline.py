@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline use with vLLM's `LLM` class: the operator's settings and a request's, under the contract's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_vtprune.settings import KWARG, Controls
+
+
+def engine_kwargs(**policy: Any) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` (or `EngineArgs`) that carry the operator's settings.
+
+    Example::
+
+        llm = LLM(model, **engine_kwargs(prune_layer=8))
+
+    Args:
+        **policy: fields of `vllm_vtprune.policy.PrunePolicy`.
+
+    Raises:
+        vllm_vtprune.policy.PolicyError: an unknown field or a value that cannot work.
+    """
+    from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+
+    settings = PrunePolicy.from_config({CONFIG_KEY: policy})
+    return {"additional_config": {CONFIG_KEY: settings.to_config()}}
+
+
+def request_kwargs(**controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One request's settings: `mm_processor_kwargs` of its prompt and `extra_args` of its `SamplingParams`.
+
+    Example::
+
+        mm_kwargs, extra_args = request_kwargs(aggressiveness=0.5, kv_keep=0.5)
+
+    `kv_keep` has an effect on an engine with a prune layer only; the caps of a server's policy do not apply,
+    since the caller is the operator.
+
+    Args:
+        **controls: `preset`, `aggressiveness`, `keep_ratio`, `method`, `kv_keep`, `kv_scope`.
+
+    Raises:
+        vllm_vtprune.settings.SettingsError: an unknown field, a bad value, or two that exclude each other.
+    """
+    from vllm_vtprune.policy import PrunePolicy
+
+    asked = Controls.from_mapping(controls, where="request_kwargs")
+    # the engine's prune layer is not known here: resolve as if there were one
+    settings = PrunePolicy(prune_layer=1).resolve(asked)
+    return {KWARG: settings.vision.canonical()}, settings.kv.extra_args()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin tells vLLM about itself: the model class and the configuration check."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm_vtprune.compat import check_front_end, check_vllm_version
+
+logger = logging.getLogger(__name__)
+
+_LLAVA = "LlavaForConditionalGeneration"
+
+
+def register_with_vllm() -> None:
+    """Register model class and configuration check. vLLM calls this in every process, maybe repeatedly.
+
+    Hooks: `vllm.ModelRegistry.register_model` (replaces the built-in class of the architecture) and
+    `vllm.model_executor.models.config.MODELS_CONFIG_MAP` (`VllmConfig.try_verify_and_update_config` runs
+    the entry once, before an engine exists).
+    """
+    try:
+        check_vllm_version()
+        check_front_end()
+
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from vllm_vtprune.engine_config import LlavaPruneConfig
+
+        ModelRegistry.register_model(_LLAVA, f"vllm_vtprune.models.llava:Pruned{_LLAVA}")
+        MODELS_CONFIG_MAP[_LLAVA] = LlavaPruneConfig
+    except Exception:
+        logger.exception("vtprune could not be registered with vLLM")
+        raise

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inflection rule with a diverse choice."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_vtprune.selection.base import Pruning, Selection, SelectionMethod
+from vllm_vtprune.selection.ops import cosines, pick_one_by_one
+from vllm_vtprune.selection.ranked import take_first
+
+
+class InflectionDiverse(SelectionMethod):
+    """The inflection point decides how many; importance and diversity together decide which.
+
+    The highest-scored token is kept and the scores of tokens like it are lowered, again and again: the
+    pattern of ID-Selection (arXiv 2604.05601), with a suppression of our own. A token's score, scaled to [0,
+    1] per image, is multiplied by 1 - max(0, c) at each pick, c the cosine between the two after the image's
+    mean patch is taken
+    away: the direction all patches share would otherwise make every pair look alike.
+    """
+
+    name = "inflection_diverse"
+
+    def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
+        """The first `counts[b]` picks, in raster order."""
+        scores = pruning.scores.double()
+        lowest = scores.amin(dim=-1, keepdim=True)
+        span = scores.amax(dim=-1, keepdim=True) - lowest
+        importance = ((scores - lowest) / span).masked_fill(span == 0, 1.0)
+        patches = pruning.features.patches.float()
+        centred = patches - patches.mean(dim=1, keepdim=True)
+        unlike = 1.0 - cosines(centred, centred).clamp(min=0.0)
+        image = torch.arange(scores.shape[0], device=scores.device)
+
+        def lower(values: Tensor, pick: Tensor) -> Tensor:
+            return values * unlike[image, pick]
+
+        picks = pick_one_by_one(importance, importance.argmax(dim=-1), lower, max(counts))
+        return take_first(picks, counts)

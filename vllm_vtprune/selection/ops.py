@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor operations the methods share; equal values go to the earlier position.
+
+None waits for the device. Besides reading values that rules out boolean indexing, `nonzero`, `torch.tensor`
+and `torch.where` with a Python number, which copy between host and device behind the scenes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def best_first(values: Tensor) -> Tensor:
+    """Positions along the last dimension by falling value; equal values by rising position."""
+    return values.argsort(dim=-1, descending=True, stable=True)
+
+
+def complement(indices: Tensor, size: int) -> Tensor:
+    """[size - k] int64, ascending: what is left of 0 to size - 1 without the k unique `indices`."""
+    taken = torch.zeros(size, dtype=torch.int8, device=indices.device).index_fill(0, indices, 1)
+    return taken.argsort(stable=True)[: size - indices.shape[0]]
+
+
+def evenly(count: int, size: int, device: torch.device) -> Tensor:
+    """[count] int64, ascending and unique: the middles of `count` equal stretches of 0 to size - 1."""
+    return (2 * torch.arange(count, device=device) + 1) * size // (2 * max(count, 1))
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """[..., M, N] float32 cosine of every row of `left` [..., M, D] with every row of `right` [..., N, D]."""
+    return normalize(left.float(), dim=-1) @ normalize(right.float(), dim=-1).transpose(-1, -2)
+
+
+def membership(group: Tensor, groups: int) -> Tensor:
+    """[groups, M] float32: 1 where member m is in group g = `group`[m]; a product with it sums deterministically."""
+    return (torch.arange(groups, device=group.device).unsqueeze(1) == group.unsqueeze(0)).float()
+
+
+def pick_one_by_one(
+    values: Tensor, first: Tensor, lower: Callable[[Tensor, Tensor], Tensor], steps: int
+) -> Tensor:
+    """Greedy choice: the highest value again and again, while each pick lowers the values of the others.
+
+    The picks do not depend on `steps`, so images of one batch that keep different counts share the loop.
+
+    Args:
+        values: [B, N] before any pick.
+        first: [B] int64, the first pick.
+        lower: maps values [B, N] and the picks [B] just made to the new values.
+        steps: how many tokens to pick, at most N.
+
+    Returns:
+        [B, steps] int64, unique per image, in the order they were picked.
+    """
+    pick = first
+    picks = [pick]
+    taken = torch.zeros_like(values, dtype=torch.bool)
+    for _ in range(steps - 1):
+        taken = taken.scatter(1, pick.unsqueeze(1), True)
+        values = lower(values, pick)
+        pick = values.masked_fill(taken, -torch.inf).argmax(dim=-1)
+        picks.append(pick)
+    return torch.stack(picks, dim=1)

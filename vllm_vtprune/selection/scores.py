@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each patch is worth, and the one place where the host reads from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+if TYPE_CHECKING:
+    from vllm_vtprune.selection.base import VisionFeatures
+
+Score = Callable[["VisionFeatures"], Tensor]
+
+DEFAULT_SCORE = "cosine"
+
+
+def cosine(features: VisionFeatures) -> Tensor:
+    """[B, N] cosine between the CLS token's hidden state and each patch's (arXiv 2409.01162, our reading)."""
+    cls = _given(features, "cls", "cosine")
+    return cosine_similarity(features.patches.float(), cls.float().unsqueeze(1), dim=-1)
+
+
+def cls_attention(features: VisionFeatures) -> Tensor:
+    """[B, N] attention the CLS token pays to each patch in the feature layer, mean over heads."""
+    return _given(features, "cls_attention", "cls_attention")[:, -1].float()
+
+
+def received(features: VisionFeatures) -> Tensor:
+    """[B, N] mean attention a patch receives in the feature layer: for encoders without a CLS token."""
+    return _given(features, "received", "received")[:, -1].float()
+
+
+SCORES: dict[str, Score] = {"cosine": cosine, "cls_attention": cls_attention, "received": received}
+
+# The optional field of VisionFeatures that each score reads.
+SCORE_NEEDS: dict[str, frozenset[str]] = {
+    "cosine": frozenset({"cls"}),
+    "cls_attention": frozenset({"cls_attention"}),
+    "received": frozenset({"received"}),
+}
+
+
+def get_score(name: str) -> Score:
+    """The scoring function of that name.
+
+    Raises:
+        ValueError: when there is none; the message lists those there are.
+    """
+    if name not in SCORES:
+        raise ValueError(f"unknown score {name!r}: choose one of {', '.join(sorted(SCORES))}")
+    return SCORES[name]
+
+
+def read_counts(counts: Tensor, checked: Mapping[str, Tensor]) -> list[int]:
+    """Bring `counts` [B] to the host, and in the same transfer whether every value in `checked` is finite.
+
+    This is the only wait for the device in a selection.
+
+    Raises:
+        ValueError: naming the image and what was not finite.
+    """
+    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in checked.values()]
+    host = torch.stack([counts, *(flags.to(counts.dtype) for flags in finite)]).tolist()
+    for name, flags in zip(checked, host[1:], strict=True):
+        if 0 in flags:
+            raise ValueError(
+                f"NaN or infinity in {name} of image {flags.index(0)}: the vision tower overflowed or was "
+                "given bad pixels; try a wider dtype for it (float32 or bfloat16)"
+            )
+    return [int(count) for count in host[0]]
+
+
+def _given(features: VisionFeatures, field: str, score: str) -> Tensor:
+    values: Tensor | None = getattr(features, field)
+    if values is None:
+        others = ", ".join(sorted(SCORES.keys() - {score}))
+        raise ValueError(
+            f"the score {score!r} needs {field}, which this encoder does not give: choose among {others}"
+        )
+    return values

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower and the projector: pixels in, what selection needs out, kept tokens projected.
+
+The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's own LLaVA does
+(`vllm.model_executor.models.llava.init_vision_tower_for_llava`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
+
+logger = logging.getLogger(__name__)
+
+#: Optional outputs of the tower (fields of `selection.VisionFeatures`) that cost extra work.
+OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
+
+
+@dataclass(frozen=True, slots=True)
+class TowerOutput:
+    """What the tower computed for one image, apart from any request's settings.
+
+    Attributes:
+        patches: [N, D] hidden states at the feature layer, raster order.
+        cls: [D] hidden state of CLS at the same layer.
+        cls_attention: [L, N] head-mean attention from CLS, layers 0 .. L-1, the last is the feature layer.
+        received: [L, N] attention received, mean over heads and queries.
+        keys: [N, D] attention keys of the feature layer, heads concatenated.
+    """
+
+    patches: Tensor
+    cls: Tensor
+    cls_attention: Tensor | None = None
+    received: Tensor | None = None
+    keys: Tensor | None = None
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """Which optional outputs are there."""
+        return frozenset(name for name in OPTIONAL_OUTPUTS if getattr(self, name) is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = (self.patches, self.cls, self.cls_attention, self.received, self.keys)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+
+def feature_layer_index(config: LlavaConfig) -> int:
+    """Number of encoder layers to run, so that the last one's output is the feature layer's.
+
+    Raises:
+        CheckpointError: the configuration asks for several feature layers, or one that does not exist.
+    """
+    layer = config.vision_feature_layer
+    depth = config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise CheckpointError(
+            f"vision_feature_layer is {layer}: vtprune supports one feature layer, a single number."
+        )
+    # hidden_states[0] is the embedding's output, hidden_states[i] that of layer i - 1
+    index = layer if layer >= 0 else depth + 1 + layer
+    if not 1 <= index <= depth:
+        raise CheckpointError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers.")
+    return index
+
+
+class VisionEncoder:
+    """CLIP tower plus LLaVA projector on one device.
+
+    One pass of the tower at a time: `encode` is guarded by a lock, since the captured projections live on
+    the modules' hooks.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tower: CLIPVisionModel,
+        projector: LlavaMultiModalProjector,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.tower = tower.to(device, dtype).eval().requires_grad_(False)
+        self.projector = projector.to(device, dtype).eval().requires_grad_(False)
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size
+        self.grid = (side, side)
+        # "full" hands CLS to the language model too, ahead of the patches
+        self.with_cls = config.vision_feature_select_strategy == "full"
+        self._heads = vision.num_attention_heads
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def load(
+        config: LlavaConfig,
+        model: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        download_dir: str | None = None,
+        dummy: bool = False,
+    ) -> VisionEncoder:
+        """Build the encoder from the same checkpoint as the engine.
+
+        Args:
+            config: the checkpoint's configuration.
+            model: local folder or hub id.
+            device: where tower and projector run.
+            dtype: their precision.
+            revision: of a hub id.
+            download_dir: cache folder of the hub client.
+            dummy: random weights, for vLLM's `--load-format dummy`.
+
+        Raises:
+            CheckpointError: weights are missing or have other shapes than the configuration says.
+        """
+        layers = feature_layer_index(config)
+        vision_config = CLIPVisionConfig.from_dict({**config.vision_config.to_dict(), "num_hidden_layers": layers})
+        vision_config._attn_implementation = "sdpa"
+        with torch.device("cpu"):
+            tower = CLIPVisionModel(vision_config)
+            projector = LlavaMultiModalProjector(config)
+        if not dummy:
+            tower_weights, projector_weights = load_vision_weights(model, revision, download_dir)
+            _assign(tower, tower_weights, "vision tower", layers)
+            _assign(projector, projector_weights, "projector", layers)
+        logger.info("vtprune: vision tower (%d layers) and projector on %s, %s", layers, device, dtype)
+        return VisionEncoder(config, tower, projector, device, dtype)
+
+    @torch.inference_mode()
+    def encode(self, pixel_values: Tensor, outputs: frozenset[str] = frozenset()) -> list[TowerOutput]:
+        """Run the tower.
+
+        Args:
+            pixel_values: [B, 3, H, W], preprocessed.
+            outputs: the optional outputs wanted, of `OPTIONAL_OUTPUTS`.
+
+        Returns:
+            One `TowerOutput` per image, each holding memory of its own (so one can be freed without the rest).
+        """
+        with self._lock, _captured_projections(self.tower, outputs) as captured:
+            hidden = self.tower(pixel_values.to(self.device, self.dtype)).last_hidden_state  # [B, 1 + N, D]
+        extra = _optional_outputs(captured, self._heads, outputs)
+        return [
+            TowerOutput(
+                patches=hidden[i, 1:].clone(),
+                cls=hidden[i, 0].clone(),
+                **{name: values[i].clone() for name, values in extra.items()},
+            )
+            for i in range(hidden.shape[0])
+        ]
+
+    @torch.inference_mode()
+    def project(self, images: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Project the kept tokens of several images in one pass.
+
+        Args:
+            images: per image its kept tokens [k, D] and its CLS state [D].
+
+        Returns:
+            Per image the embeddings the language model is given: [k, hidden], or [1 + k, hidden] for
+            checkpoints whose `vision_feature_select_strategy` is "full".
+        """
+        rows = [torch.cat((cls[None], kept)) if self.with_cls else kept for kept, cls in images]
+        projected = self.projector(torch.cat(rows).to(self.device, self.dtype))
+        return list(projected.split([row.shape[0] for row in rows]))
+
+
+def _assign(module: nn.Module, weights: dict[str, Tensor], what: str, layers: int) -> None:
+    wanted = module.state_dict()
+    # layers above the feature layer are in the file and not needed; position ids are a buffer of old files
+    given = {name: tensor for name, tensor in weights.items() if name in wanted}
+    missing = [name for name in wanted if name not in given and not name.endswith("position_ids")]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} weights of the {what} (first: {missing[0]}); "
+            f"vtprune supports CLIP towers, here with {layers} layers up to the feature layer."
+        )
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{name} of the {what} has shape {tuple(tensor.shape)}, the configuration says "
+                f"{tuple(wanted[name].shape)}: config.json and weights do not belong together."
+            )
+    module.load_state_dict(given, strict=False, assign=True)
+
+
+@contextmanager
+def _captured_projections(
+    tower: CLIPVisionModel, outputs: frozenset[str]
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Capture each layer's query and key projections ([B, 1 + N, D]) while the tower runs."""
+    captured: list[dict[str, Tensor]] = [{} for _ in tower.encoder.layers]
+    handles = []
+    if outputs:
+        for store, layer in zip(captured, tower.encoder.layers, strict=True):
+            for name in ("q_proj", "k_proj"):
+                handles.append(getattr(layer.self_attn, name).register_forward_hook(_keep_output(store, name)))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_output(store: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+        store[name] = output
+
+    return hook
+
+
+def _optional_outputs(
+    captured: list[dict[str, Tensor]], heads: int, outputs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The attention-based outputs, recomputed from the captured projections in float32.
+
+    Flash and SDPA kernels return no weights; one extra softmax row per head is cheap.
+    """
+    extra: dict[str, Tensor] = {}
+    if "keys" in outputs:
+        extra["keys"] = captured[-1]["k_proj"][:, 1:]
+    if "cls_attention" in outputs:
+        extra["cls_attention"] = torch.stack([_attention(c, heads, cls_only=True) for c in captured], dim=1)
+    if "received" in outputs:
+        extra["received"] = torch.stack([_attention(c, heads, cls_only=False) for c in captured], dim=1)
+    return extra
+
+
+def _attention(projections: dict[str, Tensor], heads: int, *, cls_only: bool) -> Tensor:
+    """[B, N]: attention each patch gets, mean over heads, from CLS or from all queries."""
+    queries, keys = projections["q_proj"].float(), projections["k_proj"].float()
+    if cls_only:
+        queries = queries[:, :1]
+    batch, tokens, width = keys.shape
+    queries = queries.view(batch, -1, heads, width // heads).transpose(1, 2)
+    keys = keys.view(batch, tokens, heads, width // heads).transpose(1, 2)
+    weights = (queries @ keys.transpose(-1, -2) * (width // heads) ** -0.5).softmax(-1)
+    return weights.mean((1, 2))[:, 1:]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tower outputs on demand: cached per image, computed once, batched over concurrent callers.
+
+One thread runs the tower. While it works, other callers' images queue up and form the next pass, so batches
+grow with the load and a lone request never waits for company.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_vtprune.vision.encoder import TowerOutput, VisionEncoder
+from vllm_vtprune.vision.feature_cache import FeatureCache
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    key: str
+    pixel_values: Tensor  # [3, H, W]
+    outputs: frozenset[str]
+    future: Future[TowerOutput]
+
+
+class TowerService:
+    """Thread-safe access to the tower.
+
+    Args:
+        encoder: tower and projector.
+        cache: where outputs are kept.
+        max_batch: most images in one pass.
+        threads: CPU threads of the tower's thread; 0 leaves torch's choice.
+        observer: called after each pass with (images in it, seconds); for metrics.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        cache: FeatureCache,
+        *,
+        max_batch: int = 16,
+        threads: int = 0,
+        observer: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.cache = cache
+        self.observer = observer
+        self._max_batch = max_batch
+        self._threads = threads
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._in_flight: dict[str, _Job] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def encode(
+        self,
+        keys: Sequence[str],
+        pixels: Callable[[list[int]], Tensor],
+        outputs: frozenset[str] = frozenset(),
+    ) -> list[TowerOutput]:
+        """The tower's outputs for some images; blocks until they are there.
+
+        Args:
+            keys: per image a key that names its content (and how it is preprocessed).
+            pixels: given positions in `keys`, returns their pixel values [B, 3, H, W]. Called only for images
+                that are neither cached nor on their way, in the caller's thread.
+            outputs: the optional outputs wanted (`encoder.OPTIONAL_OUTPUTS`).
+
+        Raises:
+            Exception: whatever `pixels` or the tower raised.
+        """
+        found: list[TowerOutput | Future[TowerOutput] | None] = []
+        with self._lock:
+            for key in keys:
+                entry = self.cache.get(key, outputs)
+                job = self._in_flight.get(key)
+                found.append(entry or (job.future if job is not None and outputs <= job.outputs else None))
+        # the same picture twice in one prompt is encoded once
+        missing = list({keys[i]: i for i in reversed(range(len(keys))) if found[i] is None}.values())[::-1]
+        if missing:
+            values = pixels(missing)
+            submitted: dict[str, Future[TowerOutput]] = {}
+            for i, value in zip(missing, values, strict=True):
+                submitted[keys[i]] = self._submit(keys[i], value, outputs)
+            found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
+        return [entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None]
+
+    def _submit(self, key: str, pixel_values: Tensor, outputs: frozenset[str]) -> Future[TowerOutput]:
+        with self._lock:
+            job = self._in_flight.get(key)
+            if job is not None and outputs <= job.outputs:
+                return job.future
+            job = _Job(key, pixel_values, outputs, Future())
+            self._in_flight[key] = job
+            if self._thread is None:
+                # started on first use, so that a forked process starts its own
+                self._thread = threading.Thread(target=self._run, name="vtprune-tower", daemon=True)
+                self._thread.start()
+        self._jobs.put(job)
+        return job.future
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while True:
+            batch = [self._jobs.get()]
+            while len(batch) < self._max_batch:
+                try:
+                    batch.append(self._jobs.get_nowait())
+                except queue.Empty:
+                    break
+            self._run_batch(batch)
+
+    def _run_batch(self, batch: list[_Job]) -> None:
+        started = time.perf_counter()
+        try:
+            wanted = frozenset[str]().union(*(job.outputs for job in batch))
+            results = self.encoder.encode(torch.stack([job.pixel_values for job in batch]), wanted)
+        except BaseException as error:
+            self._finish(batch)
+            for job in batch:
+                job.future.set_exception(error)
+            return
+        for job, result in zip(batch, results, strict=True):
+            self.cache.put(job.key, result)
+        self._finish(batch)
+        for job, result in zip(batch, results, strict=True):
+            job.future.set_result(result)
+        if self.observer is not None:
+            self.observer(len(batch), time.perf_counter() - started)
+
+    def _finish(self, batch: list[_Job]) -> None:
+        with self._lock:
+            for job in batch:
+                if self._in_flight.get(job.key) is job:
+                    del self._in_flight[job.key]
