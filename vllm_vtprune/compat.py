@@ -13,23 +13,24 @@ class UnsupportedError(RuntimeError):
     """The installation cannot run the plugin; the message says what to change."""
 
 
-def check_vllm_version(version: str | None = None) -> None:
+def check_vllm_version(version: str = "") -> None:
     """Refuse a vLLM release other than the supported one.
 
     Args:
-        version: the version to check; None asks the installed vLLM.
+        version: the version to check; empty asks the installed vLLM.
 
     Raises:
         UnsupportedError: vLLM is missing or another release.
     """
-    if version is None:
+    if not version:
         try:
-            from vllm.version import __version__ as version
+            from vllm.version import __version__ as installed
         except ImportError as error:
             raise UnsupportedError(
                 f"vtprune needs vLLM {SUPPORTED_VLLM}, which is not installed: "
                 "pip install 'vtprune[cuda]' on a GPU machine, 'vtprune[cpu]' without one."
             ) from error
+        version = installed
     if version.split("+")[0].split(".")[:2] != SUPPORTED_VLLM.split("."):
         raise UnsupportedError(
             f"vtprune supports vLLM {SUPPORTED_VLLM}.x and found {version}: install vLLM {SUPPORTED_VLLM}.x, "

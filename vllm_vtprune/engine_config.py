@@ -8,13 +8,14 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
+from transformers import LlavaConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtprune.policy import PrunePolicy
-from vllm_vtprune.vision.encoder import feature_layer_index
+from vllm_vtprune.vision.encoder import clip_config, feature_layer_index
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -37,7 +38,7 @@ class PluginContext:
         vision_tokens: tokens of one image before pruning.
     """
 
-    policy: PrunePolicy = PrunePolicy()
+    policy: PrunePolicy = field(default_factory=PrunePolicy)
     dummy_weights: bool = False
     download_dir: str | None = None
     vision_tokens: int = 0
@@ -51,21 +52,14 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
         """Check the configuration and attach the plugin's context.
 
         Raises:
-            UnsupportedModelError: the vision tower is not a CLIP tower, or a feature the plugin excludes.
             PolicyError: `additional_config["vtprune"]` cannot work.
-            CheckpointError: the checkpoint asks for feature layers the plugin does not support.
+            CheckpointError: the tower is not a CLIP tower, or its feature layers are not supported.
         """
         model_config = vllm_config.model_config
-        hf_config = model_config.hf_config
-        tower = getattr(hf_config.vision_config, "model_type", "unknown")
-        if tower != "clip_vision_model":
-            raise UnsupportedModelError(
-                f"vtprune supports LLaVA checkpoints with a CLIP vision tower; {model_config.model} has "
-                f"{tower!r}. Serve a CLIP-based LLaVA, or set VLLM_PLUGINS='' to run without vtprune."
-            )
+        hf_config = cast(LlavaConfig, model_config.hf_config)
+        vision = clip_config(hf_config)
         feature_layer_index(hf_config)
         policy = PrunePolicy.from_config(vllm_config.additional_config)
-        vision = hf_config.vision_config
         context = PluginContext(
             policy=policy,
             dummy_weights=vllm_config.load_config.load_format == "dummy",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline use with vLLM's `LLM` class: the operator's settings and a request's, under the contract's names."""
+"""Offline use with vLLM's `LLM` class: the settings of operator and request, by the contract's names."""
 
 from __future__ import annotations
 

@@ -103,7 +103,9 @@ class PrunePolicy:
         try:
             self.default_settings  # noqa: B018  (a default beyond the caps is the operator's mistake)
         except SettingsError as error:
-            raise PolicyError(f"default_preset {self.default_preset!r} is beyond the caps: {error}") from error
+            raise PolicyError(
+                f"default_preset {self.default_preset!r} is beyond the caps: {error}"
+            ) from error
 
     @staticmethod
     def from_config(additional_config: Any) -> PrunePolicy:
@@ -121,7 +123,8 @@ class PrunePolicy:
         for key in values:
             if key not in names:
                 raise PolicyError(
-                    f'Unknown key {key!r} in additional_config["{CONFIG_KEY}"]; the keys are {", ".join(names)}.'
+                    f'Unknown key {key!r} in additional_config["{CONFIG_KEY}"]; '
+                    f"the keys are {', '.join(names)}."
                 )
         return PrunePolicy(**values)
 
@@ -158,8 +161,8 @@ class PrunePolicy:
         if keep_ratio is not None and controls.get("aggressiveness") is not None:
             name = controls.name("keep_ratio")
             raise SettingsError(
-                f"{name} and {controls.name('aggressiveness')} exclude each other: the first asks for a fixed "
-                "share, the second for the inflection point. Send one of them.",
+                f"{name} and {controls.name('aggressiveness')} exclude each other: the first asks for a "
+                "fixed share, the second for the inflection point. Send one of them.",
                 name,
             )
         preset_name = controls.get("preset", self.default_preset)
@@ -172,7 +175,9 @@ class PrunePolicy:
             )
         vision = VisionSettings(
             method=method,
-            aggressiveness=None if keep_ratio is not None else controls.get("aggressiveness", preset.aggressiveness),
+            aggressiveness=None
+            if keep_ratio is not None
+            else controls.get("aggressiveness", preset.aggressiveness),
             keep_ratio=keep_ratio,
             min_tokens=self.min_tokens,
             score=self.score,
@@ -201,8 +206,8 @@ class PrunePolicy:
 
         if vision.aggressiveness is not None and vision.aggressiveness > self.max_aggressiveness:
             raise SettingsError(
-                f"{blame('aggressiveness')} asks for aggressiveness {vision.aggressiveness:g}; this server's cap "
-                f"(max_aggressiveness) is {self.max_aggressiveness:g}.",
+                f"{blame('aggressiveness')} asks for aggressiveness {vision.aggressiveness:g}; "
+                f"this server's cap (max_aggressiveness) is {self.max_aggressiveness:g}.",
                 blame("aggressiveness"),
             )
         if vision.keep_ratio is not None and vision.keep_ratio < self.min_keep_ratio:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -218,7 +219,8 @@ class Controls:
             field = _FIELD_OF_HEADER.get(name)
             if field is None:
                 raise SettingsError(
-                    f"Unknown header {_clip(_text(raw_name))}: the headers are {', '.join(HEADERS.values())}.",
+                    f"Unknown header {_clip(_text(raw_name))}: "
+                    f"the headers are {', '.join(HEADERS.values())}.",
                     _clip(_text(raw_name)),
                 )
             header = HEADERS[field]
@@ -249,12 +251,12 @@ class Controls:
             )
         allowed = tuple(fields)
         found: dict[str, tuple[Any, str]] = {}
-        for field, value in values.items():
-            name = f"{where}.{_clip(str(field))}"
-            if field not in allowed:
+        for key, value in values.items():
+            name = f"{where}.{_clip(str(key))}"
+            if key not in allowed:
                 raise SettingsError(f"Unknown field {name}: the fields are {', '.join(allowed)}.", name)
             if value is not None:
-                found[field] = (_parse(field, value, name, text=False), name)
+                found[key] = (_parse(key, value, name, text=False), name)
         return Controls(found)
 
     def over(self, other: Controls) -> Controls:
@@ -287,11 +289,9 @@ def _number(field: str, value: Any, name: str, *, text: bool) -> float:
     bounds = "[0, 1]" if field == "aggressiveness" else "(0, 1]"
     number = math.nan
     if text:
-        try:
-            # float() takes '1_0', which no HTTP client means as a number
+        # float() takes '1_0', which no HTTP client means as a number
+        with suppress(ValueError):
             number = float(value) if "_" not in value else math.nan
-        except ValueError:
-            pass
     elif isinstance(value, int | float) and not isinstance(value, bool):
         # an int too large for a float is out of range all the same
         number = float(value) if abs(value) <= 2 else math.inf

@@ -55,7 +55,9 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the language model; the tower's and the projector's weights are the processor's."""
-        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["vision_tower.", "multi_modal_projector."])
+        loader = AutoWeightsLoader(
+            self, ignore_unexpected_prefixes=["vision_tower.", "multi_modal_projector."]
+        )
         return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
     def get_mm_mapping(self) -> MultiModelKeys:

@@ -34,7 +34,7 @@ def cosines(left: Tensor, right: Tensor) -> Tensor:
 
 
 def membership(group: Tensor, groups: int) -> Tensor:
-    """[groups, M] float32: 1 where member m is in group g = `group`[m]; a product with it sums deterministically."""
+    """[groups, M] float32: 1 where `group`[m] = g. Its product with [M, D] sums groups deterministically."""
     return (torch.arange(groups, device=group.device).unsqueeze(1) == group.unsqueeze(0)).float()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 if TYPE_CHECKING:
     from vllm_vtprune.selection.base import VisionFeatures
@@ -21,7 +21,9 @@ DEFAULT_SCORE = "cosine"
 def cosine(features: VisionFeatures) -> Tensor:
     """[B, N] cosine between the CLS token's hidden state and each patch's (arXiv 2409.01162, our reading)."""
     cls = _given(features, "cls", "cosine")
-    return cosine_similarity(features.patches.float(), cls.float().unsqueeze(1), dim=-1)
+    return (normalize(features.patches.float(), dim=-1) * normalize(cls.float(), dim=-1).unsqueeze(1)).sum(
+        dim=-1
+    )
 
 
 def cls_attention(features: VisionFeatures) -> Tensor:

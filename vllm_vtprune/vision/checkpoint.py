@@ -103,4 +103,6 @@ def _needed(index: Path) -> list[str]:
     """Names of the shards that hold tower or projector weights."""
     weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
     wanted = (_TOWER, _PROJECTOR)
-    return sorted({shard for key, shard in weight_map.items() if key.removeprefix("model.").startswith(wanted)})
+    return sorted(
+        {shard for key, shard in weight_map.items() if key.removeprefix("model.").startswith(wanted)}
+    )

@@ -56,6 +56,22 @@ class TowerOutput:
         return sum(t.nbytes for t in tensors if t is not None)
 
 
+def clip_config(config: LlavaConfig) -> CLIPVisionConfig:
+    """The tower's configuration.
+
+    Raises:
+        CheckpointError: the tower is not a CLIP tower.
+    """
+    vision = config.vision_config
+    if not isinstance(vision, CLIPVisionConfig):
+        raise CheckpointError(
+            "vtprune supports LLaVA checkpoints with a CLIP vision tower; this one has "
+            f"{getattr(vision, 'model_type', 'none')!r}. Serve a CLIP-based LLaVA, or set VLLM_PLUGINS='' to "
+            "run without vtprune."
+        )
+    return vision
+
+
 def feature_layer_index(config: LlavaConfig) -> int:
     """Number of encoder layers to run, so that the last one's output is the feature layer's.
 
@@ -63,7 +79,7 @@ def feature_layer_index(config: LlavaConfig) -> int:
         CheckpointError: the configuration asks for several feature layers, or one that does not exist.
     """
     layer = config.vision_feature_layer
-    depth = config.vision_config.num_hidden_layers
+    depth = clip_config(config).num_hidden_layers
     if not isinstance(layer, int):
         raise CheckpointError(
             f"vision_feature_layer is {layer}: vtprune supports one feature layer, a single number."
@@ -92,9 +108,11 @@ class VisionEncoder:
     ) -> None:
         self.device = device
         self.dtype = dtype
-        self.tower = tower.to(device, dtype).eval().requires_grad_(False)
-        self.projector = projector.to(device, dtype).eval().requires_grad_(False)
-        vision = config.vision_config
+        nn.Module.to(tower, device, dtype)
+        nn.Module.to(projector, device, dtype)
+        self.tower = tower.eval().requires_grad_(False)
+        self.projector = projector.eval().requires_grad_(False)
+        vision = clip_config(config)
         side = vision.image_size // vision.patch_size
         self.grid = (side, side)
         # "full" hands CLS to the language model too, ahead of the patches
@@ -128,7 +146,9 @@ class VisionEncoder:
             CheckpointError: weights are missing or have other shapes than the configuration says.
         """
         layers = feature_layer_index(config)
-        vision_config = CLIPVisionConfig.from_dict({**config.vision_config.to_dict(), "num_hidden_layers": layers})
+        vision_config = CLIPVisionConfig.from_dict(
+            {**clip_config(config).to_dict(), "num_hidden_layers": layers}
+        )
         vision_config._attn_implementation = "sdpa"
         with torch.device("cpu"):
             tower = CLIPVisionModel(vision_config)
@@ -149,7 +169,7 @@ class VisionEncoder:
             outputs: the optional outputs wanted, of `OPTIONAL_OUTPUTS`.
 
         Returns:
-            One `TowerOutput` per image, each holding memory of its own (so one can be freed without the rest).
+            One `TowerOutput` per image, each in memory of its own, so that one can be freed without the rest.
         """
         with self._lock, _captured_projections(self.tower, outputs) as captured:
             hidden = self.tower(pixel_values.to(self.device, self.dtype)).last_hidden_state  # [B, 1 + N, D]
@@ -208,7 +228,9 @@ def _captured_projections(
     if outputs:
         for store, layer in zip(captured, tower.encoder.layers, strict=True):
             for name in ("q_proj", "k_proj"):
-                handles.append(getattr(layer.self_attn, name).register_forward_hook(_keep_output(store, name)))
+                handles.append(
+                    getattr(layer.self_attn, name).register_forward_hook(_keep_output(store, name))
+                )
     try:
         yield captured
     finally:
@@ -248,5 +270,5 @@ def _attention(projections: dict[str, Tensor], heads: int, *, cls_only: bool) ->
     batch, tokens, width = keys.shape
     queries = queries.view(batch, -1, heads, width // heads).transpose(1, 2)
     keys = keys.view(batch, tokens, heads, width // heads).transpose(1, 2)
-    weights = (queries @ keys.transpose(-1, -2) * (width // heads) ** -0.5).softmax(-1)
+    weights = torch.softmax(queries @ keys.transpose(-1, -2) * (width // heads) ** -0.5, dim=-1)
     return weights.mean((1, 2))[:, 1:]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ _DUMMY = "dummy"
 class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     """Replaces an image's pixels by the projected embeddings of the vision tokens that stay.
 
-    The settings arrive as ``mm_processor_kwargs["vtprune"]`` in canonical form; absent, the operator's default
-    applies. The item's key in vLLM's caches is made from the image's content and the settings; the tower's
-    output is cached by content alone.
+    The settings arrive as ``mm_processor_kwargs["vtprune"]`` in canonical form; absent, the operator's
+    default applies. The item's key in vLLM's caches is made from the image's content and the settings; the
+    tower's output is cached by content alone.
     """
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
@@ -55,8 +55,8 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
-    def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
+        kwargs: dict[str, Any] = dict(inputs.hf_processor_mm_kwargs)
         keys = kwargs.pop(_KEYS)
         if not _raw_images(inputs.mm_data_items) or kwargs[KWARG] == _DUMMY:
             return super()._get_mm_hashes(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs))
@@ -65,7 +65,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        kwargs: dict[str, Any] = dict(inputs.hf_processor_mm_kwargs)
         cached = mm_is_cached.get("image", [])
         if kwargs[_KEYS]:
             kwargs[_KEYS] = [key for key, hit in zip(kwargs[_KEYS], cached, strict=True) if not hit]
@@ -100,29 +100,51 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         token = self.info.get_hf_config().image_token_index
 
         def placeholders(index: int) -> list[int]:
-            return [token] * out_mm_kwargs["image"][index]["image_embeds"].data.shape[0]
+            embeddings = cast(Tensor, out_mm_kwargs["image"][index]["image_embeds"].data)
+            return [token] * embeddings.shape[0]
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
 
-    def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:
+    def get_dummy_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
+    ) -> ProcessorInputs:
         """Profiling inputs: the largest number of tokens a request can have, so nothing is pruned."""
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={KWARG: _DUMMY})
 
-    def prefetch(self, mm_data: Mapping[str, Any], mm_processor_kwargs: Mapping[str, Any] | None) -> None:
+    def prefetch(
+        self,
+        mm_data: Any,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+        media_io_kwargs: Mapping[str, Mapping[str, object]] | None,
+        cache: Any,
+    ) -> None:
         """Run the tower for a request's images, so that the processor finds its outputs in the cache.
 
         vLLM's processor runs on one thread; calling this from several beforehand is what lets concurrent
         requests share a pass of the tower. Thread-safe.
+
+        Args:
+            mm_data: the prompt's `multi_modal_data`.
+            mm_processor_kwargs: the prompt's.
+            media_io_kwargs: the prompt's.
+            cache: vLLM's processor cache, or None; what it holds needs no tower.
         """
+        policy = plugin_context(self.info.ctx.model_config).policy
         items = self.info.parse_mm_data(mm_data)
         images = _raw_images(items)
-        if not images or plugin_context(self.info.ctx.model_config).policy.feature_cache_gb == 0:
+        # images named by a trusted id need not be there at all: the processor sorts that out
+        if not images or policy.feature_cache_gb == 0 or policy.trust_image_ids:
             return
-        inputs = ProcessorInputs([], items, hf_processor_mm_kwargs=mm_processor_kwargs or {})
-        kwargs = {KWARG: self._default_setting(), **(mm_processor_kwargs or {})}
+        kwargs: dict[str, Any] = {KWARG: self._default_setting(), **(mm_processor_kwargs or {})}
+        inputs = ProcessorInputs(
+            [], items, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs or {}
+        )
+        kwargs[_KEYS] = self._content_keys(inputs, kwargs)
+        if cache is not None and all(cache.is_cached(self._get_mm_hashes(inputs)["image"])):
+            return
         settings = VisionSettings.from_canonical(str(kwargs.pop(KWARG)))
-        self._features(images, self._content_keys(inputs, kwargs), settings, kwargs)
+        self._features(images, kwargs.pop(_KEYS), settings, kwargs)
 
     @property
     def tower(self) -> TowerService:
@@ -147,7 +169,8 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         model_config = self.info.ctx.model_config
         # torch_shm shares device tensors with the worker; every other transport copies host bytes
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
-        return [t.to(None if on_device else "cpu", model_config.dtype) for t in projected]
+        dtype = cast(torch.dtype, model_config.dtype)
+        return [t.to(t.device if on_device else "cpu", dtype) for t in projected]
 
     def _features(
         self, images: list[Any], keys: list[str], settings: VisionSettings, hf_kwargs: Mapping[str, object]
@@ -162,12 +185,12 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return self.tower.encode(keys, pixels, needs)
 
     def _dummy_embeddings(self, count: int) -> list[Tensor]:
-        config = self.info.get_hf_config()
-        shape = (self.info.get_max_image_tokens(), config.text_config.hidden_size)
-        return [torch.zeros(shape, dtype=self.info.ctx.model_config.dtype) for _ in range(count)]
+        model_config = self.info.ctx.model_config
+        shape = (self.info.get_max_image_tokens(), model_config.get_inputs_embeds_size())
+        return [torch.zeros(shape, dtype=cast(torch.dtype, model_config.dtype)) for _ in range(count)]
 
     def _content_keys(self, inputs: ProcessorInputs, kwargs: Mapping[str, object]) -> list[str]:
-        """Per image a key made from its content and how it is decoded and preprocessed, not from the settings.
+        """Per image a key made from its content and its preprocessing, apart from the settings.
 
         A client's `uuid` and an EXIF image id would let a request name another's cached picture; they count
         only where the operator trusts them.

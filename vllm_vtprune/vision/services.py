@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from transformers import LlavaConfig
 
 from vllm_vtprune.engine_config import plugin_context
 from vllm_vtprune.vision.encoder import VisionEncoder
@@ -16,6 +17,7 @@ from vllm_vtprune.vision.tower_service import TowerService
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _services: dict[tuple[str, ...], TowerService] = {}
 _lock = threading.Lock()
 
@@ -30,13 +32,21 @@ def tower_service(model_config: ModelConfig) -> TowerService:
     context = plugin_context(model_config)
     policy = context.policy
     device = _device(policy.encoder_device)
-    dtype = _dtype(policy.encoder_dtype, model_config.dtype)
-    key = (model_config.model, str(model_config.revision), str(device), str(dtype), str(context.dummy_weights))
+    # vLLM has resolved the model's dtype to torch's by the time a processor exists
+    model_dtype = cast(torch.dtype, model_config.dtype)
+    dtype = _dtype(policy.encoder_dtype, model_dtype)
+    key = (
+        model_config.model,
+        str(model_config.revision),
+        str(device),
+        str(dtype),
+        str(context.dummy_weights),
+    )
     with _lock:
         service = _services.get(key)
         if service is None:
             encoder = VisionEncoder.load(
-                model_config.hf_config,
+                cast(LlavaConfig, model_config.hf_config),
                 model_config.model,
                 device=device,
                 dtype=dtype,
@@ -65,7 +75,6 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     if name == "auto":
         return model_dtype
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"encoder_dtype is {name!r}: use auto, float32, bfloat16 or float16.")
-    return dtype
+    if name not in _DTYPES:
+        raise ValueError(f"encoder_dtype is {name!r}: use auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]

@@ -90,7 +90,9 @@ class TowerService:
             for i, value in zip(missing, values, strict=True):
                 submitted[keys[i]] = self._submit(keys[i], value, outputs)
             found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
-        return [entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None]
+        return [
+            entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None
+        ]
 
     def _submit(self, key: str, pixel_values: Tensor, outputs: frozenset[str]) -> Future[TowerOutput]:
         with self._lock:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy by question kind, from tower features and any choice of patches."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from .packing import answer_logits, pack
+from .questions import KINDS, ask_each
+from .scenes import HELD_OUT_PAIRS, Scene
+
+Keep = Callable[[int, Tensor], Tensor]
+"""Patch choice: scene number and the tower's states [1 + P, width] to kept patch indices in raster order."""
+
+
+@dataclass
+class Accuracy:
+    """Right and asked questions by kind; `held_out` counts those about a colour-shape pair never seen in training."""
+
+    right: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def overall(self) -> float:
+        """Share of all questions answered right."""
+        return sum(self.right[kind] for kind in KINDS) / max(1, sum(self.asked[kind] for kind in KINDS))
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Share answered right of each kind that was asked."""
+        return {kind: self.right[kind] / self.asked[kind] for kind in KINDS if self.asked[kind]}
+
+    @property
+    def held_out(self) -> float | None:
+        """Share answered right among questions about held-out pairs; None where there were none."""
+        return self.right["held_out"] / self.asked["held_out"] if self.asked["held_out"] else None
+
+
+@torch.inference_mode()
+def measure(
+    model: LlavaForConditionalGeneration, scenes: list[Scene], states: Tensor, keep: Keep | None = None, seed: int = 0
+) -> Accuracy:
+    """Ask every scene one question of each kind; an answer counts when its word and the end after it are both right.
+
+    `states` [N, 1 + P, width] are the feature layer's, CLS first; without `keep` all patches are shown.
+    """
+    accuracy = Accuracy()
+    for number, (scene, state) in enumerate(zip(scenes, states, strict=True)):
+        questions = ask_each(scene, random.Random(f"{seed} {scene.index}"))
+        patches = state[1:] if keep is None else state[1:][keep(number, state)]
+        projected = model.model.multi_modal_projector(patches[None].to(model.device, model.dtype))
+        packed = pack([questions], patches.shape[0], model.device)
+        right = answer_logits(model, projected, packed).argmax(-1) == packed.targets
+        for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
+            held_out = ["held_out"] if HELD_OUT_PAIRS.intersection(question.pairs) else []
+            for name in (question.kind, *held_out):
+                accuracy.asked[name] += 1
+                accuracy.right[name] += correct
+    return accuracy

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many questions about one picture in one sequence, each seeing the picture and itself but no other question.
+
+Every question keeps the positions it has when it is asked alone, so that the packed answers are the answers that
+the prompt `USER: <image> question ASSISTANT:` gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from .model import ASSISTANT, END, IGNORE, PAD, START, USER, VOCABULARY, words_of
+from .questions import Question
+
+PREFIX = (START, USER)
+"""Tokens before the picture."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of packed prompts; the picture's `kept` tokens stand between `PREFIX` and the questions.
+
+    `tokens` int64 [B, T] of the questions and answers; `positions` int64 [B, L] and `visible` bool [B, 1, L, L] over
+    the whole sequence, L = len(PREFIX) + kept + T; `asking` bool [B, L]: where an answer's token is predicted;
+    `targets` int64 [asked] the tokens to predict there; `first` bool [asked]: the answer's word, not the end after it.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    visible: Tensor
+    asking: Tensor
+    targets: Tensor
+    first: Tensor
+
+
+def pack(questions: list[list[Question]], kept: int, device: torch.device) -> Packed:
+    """Pack each picture's questions behind its `kept` tokens."""
+    rows: list[list[tuple[int, int, int, int]]] = []  # token, segment, position, target
+    for asked in questions:
+        row: list[tuple[int, int, int, int]] = []
+        for segment, question in enumerate(asked, start=1):
+            prompt = [*words_of(question.text), ASSISTANT]
+            answer = VOCABULARY[question.answer]
+            tokens = [*prompt, answer]
+            targets = [IGNORE] * (len(prompt) - 1) + [answer, END]
+            row += [
+                (token, segment, place, target)
+                for place, (token, target) in enumerate(zip(tokens, targets, strict=True))
+            ]
+        rows.append(row)
+    longest, before = max(map(len, rows)), len(PREFIX) + kept
+    filled = torch.tensor([row + [(PAD, -1, 0, IGNORE)] * (longest - len(row)) for row in rows])
+    tokens, segment, place, target = filled.unbind(-1)
+    batch = len(rows)
+    segment = torch.cat([torch.zeros(batch, before, dtype=torch.long), segment], 1)
+    positions = torch.cat([torch.arange(before).expand(batch, -1), before + place], 1)
+    target = torch.cat([torch.full((batch, before), IGNORE), target], 1)
+    same = segment[:, :, None] == segment[:, None, :]
+    causal = torch.ones(same.shape[-2:], dtype=torch.bool).tril()
+    visible = (same | (segment == 0)[:, None, :]) & causal
+    asking = target != IGNORE
+    targets = target[asking]
+    arrays = (tokens, positions, visible[:, None], asking, targets, targets != END)
+    return Packed(*(array.to(device) for array in arrays))
+
+
+def answer_logits(model: LlavaForConditionalGeneration, projected: Tensor, packed: Packed) -> Tensor:
+    """Logits where an answer is predicted, [asked, vocabulary], given projected patches [B, kept, width]."""
+    language = model.model.language_model
+    prefix = torch.tensor(PREFIX, device=projected.device).expand(len(projected), -1)
+    embed = language.embed_tokens
+    inputs = torch.cat([embed(prefix), projected, embed(packed.tokens)], 1)
+    states = language(
+        inputs_embeds=inputs, attention_mask=packed.visible, position_ids=packed.positions, use_cache=False
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(states[packed.asking])
+    return logits

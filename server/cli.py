@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune serve [MODEL] [any vLLM flag]`: vLLM's server with the plugin loaded, and a default model.
+
+vLLM's own `vllm` script works too where it runs (``VLLM_PLUGINS=vtprune vllm serve MODEL``); this command
+adds the embedded model, the policy's flags, and errors as sentences.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+
+_USAGE = """\
+usage: vtprune COMMAND [options]
+
+commands:
+  serve [MODEL]   start the OpenAI-compatible server; without MODEL the embedded demo model
+  loadtest        load-test an OpenAI-compatible server
+  version         print the versions
+
+`vtprune COMMAND --help` lists a command's options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 2 with one sentence on standard error when something cannot work.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": _serve,
+        "loadtest": _loadtest,
+        "version": _version,
+    }
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0
+    if command not in commands:
+        print(f"vtprune: unknown command {command!r}; see vtprune --help", file=sys.stderr)
+        return 2
+    return commands[command](rest)
+
+
+def _version(_rest: list[str]) -> int:
+    from vllm_vtprune import __version__
+
+    print(f"vtprune {__version__}")
+    check_vllm_version()
+    from vllm.version import __version__ as vllm_version
+
+    print(f"vLLM {vllm_version}")
+    return 0
+
+
+def _loadtest(rest: list[str]) -> int:
+    main: Callable[[list[str]], int] = import_module("vtprune_bench.loadtest").main
+    return main(rest)
+
+
+def _serve(rest: list[str]) -> int:
+    try:
+        check_vllm_version()
+        check_front_end()
+    except UnsupportedError as error:
+        return _refuse(error)
+    _prepare_environment()
+
+    from pydantic import ValidationError
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import init_logger
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vtprune_server.options import add_policy_options, policy_from_options
+
+    init_logger(__name__)
+    cli_env_setup()
+    parser = make_arg_parser(
+        FlexibleArgumentParser(prog="vtprune serve", usage="vtprune serve [MODEL] [options]")
+    )
+    add_policy_options(parser)
+    args = parser.parse_args(rest)
+    try:
+        if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
+            _use_demo_model(args, rest)
+        policy = policy_from_options(args, os.environ, args.additional_config)
+        args.additional_config = {**(args.additional_config or {}), "vtprune": policy.to_config()}
+        command = ServeSubcommand()
+        command.validate(args)
+        command.cmd(args)
+    except ValidationError as error:
+        # vLLM's configuration classes wrap the sentence of whatever check refused
+        return _refuse("; ".join(_sentence(e) for e in error.errors()))
+    except (ValueError, TypeError, OSError) as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _use_demo_model(args: Any, rest: list[str]) -> None:
+    """The embedded model, with settings that suit it on a machine without an accelerator."""
+    import vllm_vtprune
+
+    args.model = args.model_tag = str(Path(vllm_vtprune.__file__).parent / "demo_model")
+    defaults = {
+        "served_model_name": ["vtprune-demo"],
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "dtype": "float32",
+        # the model is too small for compiling to pay, and compiling needs a C++ compiler
+        "enforce_eager": True,
+    }
+    for name, value in defaults.items():
+        if not _given(rest, "--" + name.replace("_", "-")):
+            setattr(args, name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def _prepare_environment() -> None:
+    """What must be set before vLLM is imported or starts a process."""
+    # one list filters all of vLLM's plugin groups, and endpoint plugins load only when named in it
+    names = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join([*names, *(["vtprune"] if "vtprune" not in names else [])])
+    if not _cpu_build():
+        return
+    # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    preload = os.environ.get("LD_PRELOAD", "")
+    if openmp.is_file() and "libiomp5" not in preload:
+        os.environ["LD_PRELOAD"] = f"{openmp}:{preload}".rstrip(":")
+
+
+def _cpu_build() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _given(rest: list[str], flag: str) -> bool:
+    return any(argument.split("=")[0].replace("_", "-") == flag for argument in rest)
+
+
+def _sentence(error: Any) -> str:
+    return str(error.get("msg", error)).removeprefix("Value error, ")
+
+
+def _refuse(reason: object) -> int:
+    print(f"vtprune: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

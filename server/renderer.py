@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Injects the settings into vLLM's shared renderer and counts tokens once a prompt is rendered.
+
+Hook: `vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat` and `.preprocess_cmpl`, through which
+chat, batch, completions, responses, messages, tokenize and `/invocations` all pass. A client's own
+`mm_processor_kwargs` are judged first, under the operator's `--trust-request-mm-kwargs`; only then is our entry
+added, so that flag never needs opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from vllm_vtprune.engine_config import PluginContext
+from vllm_vtprune.settings import KWARG, Controls, PruneSettings, SettingsError
+from vtprune_server.context import RequestContext, TokenCounts, current_request
+
+
+class PrunedOnlineRenderer(OnlineRenderer):
+    """vLLM's renderer with pruning settings resolved and injected per request."""
+
+    vtprune_context: PluginContext
+    client_mm_kwargs_trusted: bool
+
+    @staticmethod
+    def install(renderer: OnlineRenderer, context: PluginContext) -> PrunedOnlineRenderer:
+        """Turn vLLM's renderer into this class, in place.
+
+        vLLM's handlers hold references to the one instance before plugins are initialised
+        (`init_app_state`), so replacing `state.online_renderer` alone would miss them.
+        """
+        if not isinstance(renderer, PrunedOnlineRenderer):
+            renderer.__class__ = PrunedOnlineRenderer
+            assert isinstance(renderer, PrunedOnlineRenderer)
+            renderer.client_mm_kwargs_trusted = renderer.trust_request_mm_kwargs
+            renderer.trust_request_mm_kwargs = True
+        renderer.vtprune_context = context
+        return renderer
+
+    async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
+        with self._injected(request) as settings:
+            conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
+        self._count(engine_inputs, settings)
+        return conversation, engine_inputs
+
+    async def preprocess_cmpl(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """`OnlineRenderer.preprocess_cmpl`, with the request's settings in place."""
+        with self._injected(request) as settings:
+            engine_inputs = await super().preprocess_cmpl(request, *args, **kwargs)
+        self._count(engine_inputs, settings)
+        return engine_inputs
+
+    def resolve(self, request: Any) -> PruneSettings:
+        """The settings of a request: headers over body over the operator's default.
+
+        Raises:
+            VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
+        """
+        context = current_request.get() or RequestContext()
+        # /invocations and run_batch bypass the route: the body field then comes with the request model
+        body = context.body if context.body is not None else getattr(request, KWARG, None)
+        try:
+            controls = context.headers.over(Controls.from_mapping(body))
+            return self.vtprune_context.policy.resolve(controls)
+        except SettingsError as error:
+            raise VLLMValidationError(str(error), parameter=error.param) from error
+
+    @contextmanager
+    def _injected(self, request: Any) -> Iterator[PruneSettings]:
+        client_kwargs = getattr(request, "mm_processor_kwargs", None)
+        validate_request_mm_kwargs(
+            mm_processor_kwargs=client_kwargs,
+            media_io_kwargs=getattr(request, "media_io_kwargs", None),
+            trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
+        )
+        _refuse_own_key(client_kwargs, "mm_processor_kwargs")
+        settings = self.resolve(request)
+        if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
+            _refuse_own_key(request.vllm_xargs, "vllm_xargs")
+            _check_kv_compatible(request, settings)
+            request.vllm_xargs = {**(request.vllm_xargs or {}), **settings.kv.extra_args()}
+        # the request object belongs to this request alone; what follows must see the client's own value again
+        request.mm_processor_kwargs = {**(client_kwargs or {}), KWARG: settings.vision.canonical()}
+        try:
+            yield settings
+        finally:
+            request.mm_processor_kwargs = client_kwargs
+
+    def _count(self, engine_inputs: list[Any], settings: PruneSettings) -> None:
+        context = current_request.get()
+        for engine_input in engine_inputs:
+            counts = self._counts_of(engine_input, settings)
+            if context is not None:
+                context.add(counts)
+
+    def _counts_of(self, engine_input: Mapping[str, Any], settings: PruneSettings) -> TokenCounts:
+        ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+        prompt = len(engine_input.get("prompt_token_ids") or ())
+        return TokenCounts(
+            vision_tokens=len(ranges) * self.vtprune_context.vision_tokens,
+            vision_tokens_kept=sum(r.length for r in ranges),
+            kv_tokens=prompt,
+            kv_tokens_kept=prompt,
+        )
+
+
+def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:
+    if mapping and KWARG in mapping:
+        raise VLLMValidationError(
+            f'{where}.{KWARG} cannot be set directly: send the X-VTPrune-* headers, or "{KWARG}" at the top '
+            "level of the body.",
+            parameter=f"{where}.{KWARG}",
+        )
+
+
+def _check_kv_compatible(request: Any, settings: PruneSettings) -> None:
+    """Refuse what cannot be answered once prompt tokens were dropped."""
+    if not settings.kv.drops:
+        return
+    advice = "set kv_keep (header X-VTPrune-KV-Keep) to 1"
+    if getattr(request, "prompt_logprobs", None) is not None or (
+        getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
+    ):
+        raise VLLMValidationError(
+            f"Prompt log-probabilities do not exist for dropped tokens: {advice}, or leave them out.",
+            parameter="prompt_logprobs",
+        )
+    if getattr(request, "use_beam_search", False):
+        raise VLLMValidationError(
+            f"Beam search does not carry kv_keep: {advice}, or leave use_beam_search out.",
+            parameter="use_beam_search",
+        )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds the token counts to vLLM's responses: headers, `usage.vtprune` in a body, and in a stream's usage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from vtprune_server.context import TokenCounts
+
+
+def annotate(response: Any, counts: TokenCounts | None) -> Any:
+    """Put the counts on a response of one of vLLM's handlers.
+
+    Args:
+        response: what the handler returned; None when the client went away.
+        counts: None when no prompt was rendered (an error, or a route without one).
+
+    Returns:
+        The response to send. Errors (status 400 and above) are passed on untouched.
+    """
+    if counts is None or not isinstance(response, Response) or response.status_code >= 400:
+        return response
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _annotated_events(response.body_iterator, counts)
+    elif isinstance(response, JSONResponse):
+        body = json.loads(bytes(response.body))
+        if _add_to_usage(body, counts) or _add_to_token_count(body, counts):
+            response.body = response.render(body)
+            response.headers["content-length"] = str(len(response.body))
+    response.headers.update(counts.as_headers())
+    return response
+
+
+async def _annotated_events(events: AsyncIterator[Any], counts: TokenCounts) -> AsyncIterator[Any]:
+    try:
+        async for event in events:
+            yield _annotated_event(event, counts)
+    finally:
+        # a client that goes away must reach vLLM's generator, which then aborts the request
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _annotated_event(event: str | bytes | memoryview, counts: TokenCounts) -> str | bytes | memoryview:
+    """Rewrite the `data:` lines of one server-sent event that carry a usage object."""
+    if not isinstance(event, str) or '"usage"' not in event:
+        return event
+    lines = event.split("\n")
+    for i, line in enumerate(lines):
+        if not line.startswith("data: {"):
+            continue
+        data = json.loads(line.removeprefix("data: "))
+        if _add_to_usage(data, counts):
+            lines[i] = "data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return "\n".join(lines)
+
+
+def _add_to_usage(data: Any, counts: TokenCounts) -> bool:
+    """Add to `usage`, wherever the API keeps it: at the top, or in `response` or `message` of an event."""
+    found = False
+    for holder in (
+        (data, *(data.get(key) for key in ("response", "message"))) if isinstance(data, dict) else ()
+    ):
+        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+            holder["usage"]["vtprune"] = counts.as_usage()
+            found = True
+    return found
+
+
+def _add_to_token_count(body: Any, counts: TokenCounts) -> bool:
+    """`/tokenize` and `/v1/messages/count_tokens` count without generating and have no usage object."""
+    if isinstance(body, dict) and ("max_model_len" in body or "input_tokens" in body):
+        body["vtprune"] = counts.as_usage()
+        return True
+    return False

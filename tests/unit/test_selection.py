@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every selection method must hold, over the registry: a new method is tested by being listed there."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_vtprune.selection import (
+    METHODS,
+    SCORE_NEEDS,
+    SCORES,
+    Budget,
+    Selection,
+    VisionFeatures,
+    get_method,
+    needs_of,
+    share_count,
+)
+
+GRID = (6, 8)
+TOKENS = GRID[0] * GRID[1]
+OPTIONAL = ("cls", "cls_attention", "received", "keys")
+
+# prumerge and prumerge_plus have a count rule of their own under aggressiveness.
+OWN_COUNT = {"prumerge", "prumerge_plus"}
+
+every_method = pytest.mark.parametrize("name", METHODS)
+budgets = pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(aggressiveness=0.3),
+        Budget(aggressiveness=0.5),
+        Budget(aggressiveness=0.7, score="cls_attention"),
+        Budget(aggressiveness=0.5, score="received", min_tokens=7),
+        Budget(keep_ratio=0.22),
+        Budget(keep_ratio=0.5, min_tokens=30),
+        Budget(keep_ratio=0.98),
+        Budget(keep_ratio=0.001),
+    ],
+    ids=str,
+)
+
+
+def image(seed: int, grid: tuple[int, int] = GRID, dtype: torch.dtype = torch.float32) -> VisionFeatures:
+    """One image's random features, with long-tailed attention as vision towers have it."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, width, layers = grid[0] * grid[1], 16, 6
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    return VisionFeatures(
+        patches=(draw(tokens, width) + draw(1, width)).to(dtype),
+        cls=draw(width).to(dtype),
+        grid=grid,
+        seeds=(seed * 0x9E3779B97F4A7C15,),
+        cls_attention=(2 * draw(layers, tokens)).softmax(-1).to(dtype),
+        received=(2 * draw(layers, tokens)).softmax(-1).to(dtype),
+        keys=draw(tokens, width).to(dtype),
+    )
+
+
+def batch(images: list[VisionFeatures]) -> VisionFeatures:
+    fields = {name: torch.cat([getattr(one, name) for one in images]) for name in ("patches", *OPTIONAL)}
+    return VisionFeatures(grid=images[0].grid, seeds=tuple(one.seeds[0] for one in images), **fields)
+
+
+def assert_same(one: Selection, other: Selection) -> None:
+    assert torch.equal(one.indices, other.indices)
+    assert (one.features is None) == (other.features is None)
+    if one.features is not None and other.features is not None:
+        torch.testing.assert_close(one.features, other.features)
+
+
+def assert_keeps_all(selection: Selection, tokens: int) -> None:
+    assert selection.indices.tolist() == list(range(tokens))
+    assert selection.features is None
+
+
+@every_method
+@pytest.mark.parametrize("budget", [Budget(), Budget(aggressiveness=0.0), Budget(keep_ratio=1.0)], ids=str)
+def test_off_is_a_true_no_op(name: str, budget: Budget) -> None:
+    # Nothing but the patches is there, and they are not even looked at.
+    patches = torch.full((2, TOKENS, 4), torch.nan)
+    for number, selection in enumerate(
+        get_method(name).select(VisionFeatures(patches, None, GRID, (0, 1)), budget)
+    ):
+        assert_keeps_all(selection, TOKENS)
+        assert selection.gather(patches[number]) is not None
+        assert selection.gather(patches[number]).data_ptr() == patches[number].data_ptr()
+
+
+@every_method
+@budgets
+def test_the_selection_is_well_formed(name: str, budget: Budget) -> None:
+    features = batch([image(seed) for seed in range(4)])
+    selections = get_method(name).select(features, budget)
+    assert len(selections) == 4
+    for selection, patches in zip(selections, features.patches, strict=True):
+        indices = selection.indices.tolist()
+        assert selection.indices.dtype == torch.int64
+        assert indices == sorted(set(indices))
+        assert 0 <= indices[0] <= indices[-1] < TOKENS
+        assert min(budget.min_tokens, TOKENS) <= selection.count <= TOKENS
+        kept = selection.gather(patches)
+        assert kept.shape == (selection.count, patches.shape[1])
+        assert torch.isfinite(kept).all()
+        if selection.features is None:
+            assert torch.equal(kept, patches[selection.indices])
+        else:
+            assert len(indices) <= selection.count
+
+
+@every_method
+@budgets
+def test_an_image_alone_is_treated_as_in_a_batch(name: str, budget: Budget) -> None:
+    images = [image(seed) for seed in range(5)]
+    together = get_method(name).select(batch(images), budget)
+    for one, selection in zip(images, together, strict=True):
+        assert_same(get_method(name).select(one, budget)[0], selection)
+
+
+@every_method
+@budgets
+def test_the_same_twice_is_the_same(name: str, budget: Budget) -> None:
+    features = batch([image(seed) for seed in range(3)])
+    first, second = (get_method(name).select(features, budget) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.gather(features.patches[0]), other.gather(features.patches[0]))
+
+
+@every_method
+@given(seed=st.integers(0, 1000), one=st.floats(0, 1), other=st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_the_count_never_rises_with_aggressiveness(name: str, seed: int, one: float, other: float) -> None:
+    lower, higher = sorted((one, other))
+    gentle, harsh = (get_method(name).select(image(seed), Budget(a))[0].count for a in (lower, higher))
+    assert gentle >= harsh
+
+
+@every_method
+@pytest.mark.parametrize("least", [1, 5, TOKENS, TOKENS + 1])
+def test_the_most_aggressive_keeps_the_minimum(name: str, least: int) -> None:
+    for selection in get_method(name).select(batch([image(1), image(2)]), Budget(1.0, min_tokens=least)):
+        assert selection.count == min(least, TOKENS)
+
+
+@every_method
+@given(ratio=st.integers(1, 1000), rows=st.integers(1, 7), columns=st.integers(1, 7), least=st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_a_fixed_share_is_exact(name: str, ratio: int, rows: int, columns: int, least: int) -> None:
+    budget = Budget(keep_ratio=ratio / 1000, min_tokens=least)
+    selection = get_method(name).select(image(ratio, (rows, columns)), budget)[0]
+    assert selection.count == share_count(ratio / 1000, rows * columns, least)
+
+
+@every_method
+@pytest.mark.parametrize("budget", [Budget(0.5), Budget(1.0), Budget(keep_ratio=0.1)], ids=str)
+def test_an_image_of_one_patch_keeps_it(name: str, budget: Budget) -> None:
+    assert_keeps_all(get_method(name).select(image(3, (1, 1)), budget)[0], 1)
+
+
+@every_method
+@pytest.mark.parametrize("aggressiveness", [0.2, 0.5, 1.0])
+def test_an_image_whose_patches_are_all_alike_stays_whole(name: str, aggressiveness: float) -> None:
+    plain = VisionFeatures(
+        patches=torch.ones(1, TOKENS, 8),
+        cls=torch.arange(8.0)[None],
+        grid=GRID,
+        seeds=(7,),
+        cls_attention=torch.full((1, 6, TOKENS), 1 / TOKENS),
+        received=torch.full((1, 6, TOKENS), 1 / TOKENS),
+        keys=torch.ones(1, TOKENS, 8),
+    )
+    assert_keeps_all(get_method(name).select(plain, Budget(aggressiveness))[0], TOKENS)
+    # Beside an image that is pruned, too.
+    assert_keeps_all(get_method(name).select(_beside(plain), Budget(aggressiveness))[0], TOKENS)
+
+
+def _beside(plain: VisionFeatures) -> VisionFeatures:
+    other = image(11)
+    fields = {name: getattr(other, name)[..., :8] for name in ("patches", "cls", "keys")}
+    return batch([plain, dataclasses.replace(other, **fields)])
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [Budget(0.5), Budget(keep_ratio=0.22)], ids=str)
+def test_every_dtype_of_the_tower_is_served(name: str, dtype: torch.dtype, budget: Budget) -> None:
+    features = image(5, dtype=dtype)
+    selection = get_method(name).select(features, budget)[0]
+    assert selection.gather(features.patches[0]).dtype == dtype
+    # Large values, whose squares float16 cannot hold.
+    scaled = dataclasses.replace(features, patches=features.patches * 2000)
+    assert get_method(name).select(scaled, budget)[0].count >= 1
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_COUNT])
+@given(seed=st.integers(0, 1000), aggressiveness=st.floats(0, 1), score=st.sampled_from(sorted(SCORES)))
+@settings(max_examples=20, deadline=None)
+def test_methods_compare_at_equal_counts(name: str, seed: int, aggressiveness: float, score: str) -> None:
+    features, budget = batch([image(seed), image(seed + 1)]), Budget(aggressiveness, score=score)
+    expected = [selection.count for selection in get_method("inflection").select(features, budget)]
+    assert [selection.count for selection in get_method(name).select(features, budget)] == expected
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@budgets
+def test_non_finite_values_are_refused(name: str, bad: float, budget: Budget) -> None:
+    method = get_method(name)
+    used = {"patches"} | method.needs
+    if budget.keep_ratio is None and name not in OWN_COUNT:
+        used |= SCORE_NEEDS[budget.score]
+    for field in sorted(used):
+        features = batch([image(seed) for seed in range(3)])
+        values = getattr(features, field)
+        values[1].view(-1)[-1] = bad
+        with pytest.raises(ValueError, match="NaN or infinity in .* of image 1"):
+            method.select(features, budget)
+
+
+@every_method
+def test_a_missing_field_is_named(name: str) -> None:
+    bare = VisionFeatures(image(0).patches, None, GRID, (0,))
+    for field in get_method(name).needs:
+        with pytest.raises(ValueError, match=f"{name}.*{field}"):
+            get_method(name).select(bare, Budget(keep_ratio=0.5))
+    if not get_method(name).needs:
+        with pytest.raises(ValueError, match=r"'cosine' needs cls.*choose among cls_attention, received"):
+            get_method(name).select(bare, Budget(aggressiveness=0.5))
+
+
+class HostTraffic(TorchDispatchMode):
+    """Counts what makes a host wait for an accelerator: values read, data-dependent shapes, copies of host data."""
+
+    WAITS = frozenset(
+        {
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::unique_dim",
+            "aten::_unique2",
+            "aten::repeat_interleave.Tensor",
+            "aten::lift_fresh",
+            "aten::scalar_tensor",
+            "aten::equal",
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operator = str(func.name())
+        if operator in self.WAITS:
+            self.seen[operator] += 1
+        if operator.startswith("aten::index") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else ())
+        ):
+            self.seen["boolean index"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_traffic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """A dispatch mode for what reaches the dispatcher; on the CPU `tolist` and its like do not, so they are wrapped."""
+    mode = HostTraffic()
+
+    def counting(reader: str) -> Any:
+        original = getattr(Tensor, reader)
+
+        def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            mode.seen[reader] += 1
+            return original(self, *args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch, mode:
+        for reader in ("tolist", "numpy", "cpu", "__array__"):
+            patch.setattr(Tensor, reader, counting(reader))
+        yield mode.seen
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x * torch.tensor([2.0]),
+        lambda x: torch.where(x > 0, x, 1.0),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_the_counter_of_waits_counts(wait: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_traffic(monkeypatch) as seen:
+        wait(torch.ones(3))
+    assert seen.total() >= 1
+
+
+@every_method
+@budgets
+def test_a_selection_waits_for_the_device_once(
+    name: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = batch([image(seed) for seed in range(4)])
+    with host_traffic(monkeypatch) as seen:
+        get_method(name).select(features, budget)
+    assert seen == Counter({"tolist": 1})
+
+
+@every_method
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_that_a_selection_waits_once(name: str) -> None:
+    features = batch([image(seed) for seed in range(4)])
+    moved = {field: getattr(features, field).cuda() for field in ("patches", *OPTIONAL)}
+    on_device = dataclasses.replace(features, **moved)
+    method = get_method(name)
+    method.select(on_device, Budget(0.5))  # warm-up: handles and workspaces
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing CUDA operation") as caught:
+            selections = method.select(on_device, Budget(0.5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 1
+    for one, other in zip(selections, method.select(features, Budget(0.5)), strict=True):
+        assert one.count == other.count
+
+
+def test_names_are_looked_up_or_listed() -> None:
+    assert get_method("inflection").name == "inflection"
+    with pytest.raises(ValueError, match=r"unknown method 'best': choose one of inflection, .*visionzip"):
+        get_method("best")
+    with pytest.raises(ValueError, match=r"unknown score 'norm': choose one of cls_attention, cosine, received"):
+        Budget(score="norm")
+    for name, method in METHODS.items():
+        assert name == method.name
+        assert needs_of([name]) == method.needs <= set(OPTIONAL)
+    assert needs_of(["visionzip", "hiprune"]) == {"cls_attention", "keys", "received"}
+    assert needs_of([]) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggressiveness": -0.1},
+        {"aggressiveness": 1.1},
+        {"aggressiveness": math.nan},
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 1.1},
+        {"keep_ratio": math.nan},
+        {"min_tokens": 0},
+    ],
+    ids=str,
+)
+def test_a_budget_out_of_range_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Budget(**settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patches": torch.zeros(TOKENS, 16)},
+        {"patches": torch.zeros(1, 0, 16)},
+        {"grid": (6, 9)},
+        {"seeds": (1, 2)},
+        {"cls": torch.zeros(1, 15)},
+        {"cls_attention": torch.zeros(1, TOKENS)},
+        {"cls_attention": torch.zeros(1, 0, TOKENS)},
+        {"received": torch.zeros(2, 6, TOKENS)},
+        {"keys": torch.zeros(1, TOKENS - 1, 16)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_features_whose_shapes_disagree_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must be|does not hold|seeds for"):
+        dataclasses.replace(image(0), **change)
