@@ -44,10 +44,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> i
     document = build_document(config, session)
     records = [record for point in session.points for phase in point.phases for record in phase.records]
     failures = ((r.error_kind, r.error_message or "") for r in records if r.error_kind is not None)
+    # Files first: a reader that closes the pipe early, such as head, must not cost the results.
+    written = (
+        _write(config.result_dir, config.plots, session, document) if config.result_dir is not None else []
+    )
     print(render(document, error_samples(failures)))
-    if config.result_dir is not None:
-        for path in _write(config, session, document):
-            print(f"wrote {path}")
+    for path in written:
+        print(f"wrote {path}")
     if session.interrupted:
         return INTERRUPTED
     share = error_share(document)
@@ -106,9 +109,8 @@ def _make_folder(folder: Path) -> None:
         raise LoadTestError(f"--result-dir {folder} cannot be made: {error.strerror}.") from None
 
 
-def _write(config: LoadTestConfig, session: SessionResult, document: dict[str, Any]) -> list[Path]:
+def _write(folder: Path, plots: bool, session: SessionResult, document: dict[str, Any]) -> list[Path]:
     """result.json, requests.jsonl (one line per request, warm-up included) and the plots."""
-    folder = config.result_dir or Path()
     result, requests = folder / "result.json", folder / "requests.jsonl"
     result.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with requests.open("w", encoding="utf-8") as lines:
@@ -116,7 +118,7 @@ def _write(config: LoadTestConfig, session: SessionResult, document: dict[str, A
             for phase in point.phases:
                 lines.writelines(json.dumps(record.as_json()) + "\n" for record in phase.records)
     written = [result, requests]
-    if config.plots:
+    if plots:
         try:
             written += write_plots(document, folder)
         except ImportError:

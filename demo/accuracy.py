@@ -22,7 +22,8 @@ Keep = Callable[[int, Tensor], Tensor]
 
 @dataclass
 class Accuracy:
-    """Right and asked questions by kind; `held_out` counts those about a colour-shape pair never seen in training."""
+    """Right and asked questions by kind; `held_out` counts those about a colour-shape pair never seen in
+    training."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
@@ -45,9 +46,14 @@ class Accuracy:
 
 @torch.inference_mode()
 def measure(
-    model: LlavaForConditionalGeneration, scenes: list[Scene], states: Tensor, keep: Keep | None = None, seed: int = 0
+    model: LlavaForConditionalGeneration,
+    scenes: list[Scene],
+    states: Tensor,
+    keep: Keep | None = None,
+    seed: int = 0,
 ) -> Accuracy:
-    """Ask every scene one question of each kind; an answer counts when its word and the end after it are both right.
+    """Ask every scene one question of each kind; an answer counts when its word and the end after it are
+    both right.
 
     `states` [N, 1 + P, width] are the feature layer's, CLS first; without `keep` all patches are shown.
     """

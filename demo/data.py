@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from .model import IGNORE
 from .scenes import COLOURS, PRINTED, SHAPES, Scene, make_scene
 
-ATTRIBUTES = {"colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES), "size": 4, "word": 1 + len(PRINTED), "cell": 10}
+ATTRIBUTES = {
+    "colour": 1 + len(COLOURS),
+    "shape": 1 + len(SHAPES),
+    "size": 4,
+    "word": 1 + len(PRINTED),
+    "cell": 10,
+}
 """What one object is labelled with, and the number of classes; class 0 means none."""
 MAX_OBJECTS = 7
 """Six shapes and one text."""
@@ -27,8 +33,9 @@ _WORD_NUMBER = {name: 1 + number for number, name in enumerate(PRINTED)}
 class Batch:
     """`B` pictures of side `S` with `P` patches each.
 
-    `pixels` uint8 [B, S, S, 3]; `owner` int64 [B, P] as `Scene.owner`; `objects` int64 [B, MAX_OBJECTS, attributes],
-    rows of zeros where there are fewer; `labels` int64 [B, P, attributes], `IGNORE` on barely touched patches.
+    `pixels` uint8 [B, S, S, 3]; `owner` int64 [B, P] as `Scene.owner`; `objects` int64 [B, MAX_OBJECTS,
+    attributes], rows of zeros where there are fewer; `labels` int64 [B, P, attributes], `IGNORE` on barely
+    touched patches.
     """
 
     pixels: Tensor
@@ -38,13 +45,20 @@ class Batch:
 
 
 def objects_of(scene: Scene) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """The scene's objects as rows of attribute classes, shape [MAX_OBJECTS, attributes]; the text comes last."""
+    """The scene's objects as rows of attribute classes, shape [MAX_OBJECTS, attributes]; the text comes
+    last."""
     table = np.zeros((MAX_OBJECTS, len(ATTRIBUTES)), np.int64)
     for row, shape in enumerate(scene.shapes):
         cell = 1 + 3 * shape.row + shape.column
         table[row] = (_COLOUR_NUMBER[shape.colour], _SHAPE_NUMBER[shape.shape], 1 + shape.size, 0, cell)
     if scene.text is not None:
-        table[len(scene.shapes)] = (0, 0, 0, _WORD_NUMBER[scene.text.word], 1 + 3 * scene.text.row + scene.text.column)
+        table[len(scene.shapes)] = (
+            0,
+            0,
+            0,
+            _WORD_NUMBER[scene.text.word],
+            1 + 3 * scene.text.row + scene.text.column,
+        )
     return table
 
 
@@ -72,4 +86,6 @@ class _Drawing(IterableDataset[Batch]):
 
 def batches(split: str, first: int, batch: int, size: int) -> Iterator[Batch]:
     """Endless batches of consecutive scenes from index `first` on, drawn by one background process."""
-    return iter(DataLoader(_Drawing(split, first, batch, size), batch_size=None, num_workers=1, prefetch_factor=8))
+    return iter(
+        DataLoader(_Drawing(split, first, batch, size), batch_size=None, num_workers=1, prefetch_factor=8)
+    )

@@ -2,8 +2,9 @@
 """Phase 2: train projector and language model on the frozen tower's features.
 
 The tower is frozen, so its features are computed once and reused with new questions. A random share of each
-picture's patches is left out, uniformly and by no selection rule: the answers then come from what the patches show
-and not from where in the sequence they stand. Many questions share one sequence, each blind to the others.
+picture's patches is left out, uniformly and by no selection rule: the answers then come from what the
+patches show and not from where in the sequence they stand. Many questions share one sequence, each blind to
+the others.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from .accuracy import Accuracy, measure
 from .data import collate, objects_of
+from .export import export
 from .model import IGNORE, VOCABULARY, Size
 from .packing import answer_logits, pack
 from .questions import ask_many
@@ -34,11 +36,13 @@ class LanguageSettings:
     """Length and rates of the language model's training."""
 
     steps: int = 3000
-    scenes: int = 16000
+    scenes: int = 10000
     """Training scenes whose features are kept in memory."""
-    validation_scenes: int = 200
-    batch: int = 24
+    validation_scenes: int = 150
+    batch: int = 16
     questions: int = 16
+    align_steps: int = 400
+    """Steps of the projector and the word embeddings alone before the language model starts."""
     lr: float = 2e-3
     weight_decay: float = 0.02
     least_share: float = 0.25
@@ -47,14 +51,17 @@ class LanguageSettings:
 
 @dataclass(frozen=True)
 class Features:
-    """Scenes without their pixels, and the frozen tower's output on them: CLS first, float16 [N, 1 + P, width]."""
+    """Scenes without their pixels, and the frozen tower's output on them: CLS first, float16 [N, 1 + P,
+    width]."""
 
     scenes: list[Scene]
     states: Tensor
 
 
 @torch.inference_mode()
-def features_of(tower: torch.nn.Module, split: str, count: int, size: Size, log: Log, batch: int = 50) -> Features:
+def features_of(
+    tower: CLIPVisionModel, split: str, count: int, size: Size, log: Log, batch: int = 50
+) -> Features:
     """Draw the first `count` scenes of a split and run the tower on them."""
     device = next(tower.parameters()).device
     scenes: list[Scene] = []
@@ -72,9 +79,16 @@ def features_of(tower: torch.nn.Module, split: str, count: int, size: Size, log:
 def patch_words(scenes: list[Scene]) -> Tensor:
     """The words that each patch shows, as token ids padded with `IGNORE`: int64 [B, P, 4].
 
-    Colour, shape, printed word and place: what the projected patch should be near in the space of word embeddings.
+    Colour, shape, printed word and place: what the projected patch should be near in the space of word
+    embeddings.
     """
-    names = (list(COLOURS), list(SHAPES), [], list(PRINTED), [place for row in PLACES for place in row])
+    names: tuple[list[str], ...] = (
+        list(COLOURS),
+        list(SHAPES),
+        [],
+        list(PRINTED),
+        [place for row in PLACES for place in row],
+    )
     longest = 1 + max(len(column) for column in names)
     table = torch.full((len(names), longest), IGNORE)
     for column, words in enumerate(names):
@@ -82,13 +96,14 @@ def patch_words(scenes: list[Scene]) -> Tensor:
             table[column, 1 + number] = VOCABULARY[word]
     objects = torch.from_numpy(np.stack([objects_of(scene) for scene in scenes]))
     owner = torch.from_numpy(np.stack([scene.owner for scene in scenes]))
-    words = table[torch.arange(len(names)), objects][..., [0, 1, 3, 4]]
-    shown = words.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, 4))
+    object_words = table[torch.arange(len(names)), objects][..., [0, 1, 3, 4]]
+    shown: Tensor = object_words.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, 4))
     return shown.masked_fill((owner < 0)[..., None], IGNORE)
 
 
 def word_loss(projected: Tensor, words: Tensor, embedding: Tensor) -> Tensor:
-    """How far projected patches [N, width] are from naming their words [N, 4] by embedding [vocabulary, width]."""
+    """How far projected patches [N, width] are from naming their words [N, 4] by embedding [vocabulary,
+    width]."""
     scores = F.log_softmax(F.normalize(projected, dim=-1) @ F.normalize(embedding, dim=-1).T * 20, dim=-1)
     known = words != IGNORE
     picked = scores.gather(1, words.clamp(min=0)) * known
@@ -99,7 +114,8 @@ def word_loss(projected: Tensor, words: Tensor, embedding: Tensor) -> Tensor:
 def start_on_matches(model: LlavaForConditionalGeneration) -> None:
     """Start with keys equal to queries, so that a word attends to patches that show it.
 
-    After Trockman and Kolter 2023 (arXiv 2305.09828); input and output embeddings start (and are trained) as one.
+    After Trockman and Kolter 2023 (arXiv 2305.09828); input and output embeddings start (and are trained)
+    as one.
     """
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj.weight *= 2
@@ -108,7 +124,8 @@ def start_on_matches(model: LlavaForConditionalGeneration) -> None:
 
 
 def keep_some(patches: int, least: float, batch: int, rng: random.Random) -> Tensor:
-    """A uniformly random subset per picture, of one size for the batch: int64 [batch, kept] in raster order."""
+    """A uniformly random subset per picture, of one size for the batch: int64 [batch, kept] in raster
+    order."""
     count = max(1, round(patches * rng.uniform(least, 1)))
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     return torch.rand(batch, patches, generator=generator).topk(count, 1).indices.sort(1).values
@@ -118,7 +135,12 @@ class Trainer:
     """Projector and language model, their optimiser and their state file `folder`/language.pt."""
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, size: Size, settings: LanguageSettings, folder: Path, seed: int
+        self,
+        model: LlavaForConditionalGeneration,
+        size: Size,
+        settings: LanguageSettings,
+        folder: Path,
+        seed: int,
     ) -> None:
         torch.manual_seed(seed)
         self.model, self.size, self.settings, self.seed = model, size, settings, seed
@@ -144,32 +166,43 @@ class Trainer:
         save(self.path, {"step": self.step, "best": self.best, **parts})
 
     def train_step(self, data: Features) -> dict[str, float]:
-        """One update on one batch of scenes with freshly drawn questions."""
+        """One update on one batch of scenes with freshly drawn questions; the first ones only align the
+        projector."""
         rng = random.Random(f"{self.seed} {self.step}")
         settings, device = self.settings, self.model.device
         chosen = rng.sample(range(len(data.scenes)), settings.batch)
         scenes = [data.scenes[index] for index in chosen]
         keep = keep_some(data.states.shape[1] - 1, settings.least_share, len(scenes), rng)
         states = data.states[chosen][torch.arange(len(scenes))[:, None], 1 + keep].float().to(device)
-        questions = [ask_many(scene, settings.questions, rng) for scene in scenes]
         projected = self.model.model.multi_modal_projector(states)
-        packed = pack(questions, keep.shape[1], device)
-        logits = answer_logits(self.model, projected, packed)
-        answer = F.cross_entropy(logits, packed.targets)
         words = patch_words(scenes).gather(1, keep[..., None].expand(-1, -1, 4)).to(device)
         embedding = self.model.model.language_model.embed_tokens.weight
         named = word_loss(projected.flatten(0, 1), words.flatten(0, 1), embedding)
-        self.optimiser.step(answer + 0.2 * named, schedule(self.step, settings.steps))
         self.step += 1
+        if self.step <= settings.align_steps:
+            self.optimiser.step(named, schedule(self.step, settings.align_steps, warmup=20))
+            return {"words": named.item()}
+        questions = [ask_many(scene, settings.questions, rng) for scene in scenes]
+        packed = pack(questions, keep.shape[1], device)
+        logits = answer_logits(self.model, projected, packed)
+        answer = F.cross_entropy(logits, packed.targets)
+        done, steps = self.step - settings.align_steps, settings.steps - settings.align_steps
+        self.optimiser.step(answer + 0.2 * named, schedule(done, steps, warmup=40))
         first = packed.first
         right = (logits[first].argmax(-1) == packed.targets[first]).float().mean()
         return {"loss": answer.item(), "words": named.item(), "right": right.item()}
 
 
 def train_language(
-    model: LlavaForConditionalGeneration, size: Size, settings: LanguageSettings, folder: Path, seed: int, log: Log
+    model: LlavaForConditionalGeneration,
+    size: Size,
+    settings: LanguageSettings,
+    folder: Path,
+    seed: int,
+    log: Log,
 ) -> Accuracy:
-    """Train in place, going on from the state file; `folder`/best.pt holds the best weights by validation accuracy."""
+    """Train in place, going on from the state file; `folder`/best.pt holds the best weights by validation
+    accuracy."""
     model.model.vision_tower.eval().requires_grad_(False)
     trainer = Trainer(model, size, settings, folder, seed)
     held_out = features_of(model.model.vision_tower, "validation", settings.validation_scenes, size, log)
@@ -182,12 +215,13 @@ def train_language(
             means = {name: sum(r[name] for r in recent) / len(recent) for name in recent[0]}
             log(phase="language", step=trainer.step, **means)
             recent.clear()
-        if trainer.step % 200 == 0 or trainer.step == settings.steps:
+        if trainer.step % 100 == 0 or trainer.step == settings.steps:
             accuracy = measure(model, held_out.scenes, held_out.states)
             log(phase="validation", step=trainer.step, overall=accuracy.overall, **accuracy.by_kind)
             if accuracy.overall > trainer.best:
                 trainer.best = accuracy.overall
                 save(folder / "best.pt", {"step": trainer.step, "model": model.state_dict()})
+                export(model, size, folder / "export")
         if time.monotonic() - saved_at > SAVE_EVERY_S:
             trainer.save()
             saved_at = time.monotonic()

@@ -6,10 +6,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from .scenes import BASE_SIZE, COLOURS, DIGITS, PATCH, PLACES, SHAPES, WORDS
 
@@ -18,9 +25,10 @@ IGNORE = -100
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>", "USER:", "ASSISTANT:")
 UNKNOWN, START, END, IMAGE, PAD, USER, ASSISTANT = range(len(SPECIALS))
 _QUESTION_WORDS = (
-    "what color is the shape object how many shapes objects are there where text a an yes no does say read word "
-    "which larger higher or ? . ,"
-).split()
+    *("what", "color", "is", "the", "shape", "object", "how", "many", "shapes", "objects", "are", "there"),
+    *("where", "text", "a", "an", "yes", "no", "does", "say", "read", "word"),
+    *("which", "larger", "higher", "or", "?", ".", ","),
+)
 _PLACE_WORDS = tuple(place for row in PLACES for place in row)
 VOCABULARY: dict[str, int] = {
     word: number
@@ -44,7 +52,7 @@ class Size:
     tower_layers: int = 5
     tower_heads: int = 8
     text_width: int = 128
-    text_layers: int = 6
+    text_layers: int = 5
     text_heads: int = 4
 
     @property
@@ -86,7 +94,7 @@ def build(size: Size) -> LlavaForConditionalGeneration:
         LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_id=IMAGE,
+            image_token_index=IMAGE,
             image_seq_length=size.grid**2,
             vision_feature_layer=FEATURE_LAYER,
             vision_feature_select_strategy="default",
@@ -97,12 +105,13 @@ def build(size: Size) -> LlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def start_on_neighbours(tower: nn.Module, size: Size, layers: int = 2, gain: float = 2.5) -> None:
+def start_on_neighbours(tower: CLIPVisionModel, size: Size, layers: int = 2, gain: float = 2.5) -> None:
     """Start the first layers' eight heads on the eight neighbouring patches, as a convolution would.
 
-    Sine and cosine of row and column at four frequencies fill 16 channels of the position embedding. A query that
-    rotates them by an offset matches the key at that offset, so each head starts as one tap of a 3x3 filter
-    (Cordonnier et al. 2020, arXiv 1911.03584; d'Ascoli et al. 2021, arXiv 2103.10697). Training moves it freely.
+    Sine and cosine of row and column at four frequencies fill 16 channels of the position embedding. A
+    query that rotates them by an offset matches the key at that offset, so each head starts as one tap of a
+    3x3 filter (Cordonnier et al. 2020, arXiv 1911.03584; d'Ascoli et al. 2021, arXiv 2103.10697). Training
+    moves it freely.
 
     Raises:
         ValueError: the tower's heads cannot hold the 16 channels.
@@ -112,13 +121,16 @@ def start_on_neighbours(tower: nn.Module, size: Size, layers: int = 2, gain: flo
         raise ValueError("Starting on the neighbours needs 8 tower heads of at least 16 channels.")
     frequencies = [2 * math.pi / period for period in (24, 12, 6, 4)]
     rows, columns = torch.meshgrid(torch.arange(size.grid), torch.arange(size.grid), indexing="ij")
-    waves = [f(w * axis.flatten()) for axis in (rows, columns) for w in frequencies for f in (torch.cos, torch.sin)]
+    waves = [
+        f(w * axis.flatten()) for axis in (rows, columns) for w in frequencies for f in (torch.cos, torch.sin)
+    ]
     positions = tower.embeddings.position_embedding.weight
     positions[1:, :16] = torch.stack(waves, 1)
     positions[0, :16] = 0
     tower.embeddings.patch_embedding.weight[:16] *= 0.1
     offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    for layer in tower.encoder.layers[:layers]:
+    encoder_layers: list[Any] = list(tower.encoder.layers[:layers])
+    for layer in encoder_layers:
         for number, offset in enumerate(offsets):
             rows_of_head = slice(number * head, number * head + 16)
             layer.self_attn.k_proj.weight[rows_of_head, :16] += gain * torch.eye(16)
@@ -132,4 +144,5 @@ def _rotation(offset: tuple[int, int], frequencies: list[float]) -> Tensor:
         for frequency in frequencies:
             c, s = math.cos(step * frequency), math.sin(step * frequency)
             blocks.append(torch.tensor([[c, -s], [s, c]]))
-    return torch.block_diag(*blocks)
+    rotation: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return rotation

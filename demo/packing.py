@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many questions about one picture in one sequence, each seeing the picture and itself but no other question.
 
-Every question keeps the positions it has when it is asked alone, so that the packed answers are the answers that
-the prompt `USER: <image> question ASSISTANT:` gets.
+Every question keeps the positions it has when it is asked alone, so that the packed answers are the answers
+that the prompt `USER: <image> question ASSISTANT:` gets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ PREFIX = (START, USER)
 class Packed:
     """A batch of packed prompts; the picture's `kept` tokens stand between `PREFIX` and the questions.
 
-    `tokens` int64 [B, T] of the questions and answers; `positions` int64 [B, L] and `visible` bool [B, 1, L, L] over
-    the whole sequence, L = len(PREFIX) + kept + T; `asking` bool [B, L]: where an answer's token is predicted;
-    `targets` int64 [asked] the tokens to predict there; `first` bool [asked]: the answer's word, not the end after it.
+    `tokens` int64 [B, T] of the questions and answers; `positions` int64 [B, L] and `visible` bool [B, 1,
+    L, L] over the whole sequence, L = len(PREFIX) + kept + T; `asking` bool [B, L]: where an answer's token
+    is predicted; `targets` int64 [asked] the tokens to predict there; `first` bool [asked]: the answer's
+    word, not the end after it.
     """
 
     tokens: Tensor
@@ -54,17 +55,16 @@ def pack(questions: list[list[Question]], kept: int, device: torch.device) -> Pa
         rows.append(row)
     longest, before = max(map(len, rows)), len(PREFIX) + kept
     filled = torch.tensor([row + [(PAD, -1, 0, IGNORE)] * (longest - len(row)) for row in rows])
-    tokens, segment, place, target = filled.unbind(-1)
     batch = len(rows)
-    segment = torch.cat([torch.zeros(batch, before, dtype=torch.long), segment], 1)
-    positions = torch.cat([torch.arange(before).expand(batch, -1), before + place], 1)
-    target = torch.cat([torch.full((batch, before), IGNORE), target], 1)
-    same = segment[:, :, None] == segment[:, None, :]
+    segments = torch.cat([torch.zeros(batch, before, dtype=torch.long), filled[..., 1]], 1)
+    positions = torch.cat([torch.arange(before).expand(batch, -1), before + filled[..., 2]], 1)
+    wanted = torch.cat([torch.full((batch, before), IGNORE), filled[..., 3]], 1)
+    same = segments[:, :, None] == segments[:, None, :]
     causal = torch.ones(same.shape[-2:], dtype=torch.bool).tril()
-    visible = (same | (segment == 0)[:, None, :]) & causal
-    asking = target != IGNORE
-    targets = target[asking]
-    arrays = (tokens, positions, visible[:, None], asking, targets, targets != END)
+    visible = (same | (segments == 0)[:, None, :]) & causal
+    asking = wanted != IGNORE
+    chosen = wanted[asking]
+    arrays = (filled[..., 0], positions, visible[:, None], asking, chosen, chosen != END)
     return Packed(*(array.to(device) for array in arrays))
 
 

@@ -34,7 +34,8 @@ def ask_each(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def ask_many(scene: Scene, count: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
-    """`count` questions whose kinds are drawn evenly from `kinds`, those that the scene does not allow left out."""
+    """`count` questions whose kinds are drawn evenly from `kinds`, those that the scene does not allow left
+    out."""
     possible = [kind for kind in kinds if ask(scene, kind, random.Random(0)) is not None]
     asked = (ask(scene, rng.choice(possible), rng) for _ in range(count))
     return [question for question in asked if question is not None]
@@ -88,7 +89,9 @@ def _yes_no(scene: Scene, rng: random.Random) -> Question:
         # Half of the "no" questions share a colour or a shape with the scene: only the pair tells them apart.
         near = [pair for pair in absent if any(pair[0] == c or pair[1] == s for c, s in present)]
         pair, answer = rng.choice(near if near and rng.random() < 0.5 else absent), "no"
-    return Question("yes_no", f"Is there {'an' if pair[0] == 'orange' else 'a'} {pair[0]} {pair[1]}?", answer, (pair,))
+    return Question(
+        "yes_no", f"Is there {'an' if pair[0] == 'orange' else 'a'} {pair[0]} {pair[1]}?", answer, (pair,)
+    )
 
 
 def _read(scene: Scene, rng: random.Random) -> Question | None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both training phases share: optimisers, the learning-rate schedule, progress lines and resumable state."""
+"""What both training phases share: optimisers, the learning-rate schedule, progress lines and resumable
+state."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SAVE_EVERY_S = 120.0
 
 
 def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.35) -> float:
-    """Share of the full learning rate: linear warm-up, constant, then linear to 2 % over the last `decay` of the run."""
+    """Share of the full learning rate: linear warm-up, constant, then linear to 2 % over the last `decay`
+    of the run."""
     rise = (step + 1) / warmup
     fall = (steps - step) / max(1.0, decay * steps)
     return max(0.02, min(1.0, rise, fall))
@@ -26,15 +28,19 @@ def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.35) -> f
 class Optimiser:
     """Muon (Jordan et al. 2024) for the matrices inside the layers and AdamW for everything else."""
 
-    def __init__(self, hidden: Iterable[nn.Module], everything: Iterable[nn.Module], lr: float, decay: float) -> None:
+    def __init__(
+        self, hidden: Iterable[nn.Module], everything: Iterable[nn.Module], lr: float, decay: float
+    ) -> None:
         matrices = [p for module in hidden for p in module.parameters() if p.ndim == 2]
         taken = {id(p) for p in matrices}
         others = list({id(p): p for module in everything for p in module.parameters()}.values())
-        self.parameters: list[Tensor] = others
+        self.parameters = others
         self.lr = lr
         self.parts = (
             torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([p for p in others if id(p) not in taken], lr=lr, weight_decay=decay, betas=(0.9, 0.98)),
+            torch.optim.AdamW(
+                [p for p in others if id(p) not in taken], lr=lr, weight_decay=decay, betas=(0.9, 0.98)
+            ),
         )
 
     def step(self, loss: Tensor, share: float) -> None:
@@ -43,10 +49,10 @@ class Optimiser:
             part.zero_grad(set_to_none=True)
             for group in part.param_groups:
                 group["lr"] = self.lr * share
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts:
-            part.step()
+            part.step()  # type: ignore[no-untyped-call]
 
     def state_dict(self) -> list[Any]:
         """State of both optimisers."""
@@ -68,7 +74,9 @@ class Log:
 
     def __call__(self, **fields: Any) -> None:
         """Write one line; floats are rounded to four digits."""
-        fields = {key: round(value, 4) if isinstance(value, float) else value for key, value in fields.items()}
+        fields = {
+            key: round(value, 4) if isinstance(value, float) else value for key, value in fields.items()
+        }
         line = json.dumps({"seconds": round(time.monotonic() - self.start), **fields})
         print(line, flush=True)
         with self.path.open("a") as file:

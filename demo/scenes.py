@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawn scenes: a textured background, clutter, one to six shapes and often a printed word or digit.
 
-A scene is a pure function of its split, its index and the image size. The splits use disjoint ranges of seeds,
-and the colour-shape pairs in `HELD_OUT_PAIRS` are drawn in the test split only. `demo.questions` asks about scenes.
+A scene is a pure function of its split, its index and the image size. The splits use disjoint ranges of
+seeds, and the colour-shape pairs in `HELD_OUT_PAIRS` are drawn in the test split only. `demo.questions`
+asks about scenes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,24 @@ PLACES = (
     ("left", "center", "right"),
     ("bottom-left", "bottom", "bottom-right"),
 )
-WORDS = ("cat", "dog", "sun", "bus", "key", "map", "owl", "fox", "jam", "hut", "zip", "web", "ink", "elk", "pie", "van")
+WORDS = (
+    "cat",
+    "dog",
+    "sun",
+    "bus",
+    "key",
+    "map",
+    "owl",
+    "fox",
+    "jam",
+    "hut",
+    "zip",
+    "web",
+    "ink",
+    "elk",
+    "pie",
+    "van",
+)
 DIGITS = tuple("0123456789")
 PRINTED = WORDS + DIGITS
 HELD_OUT_PAIRS = frozenset(
@@ -67,7 +85,8 @@ MIN_INK = 12
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape: its words, its size class (0 small, 1 medium, 2 large) and its cell of the 3x3 grid."""
+    """One drawn shape: its words, its size class (0 small, 1 medium, 2 large) and its cell of the 3x3
+    grid."""
 
     colour: str
     shape: str
@@ -107,8 +126,9 @@ class Scene:
     pixels: npt.NDArray[np.uint8]
     """RGB, shape [size, size, 3]."""
     owner: npt.NDArray[np.int64]
-    """Per patch in raster order, shape [patches]: -1 background, -2 touched by less than `MIN_INK`, else the number
-    of the object that covers most of it: its index in `shapes`, or `len(shapes)` for the text."""
+    """Per patch in raster order, shape [patches]: -1 background, -2 touched by less than `MIN_INK`, else
+    the number of the object that covers most of it: its index in `shapes`, or `len(shapes)` for the
+    text."""
     shapes: tuple[Shape, ...]
     text: Text | None
 
@@ -198,7 +218,12 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fill: int | tuple[int, 
 
 
 def _draw_text(
-    draw: ImageDraw.ImageDraw, mark: ImageDraw.ImageDraw, rng: random.Random, text: Text, number: int, scale: float
+    draw: ImageDraw.ImageDraw,
+    mark: ImageDraw.ImageDraw,
+    rng: random.Random,
+    text: Text,
+    number: int,
+    scale: float,
 ) -> None:
     font = _font(round((22 if text.word in WORDS else 34) * scale))
     at = tuple((28 + 56 * cell + rng.uniform(-4, 4)) * scale for cell in (text.column, text.row))
@@ -217,21 +242,26 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _texture(number: int, size: int) -> npt.NDArray[np.int16]:
     """One of the backgrounds that pictures crop: grain over blotches, stripes, checks or nothing.
 
-    Shape [size + margin, size + margin, 3], levels around zero. Drawing one anew costs more than the rest of a scene.
+    Shape [size + margin, size + margin, 3], levels around zero. Drawing one anew costs more than the rest
+    of a scene.
     """
     rng = np.random.default_rng(number)
     side = size + size // 3
     picture = rng.normal(0, 7, (side, side, 3))
     kind = ("plain", "blotches", "stripes", "checks")[number % 4]
     if kind == "blotches":
-        coarse = Image.fromarray(rng.normal(0, 16, (cells := int(rng.integers(5, 16)), cells)).astype(np.float32))
+        coarse = Image.fromarray(
+            rng.normal(0, 16, (cells := int(rng.integers(5, 16)), cells)).astype(np.float32)
+        )
         picture += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))[..., None]
     elif kind != "plain":
         angle, period = rng.uniform(0, math.pi), rng.uniform(8, 30) * size / BASE_SIZE
         line = np.arange(side) * (2 * math.pi / period)
         wave = np.sin(line[:, None] * math.sin(angle) + line[None, :] * math.cos(angle))
         if kind == "checks":
-            wave = np.sign(wave) * np.sign(np.sin(line[:, None] * math.cos(angle) - line[None, :] * math.sin(angle)))
+            wave = np.sign(wave) * np.sign(
+                np.sin(line[:, None] * math.cos(angle) - line[None, :] * math.sin(angle))
+            )
         picture += (rng.uniform(4, 12) * wave)[..., None]
     return np.rint(picture).astype(np.int16)
 
@@ -241,7 +271,9 @@ def _background(rng: random.Random, size: int) -> npt.NDArray[np.uint8]:
     texture = _texture(rng.randrange(TEXTURES), size)
     top, left = rng.randrange(size // 3), rng.randrange(size // 3)
     colour = np.array([rng.randint(90, 165) for _ in range(3)], np.int16)
-    picture: npt.NDArray[np.uint8] = (texture[top : top + size, left : left + size] + colour).clip(0, 255).astype(np.uint8)
+    picture: npt.NDArray[np.uint8] = (
+        (texture[top : top + size, left : left + size] + colour).clip(0, 255).astype(np.uint8)
+    )
     return picture
 
 

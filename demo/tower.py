@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phase 1: pretrain the CLIP tower alone.
 
-Three losses. Contrastive: the CLS output against a caption of the scene (Radford et al. 2021, arXiv 2103.00020).
-Patch labels: the feature layer's patches name what they show. CLS alignment: at the feature layer the cosine between
-CLS and a patch is driven up on object patches and down elsewhere, which CLIP learns from far more pictures by itself.
-Most background patches are left out of the first part of the run, which halves its cost
-(Li et al. 2023, arXiv 2212.00794).
+Three losses. Contrastive: the CLS output against a caption of the scene (Radford et al. 2021, arXiv
+2103.00020). Patch labels: the feature layer's patches name what they show. CLS alignment: at the feature
+layer the cosine between CLS and a patch is driven up on object patches and down elsewhere, which CLIP
+learns from far more pictures by itself. Most background patches are left out of the first part of the run,
+which halves its cost (Li et al. 2023, arXiv 2212.00794).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPVisionModel
 
 from .data import ATTRIBUTES, Batch, batches
 from .model import IGNORE, Size
@@ -28,9 +29,9 @@ from .run import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
 class TowerSettings:
     """Length and rates of the tower's pretraining."""
 
-    steps: int = 3000
-    batch: int = 64
-    lr: float = 3e-3
+    steps: int = 1900
+    batch: int = 32
+    lr: float = 2e-3
     weight_decay: float = 0.02
     masked_share: float = 0.7
     """Share of the steps in which only `visible` of the patches are shown."""
@@ -44,7 +45,7 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
-def encode(tower: nn.Module, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(tower: CLIPVisionModel, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Run the tower, on the patches in `keep` [B, K] only if given.
 
     Returns the feature layer's states, CLS first, [B, 1 + K, width], and the CLS output [B, width]. Equal to
@@ -55,7 +56,8 @@ def encode(tower: nn.Module, pixels: Tensor, keep: Tensor | None = None) -> tupl
         rows = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], 1)
         states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
     states = tower.pre_layrnorm(states)
-    *layers, last = tower.encoder.layers
+    encoder_layers: list[Any] = list(tower.encoder.layers)
+    *layers, last = encoder_layers
     for layer in layers:
         states = layer(states, None)
     normed, attention = last.layer_norm1(states), last.self_attn
@@ -75,7 +77,8 @@ def encode(tower: nn.Module, pixels: Tensor, keep: Tensor | None = None) -> tupl
 
 
 class Heads(nn.Module):
-    """What only pretraining needs: patch classifiers, a caption encoder and the two contrastive projections."""
+    """What only pretraining needs: patch classifiers, a caption encoder and the two contrastive
+    projections."""
 
     def __init__(self, width: int, shared: int = 64) -> None:
         super().__init__()
@@ -96,7 +99,8 @@ class Heads(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     def name_patches(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Patch-label loss of [B, K, width] against [B, K, attributes], and the share of object patches named right."""
+        """Patch-label loss of [B, K, width] against [B, K, attributes], and the share of object patches
+        named right."""
         total, right = patches.new_zeros(()), {}
         known = labels[..., 0] != IGNORE
         shown = known & (labels[..., -1] > 0)
@@ -112,7 +116,8 @@ class Heads(nn.Module):
 
 
 def align(states: Tensor, labels: Tensor) -> Tensor:
-    """CLS alignment: logistic loss on the cosine between CLS and each patch, objects and background weighted alike."""
+    """CLS alignment: logistic loss on the cosine between CLS and each patch, objects and background
+    weighted alike."""
     cosine = F.cosine_similarity(states[:, :1], states[:, 1:], dim=-1)
     known, shown = labels[..., 0] != IGNORE, labels[..., -1] > 0
     logits = 12 * (cosine - 0.35)
@@ -120,12 +125,15 @@ def align(states: Tensor, labels: Tensor) -> Tensor:
 
 
 def visible_patches(owner: Tensor, count: int) -> Tensor:
-    """Which patches a masked step shows, [B, count] in raster order: everything touched first, then at random."""
+    """Which patches a masked step shows, [B, count] in raster order: everything touched first, then at
+    random."""
     order = torch.rand(owner.shape, device=owner.device) + (owner != -1).float()
     return order.topk(count, 1).indices.sort(1).values
 
 
-def pretrain(tower: nn.Module, size: Size, settings: TowerSettings, folder: Path, seed: int, log: Log) -> None:
+def pretrain(
+    tower: CLIPVisionModel, size: Size, settings: TowerSettings, folder: Path, seed: int, log: Log
+) -> None:
     """Pretrain the tower in place, going on from `folder`/tower.pt where that exists."""
     torch.manual_seed(seed)
     device = next(tower.parameters()).device
@@ -137,16 +145,24 @@ def pretrain(tower: nn.Module, size: Size, settings: TowerSettings, folder: Path
         step = state.pop("step")
         for name, saved in state.items():
             parts[name].load_state_dict(saved)
+    if step >= settings.steps:
+        return
     run = torch.compile(encode) if settings.compile else encode
 
     def snapshot() -> None:
         save(path, {"step": step, **{name: part.state_dict() for name, part in parts.items()}})
 
-    data, saved_at, recent = batches("train", step * settings.batch, settings.batch, size.image), time.monotonic(), []
+    data, saved_at, recent = (
+        batches("train", step * settings.batch, settings.batch, size.image),
+        time.monotonic(),
+        [],
+    )
     while step < settings.steps:
         torch.manual_seed(seed + step)  # a resumed run masks the same patches
         batch = next(data)
-        moved = Batch(*(getattr(batch, field).to(device) for field in ("pixels", "owner", "objects", "labels")))
+        moved = Batch(
+            *(getattr(batch, field).to(device) for field in ("pixels", "owner", "objects", "labels"))
+        )
         keep, labels = None, moved.labels
         if step < settings.masked_share * settings.steps:
             keep = visible_patches(moved.owner, round(settings.visible * size.grid**2))
@@ -160,7 +176,9 @@ def pretrain(tower: nn.Module, size: Size, settings: TowerSettings, folder: Path
         recent.append({"patch": named, "contrast": contrast, "align": aligned, **right})
         step += 1
         if step % 50 == 0:
-            means = {name: float(torch.stack([r[name].detach() for r in recent]).mean()) for name in recent[0]}
+            means = {
+                name: float(torch.stack([r[name].detach() for r in recent]).mean()) for name in recent[0]
+            }
             log(phase="tower", step=step, **means)
             recent.clear()
         if time.monotonic() - saved_at > SAVE_EVERY_S:

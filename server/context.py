@@ -7,7 +7,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_vtprune.settings import Controls
+from vllm.exceptions import VLLMValidationError
+
+from vllm_vtprune.settings import HEADERS, Controls, PruneSettings, SettingsError
+from vtprune_server import metrics
 
 
 @dataclass(slots=True)

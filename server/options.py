@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's policy from flags, environment and a YAML file.
+"""The operator's policy and limits from flags, environment and a YAML file.
 
-Each field of `PrunePolicy` is a flag ``--vtprune-<field>`` and a variable ``VTPRUNE_<FIELD>``; a flag wins over
-the environment, the environment over the file, and all of them over ``--additional-config``.
+Each field of `PrunePolicy` and `ServerLimits` is a flag ``--vtprune-<field>``, a variable ``VTPRUNE_<FIELD>`` and a
+key of the file. A flag wins over the environment, the environment over the file, and all of them over
+``--additional-config``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from vllm_vtprune.policy import CONFIG_KEY, PolicyError, PrunePolicy
+from vtprune_server.limits import ENV_PREFIX, ServerLimits, parse_text
 
-_PREFIX = "vtprune_"
+_DEST = "vtprune_"
 _HELP = {
     "prune_layer": "decoder layer K of the second stage (off unless given)",
     "window": "last prompt tokens whose queries rate the others, and which always stay",
@@ -37,19 +38,28 @@ _HELP = {
     "encoder_batch": "most images in one pass of the vision tower",
     "trust_image_ids": "whether a client's uuid or an EXIF image id may name a cached picture: true or false",
     "feature_cache_gb": "GiB per API process for cached tower outputs",
+    "max_body_mb": "largest request body in MiB (0: no limit)",
+    "max_images": "images per prompt",
+    "max_image_megapixels": "largest decoded image, in millions of pixels",
+    "media_domains": "hosts an image_url may name, separated by commas (empty: every public one)",
+    "allow_private_media": "whether an image_url may lead to a private or loopback address: true or false",
+    "log_requests": "whether each request is logged as a JSON line, without its content: true or false",
 }
+_Field = dataclasses.Field[Any]
+_POLICY: tuple[_Field, ...] = dataclasses.fields(PrunePolicy)
+_LIMITS: tuple[_Field, ...] = dataclasses.fields(ServerLimits)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Add the policy's flags to a parser."""
-    group = parser.add_argument_group("vtprune", "Pruning policy")
-    for field in dataclasses.fields(PrunePolicy):
-        flags = [f"--vtprune-{field.name.replace('_', '-')}"]
+    """Add the flags to a parser."""
+    group = parser.add_argument_group("vtprune", "Pruning policy and limits")
+    for field in (*_POLICY, *_LIMITS):
+        flags = [_flag(field)]
         if field.name == "prune_layer":
             flags.insert(0, "--prune-layer")
         group.add_argument(
             *flags,
-            dest=_PREFIX + field.name,
+            dest=_DEST + field.name,
             metavar=field.name.rsplit("_", 1)[-1].upper(),
             help=f"{_HELP[field.name]}; default {_shown(field.default)}",
         )
@@ -58,30 +68,37 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 def policy_from_options(
     args: argparse.Namespace, environ: Mapping[str, str], additional_config: Mapping[str, Any] | None = None
-) -> PrunePolicy:
-    """Gather the policy.
+) -> tuple[PrunePolicy, ServerLimits]:
+    """Gather policy and limits.
 
     Args:
         args: parsed by a parser that `add_policy_options` extended.
         environ: usually `os.environ`.
-        additional_config: vLLM's own; its ``vtprune`` entry is the weakest source.
+        additional_config: vLLM's own; its ``vtprune`` entry is the weakest source, of the policy alone.
 
     Raises:
         PolicyError: a value that cannot work, or a file that cannot be read; the message names it.
     """
-    values: dict[str, Any] = dict((additional_config or {}).get(CONFIG_KEY) or {})
-    path = args.vtprune_config or environ.get("VTPRUNE_CONFIG")
-    if path:
-        values |= _from_file(Path(path))
-    for field in dataclasses.fields(PrunePolicy):
-        variable = (_PREFIX + field.name).upper()
-        for source, text in (
-            (variable, environ.get(variable)),
-            (f"--vtprune-{field.name.replace('_', '-')}", getattr(args, _PREFIX + field.name)),
-        ):
-            if text is not None:
-                values[field.name] = _value(field, text, source)
-    return PrunePolicy.from_config({CONFIG_KEY: values})
+    policy: dict[str, Any] = dict((additional_config or {}).get(CONFIG_KEY) or {})
+    limits: dict[str, Any] = {}
+    limit_names = {field.name for field in _LIMITS}
+    path = args.vtprune_config or environ.get(ENV_PREFIX + "CONFIG")
+    for name, value in (_from_file(Path(path)) if path else {}).items():
+        (limits if name in limit_names else policy)[name] = value
+    for values, fields in ((policy, _POLICY), (limits, _LIMITS)):
+        for field in fields:
+            variable = ENV_PREFIX + field.name.upper()
+            for source, text in (
+                (variable, environ.get(variable)),
+                (_flag(field), getattr(args, _DEST + field.name)),
+            ):
+                if text is not None:
+                    values[field.name] = parse_text(str(field.type), text, source)
+    return PrunePolicy.from_config({CONFIG_KEY: policy}), ServerLimits(**limits)
+
+
+def _flag(field: _Field) -> str:
+    return f"--vtprune-{field.name.replace('_', '-')}"
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -93,37 +110,16 @@ def _from_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise PolicyError(f"The policy file {path} must hold `name: value` lines.")
+    known = {field.name for field in (*_POLICY, *_LIMITS)}
+    for name in content:
+        if name not in known:
+            raise PolicyError(f"Unknown key {name!r} in {path}; the keys are {', '.join(sorted(known))}.")
     return content
-
-
-def _value(field: dataclasses.Field[Any], text: str, source: str) -> Any:
-    kind = str(field.type)
-    text = text.strip()
-    if kind == "int | None" and text.lower() in ("", "none", "off"):
-        return None
-    if kind == "bool":
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise PolicyError(f"{source} must be true or false, not {text!r}.")
-    try:
-        if kind.startswith("int"):
-            return int(text)
-        if kind == "float":
-            return float(text)
-    except ValueError as error:
-        raise PolicyError(f"{source} must be a number, not {text!r}.") from error
-    return (
-        tuple(name.strip() for name in text.split(",") if name.strip()) if kind.startswith("tuple") else text
-    )
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, tuple):
-        return "all"
-    return (
-        {None: "off", True: "true", False: "false"}.get(default, str(default))
-        if default is None or isinstance(default, bool)
-        else str(default)
-    )
+        return "all" if default else "empty"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "off" if default is None else str(default)

@@ -22,9 +22,13 @@ class VTPruneEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replace the prompt routes; vLLM calls this once all of its own are attached."""
+        from vtprune_server.inspection import attach_inspection_routes
+        from vtprune_server.playground import attach_playground
         from vtprune_server.routes import attach_prompt_routes
 
         attach_prompt_routes(app)
+        attach_inspection_routes(app)
+        attach_playground(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Make the shared renderer ours and load the tower, so that a bad checkpoint fails at start."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vtprune_server import metrics
 
 
 def install_prefetch(renderer: Any, workers: int) -> None:
@@ -38,9 +39,12 @@ def install_prefetch(renderer: Any, workers: int) -> None:
         **kwargs: Any,
     ) -> Any:
         settings = (mm_processor_kwargs, media_io_kwargs)
-        await asyncio.get_running_loop().run_in_executor(
+        hits, misses = await asyncio.get_running_loop().run_in_executor(
             pool, processor.prefetch, mm_data, *settings, renderer.mm_processor_cache
         )
+        metrics.CACHE_HITS.inc(hits)
+        metrics.CACHE_MISSES.inc(misses)
+        metrics.CACHE_BYTES.set(processor.tower.cache.nbytes)
         return await process(
             prompt,
             mm_data,

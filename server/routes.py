@@ -51,6 +51,10 @@ class PruneFields(BaseModel, extra="forbid"):
     kv_scope: str | None = Field(None, json_schema_extra={"enum": list(KV_SCOPES)})
 
 
+#: How OpenAPI shows the body's `vtprune` field, which is typed Any so that our own sentences judge it.
+VTPRUNE_SCHEMA: dict[str, Any] = {"anyOf": [PruneFields.model_json_schema(), {"type": "null"}]}
+
+
 async def prune_headers(
     raw_request: Request,
     preset: Annotated[
@@ -138,9 +142,5 @@ def _with_field(model: Any) -> Any:
         return typing.Union[tuple(_with_field(member) for member in typing.get_args(model))]  # noqa: UP007
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return model
-    # typed Any, so that our own sentences judge the value; the schema says what it is
-    field = (
-        Any,
-        Field(None, json_schema_extra={"anyOf": [PruneFields.model_json_schema(), {"type": "null"}]}),
-    )
+    field = (Any, Field(None, json_schema_extra=VTPRUNE_SCHEMA))
     return create_model(model.__name__, __base__=model, __module__=model.__module__, **{KWARG: field})

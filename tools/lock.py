@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,9 +37,8 @@ def needed(name: str, extras: Iterable[str], python: str) -> list[tuple[str, fro
     found: list[tuple[str, frozenset[str]]] = []
     for text in distribution(name).requires or []:
         requirement = Requirement(text)
-        environment = {**default_environment(), "python_version": python}
         if requirement.marker is None or any(
-            requirement.marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras)
+            requirement.marker.evaluate({"python_version": python, "extra": extra}) for extra in ("", *extras)
         ):
             found.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return found

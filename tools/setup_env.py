@@ -182,29 +182,23 @@ def install_torch(index: list[str]) -> str:
     return version
 
 
-def import_torchvision() -> subprocess.CompletedProcess[str]:
-    """Import torchvision and its transforms in a new process of the environment."""
-    return run(PYTHON, "-c", "import torchvision.transforms.v2.functional")
-
-
 def install_torchvision(torch: str, index: list[str]) -> None:
     """Install the torchvision that matches torch, or else the CUDA build with a shim beside it."""
     site = Path(ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
     module, hook = site / "_vtprune_torchvision.py", site / "_vtprune_torchvision.pth"
     with step(f"torchvision {TORCHVISION}") as notes:
-        module.unlink(missing_ok=True)
-        hook.unlink(missing_ok=True)
         wanted = f"torchvision=={TORCHVISION}+cpu"
         if not torch.endswith("+cpu") or not pip_install("--no-deps", wanted, *index):
             require_install("torchvision", "--no-deps", f"torchvision=={TORCHVISION}")
-        if import_torchvision().returncode == 0:
+        # Only a real import tells. A shim from an earlier set-up does not change this answer.
+        if ask("from torchvision import extension; print(extension._has_ops())") == "True":
+            hook.unlink(missing_ok=True)
+            module.unlink(missing_ok=True)
             notes.append("its operators load")
             return
         shutil.copyfile(SHIM, module)
         hook.write_text("import _vtprune_torchvision; _vtprune_torchvision.install()\n")
-        done = import_torchvision()
-        if done.returncode:
-            raise StepFailedError("import torchvision", done.stdout)
+        required("import torchvision", PYTHON, "-c", "import torchvision.transforms.v2.functional")
         notes.append("a CUDA build beside CPU torch: its two missing operators are declared at import")
 
 

@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtprune.policy import PrunePolicy
-from vllm_vtprune.vision.encoder import clip_config, feature_layer_index
+from vllm_vtprune.vision.encoder import feature_layer_index, patch_grid
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -36,12 +36,14 @@ class PluginContext:
         dummy_weights: vLLM runs with `--load-format dummy`.
         download_dir: where the hub client keeps files.
         vision_tokens: tokens of one image before pruning.
+        special_ids: the tokenizer's special tokens, the image placeholder aside; empty without a prune layer.
     """
 
     policy: PrunePolicy = field(default_factory=PrunePolicy)
     dummy_weights: bool = False
     download_dir: str | None = None
     vision_tokens: int = 0
+    special_ids: frozenset[int] = frozenset()
 
 
 class LlavaPruneConfig(VerifyAndUpdateConfig):
@@ -53,19 +55,27 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
 
         Raises:
             PolicyError: `additional_config["vtprune"]` cannot work.
+            UnsupportedConfigError: a prune layer that cannot work with this model or configuration.
             CheckpointError: the tower is not a CLIP tower, or its feature layers are not supported.
         """
         model_config = vllm_config.model_config
         hf_config = cast(LlavaConfig, model_config.hf_config)
-        vision = clip_config(hf_config)
+        rows, columns = patch_grid(hf_config)
         feature_layer_index(hf_config)
         policy = PrunePolicy.from_config(vllm_config.additional_config)
+        special_ids = frozenset[int]()
+        if policy.prune_layer is not None:
+            from vllm_vtprune.kv_drop.config import install, special_token_ids
+
+            install(vllm_config, policy)
+            special_ids = special_token_ids(model_config)
         context = PluginContext(
             policy=policy,
             dummy_weights=vllm_config.load_config.load_format == "dummy",
             download_dir=vllm_config.load_config.download_dir,
-            vision_tokens=(vision.image_size // vision.patch_size) ** 2
-            + (hf_config.vision_feature_select_strategy == "full"),
+            # "full" hands CLS to the language model too
+            vision_tokens=rows * columns + (hf_config.vision_feature_select_strategy == "full"),
+            special_ids=special_ids,
         )
         setattr(model_config, _ATTRIBUTE, context)
 

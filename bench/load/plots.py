@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 _DPI = 130
-_SHADES = ("#9ecae1", "#6baed6", "#3182bd", "#08519c", "#fdae6b", "#e6550d", "#a1d99b", "#31a354")
 
 
 def write_plots(document: dict[str, Any], folder: Path) -> list[Path]:
@@ -36,7 +35,7 @@ def _throughput(results: list[dict[str, Any]], path: Path) -> Path:
 
     loads = list(dict.fromkeys(_load(entry) for entry in results))
     settings = list(dict.fromkeys(entry["setting"] for entry in results))
-    equal = any("request_throughput_at_equal_concurrency" in entry for entry in results)
+    colours = _colours(len(settings))
     figure, axes = pyplot.subplots(1, 2, figsize=(4 + 1.6 * max(3, len(loads)), 4.2), layout="constrained")
     for axis, key, unit in zip(
         axes, ("request_throughput", "output_throughput"), ("requests/s", "output tokens/s"), strict=True
@@ -53,7 +52,7 @@ def _throughput(results: list[dict[str, Any]], path: Path) -> Path:
                 heights,
                 width * 0.92,
                 label=setting,
-                color=_SHADES[column % len(_SHADES)],
+                color=colours[column],
                 yerr=spread if any(spread) else None,
                 capsize=3,
             )
@@ -61,7 +60,7 @@ def _throughput(results: list[dict[str, Any]], path: Path) -> Path:
         axis.set_ylabel(unit)
         axis.set_ylim(bottom=0)
         _bare(axis)
-    figure.suptitle("Throughput by setting" + (" (at equal concurrency, by Little's law)" if equal else ""))
+    figure.suptitle("Throughput by setting" + _caveat(results))
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="outside lower center",
@@ -77,44 +76,52 @@ def _latency(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
     """TTFT, TPOT and end-to-end latency against the load: the median solid, the 99th percentile dashed."""
     from matplotlib import pyplot
 
-    settings = list(dict.fromkeys(entry["setting"] for entry in results))
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
-    for axis, (name, title) in zip(
-        axes,
-        (("ttft", "time to first token"), ("tpot", "time per output token"), ("e2el", "end to end")),
-        strict=True,
-    ):
-        for column, setting in enumerate(settings):
-            entries = sorted(
-                (e for e in results if e["setting"] == setting), key=lambda entry: float(entry[key])
-            )
+    series = _series(results, key)
+    colours = _colours(len(series))
+    panels = (("ttft", "time to first token"), ("tpot", "time per output token"), ("e2el", "end to end"))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 4.2), layout="constrained")
+    for axis, (metric, title) in zip(axes, panels, strict=True):
+        for (name, entries), colour in zip(series.items(), colours, strict=True):
             for statistic, style in (("median", "-"), ("p99", "--")):
                 points = [
-                    (e[key], value) for e in entries if (value := e[f"{statistic}_{name}_ms"]) is not None
+                    (entry[key], value)
+                    for entry in sorted(entries, key=lambda entry: float(entry[key]))
+                    if (value := entry[f"{statistic}_{metric}_ms"]) is not None
                 ]
                 axis.plot(
-                    [x for x, _ in points],
-                    [y for _, y in points],
+                    [load for load, _ in points],
+                    [value for _, value in points],
                     style,
                     marker="o",
                     markersize=4,
-                    color=_SHADES[column % len(_SHADES)],
-                    label=f"{setting}, {statistic}",
+                    color=colour,
+                    label=f"{name}, {statistic}",
                 )
         axis.set_title(title)
         axis.set_xlabel(label)
+        axis.set_xticks(sorted({entry[key] for entry in results}))
         axis.set_ylabel("ms")
         axis.set_ylim(bottom=0)
         _bare(axis)
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(4, 2 * len(settings)),
+        ncols=min(4, len(series)),
         frameon=False,
     )
     figure.savefig(path, dpi=_DPI)
     pyplot.close(figure)
     return path
+
+
+def _series(results: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    """The results by line of the plot: one per setting, or per setting and cap if rates ran under several."""
+    several = key == "request_rate" and len({entry["max_concurrency"] for entry in results}) > 1
+    series: dict[str, list[dict[str, Any]]] = {}
+    for entry in results:
+        name = f"{entry['setting']} ≤ {entry['max_concurrency']}" if several else entry["setting"]
+        series.setdefault(name, []).append(entry)
+    return series
 
 
 def _throughput_of(entry: dict[str, Any], key: str) -> float:
@@ -127,6 +134,24 @@ def _load(entry: dict[str, Any]) -> str:
         return f"{entry['max_concurrency']} in flight"
     cap = "" if entry["max_concurrency"] is None else f"\n≤ {entry['max_concurrency']} in flight"
     return f"{entry['request_rate']:g}/s{cap}"
+
+
+def _caveat(results: list[dict[str, Any]]) -> str:
+    """What the bars are where they are not simply measured one setting at a time."""
+    if any("request_throughput_at_equal_concurrency" in entry for entry in results):
+        return " (at equal concurrency, by Little's law)"
+    if len({entry["setting"] for entry in results}) > 1 and not any("phases" in entry for entry in results):
+        return " (each one's share of the mix)"
+    if any("request_throughput_std_over_phases" in entry for entry in results):
+        return " (with the standard deviation over phases)"
+    return ""
+
+
+def _colours(count: int) -> list[Any]:
+    """From dark to light in the order of the settings, so a sweep of one quantity reads as a scale."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.85 * index / max(1, count - 1)) for index in range(count)]
 
 
 def _bare(axis: Any) -> None:

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 
@@ -71,7 +72,7 @@ class RequestRecord:
     @property
     def itl_s(self) -> list[float]:
         """Inter-token latencies: the gaps between chunks, one fewer than chunks."""
-        return [b - a for a, b in zip(self.token_times_s, self.token_times_s[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.token_times_s)]
 
     @property
     def tpot_s(self) -> float | None:

@@ -17,6 +17,7 @@ _LATENCIES = (
     ("client_queue_time", "client queue"),
     ("e2el_including_client_queue", "end-to-end with queue"),
 )
+_QUEUE_LATENCIES = ("client_queue_time", "e2el_including_client_queue")
 # (key, what the row is called); a row shows where at least one setting has the key.
 _ROWS = (
     ("completed", "requests completed"),
@@ -28,6 +29,7 @@ _ROWS = (
     ("request_goodput", "request goodput (req/s)"),
     ("request_goodput_including_client_queue", "  counting the client queue (req/s)"),
     ("output_throughput", "output throughput (tok/s)"),
+    ("output_throughput_std_over_phases", "  standard deviation over phases"),
     ("output_throughput_at_equal_concurrency", "  at equal concurrency (tok/s)"),
     ("total_token_throughput", "total token throughput (tok/s)"),
     ("max_concurrent_requests", "peak concurrent requests"),
@@ -81,7 +83,10 @@ def error_samples(records: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def _table(entries: Sequence[dict[str, Any]]) -> list[str]:
     rows = [(label, [entry.get(key) for entry in entries]) for key, label in _ROWS]
+    capped = any(entry["max_concurrency"] is not None for entry in entries)
     for key, label in _LATENCIES:
+        if key in _QUEUE_LATENCIES and not capped:
+            continue  # without a cap only a late client makes requests wait, and the notes tell of that
         for statistic in _STATISTICS:
             rows.append(
                 (f"{label} {statistic} (ms)", [entry.get(f"{statistic}_{key}_ms") for entry in entries])

@@ -99,9 +99,10 @@ def _own_phases(phases: list[PhaseResult]) -> Document:
             row["output_throughput"] = sum(record.output_tokens for record in done) / phase.duration_s
         rows.append(row)
     document: Document = {"phases": rows}
-    throughputs = [row["request_throughput"] for row in rows if "request_throughput" in row]
-    if len(throughputs) > 1:
-        document["request_throughput_std_over_phases"] = float(np.std(throughputs, ddof=1))
+    for key in ("request_throughput", "output_throughput"):
+        throughputs = [row[key] for row in rows if key in row]
+        if len(throughputs) > 1:
+            document[f"{key}_std_over_phases"] = float(np.std(throughputs, ddof=1))
     if (counters := _counters(phases)) is not None:
         document["server_metrics"] = counters
     return document
@@ -156,7 +157,8 @@ def _notes(config: LoadTestConfig, point: PointResult, entries: list[Document]) 
     ):
         notes.append(
             f"{point.point.describe()}: a phase has under {_REQUESTS_PER_SLOT} requests per slot, so "
-            "filling and draining weigh on its throughput; raise --num-prompts or --duration, or lower --rounds."
+            "filling and draining weigh on its throughput; raise --num-prompts or --duration, or lower "
+            "--rounds."
         )
     if point.client_cpu_share > _BUSY_CLIENT:
         notes.append(

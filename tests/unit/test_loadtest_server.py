@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The load tester over real HTTP, against a small chat server that behaves exactly as told."""
 
-import base64
 import hashlib
-import json
-import os
-import signal
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.fake_chat import KEPT, PROMPT_TOKENS, FakeChat, serve_fake_chat
+from tests.loadtest_runs import pictures, presets, run
 from vtprune_bench.loadtest import main
 
 
@@ -31,36 +25,6 @@ def running() -> Iterator[FakeChat]:
 def fake(running: FakeChat) -> FakeChat:
     running.reset()
     return running
-
-
-def run(
-    fake: FakeChat, folder: Path, *arguments: str, plots: bool = False
-) -> tuple[int, dict[str, Any], list[Any]]:
-    """Exit status, result document, and the lines of the JSONL file."""
-    small = ["--image-size", "32", "--output-len", "3", "--warmup", "0"]
-    status = main(
-        [
-            "--base-url",
-            fake.url,
-            "--result-dir",
-            str(folder),
-            *small,
-            *([] if plots else ["--no-plots"]),
-            *arguments,
-        ]
-    )
-    document = json.loads((folder / "result.json").read_text())
-    lines = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
-    return status, document, lines
-
-
-def presets(fake: FakeChat) -> list[str | None]:
-    return [headers.get("x-vtprune-preset") for headers in fake.headers]
-
-
-def pictures(body: dict[str, Any]) -> list[bytes]:
-    parts = body["messages"][0]["content"]
-    return [base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in parts if p["type"] == "image_url"]
 
 
 def test_sweep_is_balanced_and_reads_pruning_from_the_usage(fake: FakeChat, tmp_path: Path) -> None:
@@ -129,11 +93,10 @@ def test_latencies_leave_out_the_role_chunk(fake: FakeChat, tmp_path: Path) -> N
     fake.prefill_s, fake.token_s = 0.08, 0.02
     _, document, lines = run(fake, tmp_path, "--num-prompts", "3", "--concurrency", "1", "--output-len", "6")
     for line in lines:
-        # A timer never fires early (1 ms for its granularity), so the lower bounds are exact; the upper ones are
-        # far above any scheduling delay and far below what a wrong reading would give.
-        assert 79 <= line["ttft_ms"] < 600
+        # A timer fires early by its granularity of 1 ms at most, so the lower bounds are safe.
+        assert line["ttft_ms"] >= 79
         assert len(line["itl_ms"]) == 5
-        assert sum(line["itl_ms"]) >= 95
+        assert line["e2el_ms"] >= 79 + 5 * 19
         assert line["e2el_ms"] == pytest.approx(line["ttft_ms"] + sum(line["itl_ms"]), abs=0.01)
         assert line["tpot_ms"] == pytest.approx(sum(line["itl_ms"]) / 5, abs=0.01)
     assert document["results"][0]["mean_ttft_ms"] >= 79
@@ -163,64 +126,11 @@ def test_duration_and_ramp(fake: FakeChat, tmp_path: Path) -> None:
     ramp = [line for line in lines if line["role"] == "ramp"]
     measured = [line for line in lines if line["role"] == "measured"]
     assert ramp and measured
-    assert max(line["sent_s"] for line in measured) - min(line["sent_s"] for line in measured) <= 0.5
+    due = [line["intended_s"] for line in measured]
+    assert max(due) - min(due) <= 0.5
+    assert min(due) - min(line["intended_s"] for line in ramp) >= 0.3 - 1e-3
     assert document["results"][0]["completed"] == len(measured)
-    assert 0.3 < document["results"][0]["duration"] < 3
-
-
-def test_errors_are_counted_by_kind(
-    fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake.fail = {1: 503, 3: "cut", 5: "event", 7: 503}.get
-    status, document, lines = run(fake, tmp_path, "--num-prompts", "10", "--concurrency", "1")
-    assert status == 1
-    entry = document["results"][0]
-    assert entry["errors_by_kind"] == {"http_503": 2, "disconnected": 1, "stream_error": 1}
-    assert (entry["completed"], entry["failed"]) == (6, 4)
-    assert entry["total_output_tokens"] == 18, "tokens of failed requests do not count"
-    output = capsys.readouterr()
-    assert "refused with 503" in output.out and "the engine is gone" in output.out
-    assert "40.0% of the measured requests failed" in output.err
-    fake.reset()
-    fake.fail = {1: 503}.get
-    allowed = run(fake, tmp_path, "--num-prompts", "10", "--concurrency", "1", "--max-error-share", "0.1")
-    assert allowed[0] == 0
-
-
-def test_a_setting_the_server_refuses_stops_the_run(
-    fake: FakeChat, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--base-url", fake.url, "--sweep", "off,bogus", "--image-size", "32", "--warmup", "1"]
-    assert main(arguments) == 2
-    assert "'bogus' failed" in capsys.readouterr().err
-    assert len(fake.bodies) == 2
-
-
-def test_unreachable_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--base-url", "http://127.0.0.1:9"]) == 2
-    error = capsys.readouterr().err
-    assert "cannot be reached" in error and "--base-url" in error
-
-
-def test_timeouts_are_errors(fake: FakeChat, tmp_path: Path) -> None:
-    fake.prefill_s = 5
-    status, document, _ = run(fake, tmp_path, "--num-prompts", "2", "--concurrency", "2", "--timeout", "0.1")
-    assert status == 1
-    assert document["results"][0]["errors_by_kind"] == {"timeout": 2}
-
-
-def test_plain_server_has_no_pruning_columns(
-    fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake.prunes, fake.usage, fake.owner = False, False, "someone"
-    status, document, _ = run(fake, tmp_path, "--num-prompts", "2", "--no-include-usage")
-    assert status == 0
-    entry = document["results"][0]
-    assert entry["total_output_tokens"] == 6, "counted by chunks"
-    assert not any(key.startswith(("vision", "kv_")) for key in entry)
-    assert "vision" not in capsys.readouterr().out
-    assert any("no usage" in note for note in document["notes"])
-    assert all("ignore_eos" not in body and "stream_options" not in body for body in fake.bodies)
+    assert document["results"][0]["duration"] >= 0.49
 
 
 def test_request_contents(fake: FakeChat, tmp_path: Path) -> None:
@@ -294,16 +204,15 @@ def test_result_has_the_keys_of_vllm_bench_serve(fake: FakeChat, tmp_path: Path)
         with Image.open(tmp_path / f"{name}.png") as plot:
             assert plot.width > 400
     keys = set(document["results"][0])
+    metrics = ("ttft", "tpot", "itl", "e2el", "client_queue_time", "e2el_including_client_queue")
     statistics = {
-        f"{statistic}_{metric}_ms"
-        for statistic in ("mean", "median", "std", "p90", "p95", "p99")
-        for metric in ("ttft", "tpot", "itl", "e2el", "client_queue_time", "e2el_including_client_queue")
+        f"{name}_{metric}_ms" for metric in metrics for name in ("mean", "median", "std", "p90", "p95", "p99")
     }
     names = {
-        "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate",
-        "burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens",
-        "total_output_tokens", "request_throughput", "request_goodput", "output_throughput",
-        "total_token_throughput", "max_output_tokens_per_s", "max_concurrent_requests",
+        "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts",
+        "request_rate", "burstiness", "max_concurrency", "duration", "completed", "failed",
+        "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
+        "output_throughput", "total_token_throughput", "max_output_tokens_per_s", "max_concurrent_requests",
     }  # fmt: skip
     assert statistics | names <= keys
     vllm = find_spec("vllm")
@@ -312,23 +221,3 @@ def test_result_has_the_keys_of_vllm_bench_serve(fake: FakeChat, tmp_path: Path)
     source = (Path(vllm.origin).parent / "benchmarks" / "serve.py").read_text()
     missing = [name for name in names if f'"{name}"' not in source]
     assert not missing, "vLLM writes no such keys"
-
-
-def test_interrupt_reports_what_was_measured(
-    fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt_after_five() -> None:
-        while len(fake.bodies) < 5:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    fake.prefill_s = 0.02
-    thread = threading.Thread(target=interrupt_after_five)
-    thread.start()
-    status, document, _ = run(fake, tmp_path, "--num-prompts", "1000", "--concurrency", "1")
-    thread.join()
-    assert status == 130
-    assert document["interrupted"]
-    assert 3 <= document["results"][0]["completed"] < 1000
-    assert document["results"][0]["failed"] == 0
-    assert "request throughput" in capsys.readouterr().out

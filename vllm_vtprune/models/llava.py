@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5 for vLLM without a vision tower of its own: the processor delivers projected embeddings."""
+"""LLaVA-1.5 for vLLM without a vision tower of its own: the processor delivers projected embeddings.
+
+With a prune layer the decoder is the one of `vllm_vtprune.models.llama`; without one it is vLLM's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
     LlavaProcessingInfo,
 )
 from vllm.model_executor.models.module_mapping import MultiModelKeys
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_vtprune.engine_config import plugin_context
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+
+if TYPE_CHECKING:
+    from vllm_vtprune.kv_drop.step import KVDropState
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -41,12 +50,18 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_index]
         )
         with self._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
-                vllm_config=vllm_config,
-                hf_config=config.text_config,
+            self.language_model = initialize_model(
+                vllm_config.with_hf_config(config.text_config),
                 prefix=maybe_prefix(prefix, "language_model"),
+                model_class=_decoder_class(vllm_config),
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    @property
+    def kv_drop(self) -> KVDropState:
+        """The second stage's present step, where there is a prune layer."""
+        state: KVDropState = self.language_model.model.kv_drop
+        return state
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """The processor's embeddings as they are: per image [k, hidden]."""
@@ -63,3 +78,12 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_mm_mapping(self) -> MultiModelKeys:
         """Module prefixes: there is no tower and no connector here."""
         return MultiModelKeys.from_string_field(language_model="language_model", connector=[], tower_model=[])
+
+
+def _decoder_class(vllm_config: VllmConfig) -> type[nn.Module] | None:
+    """The decoder in two halves where there is a prune layer; None leaves the choice to vLLM."""
+    if plugin_context(vllm_config.model_config).policy.prune_layer is None:
+        return None
+    from vllm_vtprune.models.llama import KVDropLlamaForCausalLM
+
+    return KVDropLlamaForCausalLM

@@ -72,6 +72,22 @@ def clip_config(config: LlavaConfig) -> CLIPVisionConfig:
     return vision
 
 
+def patch_grid(config: LlavaConfig) -> tuple[int, int]:
+    """Rows and columns of patches in one image.
+
+    Raises:
+        CheckpointError: the tower is not a CLIP tower, or takes pictures that are not square.
+    """
+    vision = clip_config(config)
+    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+        raise CheckpointError(
+            f"image_size {vision.image_size} and patch_size {vision.patch_size} must be single numbers: "
+            "vtprune supports CLIP towers for square pictures."
+        )
+    side = vision.image_size // vision.patch_size
+    return side, side
+
+
 def feature_layer_index(config: LlavaConfig) -> int:
     """Number of encoder layers to run, so that the last one's output is the feature layer's.
 
@@ -112,12 +128,10 @@ class VisionEncoder:
         nn.Module.to(projector, device, dtype)
         self.tower = tower.eval().requires_grad_(False)
         self.projector = projector.eval().requires_grad_(False)
-        vision = clip_config(config)
-        side = vision.image_size // vision.patch_size
-        self.grid = (side, side)
+        self.grid = patch_grid(config)
         # "full" hands CLS to the language model too, ahead of the patches
         self.with_cls = config.vision_feature_select_strategy == "full"
-        self._heads = vision.num_attention_heads
+        self._heads = clip_config(config).num_attention_heads
         self._lock = threading.Lock()
 
     @staticmethod

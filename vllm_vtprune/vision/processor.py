@@ -31,6 +31,7 @@ from vllm_vtprune.selection.base import Budget, VisionFeatures
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import SCORE_NEEDS
 from vllm_vtprune.settings import KWARG, VisionSettings
+from vllm_vtprune.vision.crop import bounded
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput
 from vllm_vtprune.vision.services import tower_service
 from vllm_vtprune.vision.tower_service import TowerService
@@ -118,7 +119,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         mm_processor_kwargs: Mapping[str, Any] | None,
         media_io_kwargs: Mapping[str, Mapping[str, object]] | None,
         cache: Any,
-    ) -> None:
+    ) -> tuple[int, int]:
         """Run the tower for a request's images, so that the processor finds its outputs in the cache.
 
         vLLM's processor runs on one thread; calling this from several beforehand is what lets concurrent
@@ -129,22 +130,47 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             mm_processor_kwargs: the prompt's.
             media_io_kwargs: the prompt's.
             cache: vLLM's processor cache, or None; what it holds needs no tower.
+
+        Returns:
+            Of the distinct images that vLLM's cache does not hold: how many needed no pass of the tower, and how
+            many did.
         """
         policy = plugin_context(self.info.ctx.model_config).policy
         items = self.info.parse_mm_data(mm_data)
         images = _raw_images(items)
         # images named by a trusted id need not be there at all: the processor sorts that out
         if not images or policy.feature_cache_gb == 0 or policy.trust_image_ids:
-            return
+            return 0, 0
         kwargs: dict[str, Any] = {KWARG: self._default_setting(), **(mm_processor_kwargs or {})}
         inputs = ProcessorInputs(
             [], items, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs or {}
         )
         kwargs[_KEYS] = self._content_keys(inputs, kwargs)
         if cache is not None and all(cache.is_cached(self._get_mm_hashes(inputs)["image"])):
-            return
+            return 0, 0
         settings = VisionSettings.from_canonical(str(kwargs.pop(KWARG)))
-        self._features(images, kwargs.pop(_KEYS), settings, kwargs)
+        keys: list[str] = kwargs.pop(_KEYS)
+        hits = self.tower.available(set(keys), frozenset() if settings.keeps_all else _needs(settings))
+        self._features(images, keys, settings, kwargs)
+        return hits, len(set(keys)) - hits
+
+    def vision_features(
+        self, image: Any, settings: VisionSettings, media_io_kwargs: Mapping[str, Any] | None = None
+    ) -> VisionFeatures:
+        """What selection is given for one image, through the tower and cache that serving uses.
+
+        Args:
+            image: a PIL image, alone or as vLLM's media connector wraps it.
+            settings: decide which optional outputs the tower computes; the score's are always among them.
+            media_io_kwargs: with which the image was decoded; they are part of its key in the cache.
+
+        Raises:
+            ValueError: the image cannot be preprocessed.
+        """
+        items = self.info.parse_mm_data({"image": [image]})
+        inputs = ProcessorInputs([], items, hf_processor_mm_kwargs={}, media_io_kwargs=media_io_kwargs or {})
+        keys = self._content_keys(inputs, {})
+        return _stack(self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.tower.encoder.grid)
 
     @property
     def tower(self) -> TowerService:
@@ -163,7 +189,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             kept = [f.patches for f in features]
         else:
             batch = _stack(features, keys, self.tower.encoder.grid)
-            selections = get_method(settings.method).select(batch, _budget(settings))
+            selections = get_method(settings.method).select(batch, budget_of(settings))
             kept = [s.gather(f.patches) for s, f in zip(selections, features, strict=True)]
         projected = self.tower.encoder.project([(k, f.cls) for k, f in zip(kept, features, strict=True)])
         model_config = self.info.ctx.model_config
@@ -175,13 +201,18 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     def _features(
         self, images: list[Any], keys: list[str], settings: VisionSettings, hf_kwargs: Mapping[str, object]
     ) -> list[TowerOutput]:
+        needs = frozenset[str]() if settings.keeps_all else _needs(settings)
+        return self._encode(images, keys, needs, hf_kwargs)
+
+    def _encode(
+        self, images: list[Any], keys: list[str], needs: frozenset[str], hf_kwargs: Mapping[str, object]
+    ) -> list[TowerOutput]:
         def pixels(positions: list[int]) -> Tensor:
-            data = self._call_hf_processor({"images": [images[i] for i in positions]}, hf_kwargs)
+            image_processor = self.info.get_hf_processor(**hf_kwargs).image_processor
+            looked_at = [_bounded(images[i], image_processor) for i in positions]
+            data = self._call_hf_processor({"images": looked_at}, hf_kwargs)
             return torch.as_tensor(data["pixel_values"])
 
-        needs = frozenset[str]()
-        if not settings.keeps_all:
-            needs = (get_method(settings.method).needs | SCORE_NEEDS[settings.score]) & OPTIONAL_OUTPUTS
         return self.tower.encode(keys, pixels, needs)
 
     def _dummy_embeddings(self, count: int) -> list[Tensor]:
@@ -240,7 +271,17 @@ def _content(item: Any, index: int) -> object:
     return item
 
 
-def _budget(settings: VisionSettings) -> Budget:
+def _bounded(image: Any, image_processor: Any) -> Any:
+    return bounded(image, image_processor) if isinstance(image, Image.Image) else image
+
+
+def _needs(settings: VisionSettings) -> frozenset[str]:
+    """The optional outputs of the tower that the method and the score read."""
+    return (get_method(settings.method).needs | SCORE_NEEDS[settings.score]) & OPTIONAL_OUTPUTS
+
+
+def budget_of(settings: VisionSettings) -> Budget:
+    """What the settings let stay, in selection's terms."""
     return Budget(settings.aggressiveness, settings.keep_ratio, settings.min_tokens, settings.score)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -93,6 +93,15 @@ class TowerService:
         return [
             entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None
         ]
+
+    def available(self, keys: Iterable[str], outputs: frozenset[str] = frozenset()) -> int:
+        """How many of these images are cached or on their way; for metrics, it may have changed a moment later."""
+        with self._lock:
+            return sum(
+                self.cache.get(key, outputs) is not None
+                or (key in self._in_flight and outputs <= self._in_flight[key].outputs)
+                for key in keys
+            )
 
     def _submit(self, key: str, pixel_values: Tensor, outputs: frozenset[str]) -> Future[TowerOutput]:
         with self._lock:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the trained model as a LLaVA folder that vLLM and transformers load like any other."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from .model import PAD, SPECIALS, START, TOKEN_PATTERN, VOCABULARY, Size
+from .scenes import PATCH
+
+LIMIT_BYTES = 16_000_000
+"""Largest `model.safetensors` that may be shipped."""
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}</s>{% else %}{% if message['role'] == 'user' %}USER: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] in ('image', 'image_url') %}<image>\n{% endif %}"
+    "{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""LLaVA-1.5's own form, `USER: <image>\\n question ASSISTANT:`: pictures come before the text of their
+message."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; words it does not know become `<unk>`, and `<s>` starts every text."""
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("colour", "color")])
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "removed", invert=True)
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", START)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token=SPECIALS[PAD],
+        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+    )
+
+
+def processor(size: Size) -> LlavaProcessor:
+    """Tokenizer, picture preparation and chat template in one."""
+    pictures = CLIPImageProcessor(
+        size={"shortest_edge": size.image},
+        crop_size={"height": size.image, "width": size.image},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
+    )
+    return LlavaProcessor(
+        pictures,
+        tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def public_name(name: str) -> str:
+    """The key of a weight in public LLaVA checkpoints: transformers 5 writes the tower without
+    `vision_model.`."""
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return "vision_tower.vision_model." + name.removeprefix("vision_tower.")
+    return name
+
+
+def export(
+    model: LlavaForConditionalGeneration, size: Size, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write weights, configuration, tokenizer, processor and chat template into `folder`.
+
+    Raises:
+        ValueError: the weights would exceed `LIMIT_BYTES`.
+    """
+    weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if weight_bytes > LIMIT_BYTES:
+        raise ValueError(
+            f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
+        )
+    stored = copy.deepcopy(model).to(dtype)
+    # Trained as one with the word embedding, stored as two: both libraries then load it without special care.
+    stored.lm_head.weight = torch.nn.Parameter(stored.lm_head.weight.detach().clone())
+    stored.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    renamed = {public_name(name): weight for name, weight in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    processor(size).save_pretrained(folder)

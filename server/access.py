@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API key in front of every route but a few, and errors that say nothing of the server's inside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+logger = logging.getLogger(__name__)
+
+#: What anyone may read: probes, metrics, documentation, and the playground's page (which asks for the key).
+PUBLIC_PATHS = frozenset(
+    {
+        "/health",
+        "/ping",
+        "/load",
+        "/version",
+        "/metrics",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/openapi.json",
+    }
+)
+PUBLIC_PREFIXES = ("/playground", "/static/", "/metrics/")
+
+
+class EveryRouteAuthentication(AuthenticationMiddleware):
+    """vLLM's key check for every path that is not public.
+
+    vLLM guards paths under /v1, /v2, /inference and /cohere (`AuthenticationMiddleware`), which leaves /tokenize,
+    /detokenize, /invocations and what plugins add open to anyone.
+    """
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request, or answer 401."""
+        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+            return self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        public = path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
+        if public or self.verify_token(Headers(scope=scope)):
+            return self.app(scope, receive, send)
+        return JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
+
+
+class QuietErrors:
+    """Turns an exception nobody handled into a 500 without its text.
+
+    Without it Starlette re-raises what vLLM's catch-all handler has answered, uvicorn logs a traceback, and the
+    exception's text, which may quote the request, reaches log and client.
+
+    Args:
+        app: the application inside.
+        log_tracebacks: vLLM's ``--log-error-stack``.
+    """
+
+    def __init__(self, app: ASGIApp, log_tracebacks: bool = False) -> None:
+        self.app = app
+        self.log_tracebacks = log_tracebacks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            logger.error(
+                "vtprune: %s in %s %s (start with --log-error-stack for the traceback)",
+                type(error).__name__,
+                scope["method"],
+                scope["path"],
+                exc_info=error if self.log_tracebacks else None,
+            )
+            if started:
+                raise ConnectionAbortedError("the response was cut short") from None
+            body = ErrorResponse(
+                error=ErrorInfo(
+                    message="The server failed to answer this request; its log names the error.",
+                    type="InternalServerError",
+                    code=500,
+                )
+            )
+            await JSONResponse(body.model_dump(), status_code=500)(scope, receive, send)

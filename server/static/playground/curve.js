@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sorted similarity curve of one picture, the point where it is cut, and which ranks stay.
+
+const SVG = "http://www.w3.org/2000/svg";
+const MARGIN = { top: 14, right: 14, bottom: 58, left: 40 };
+const STRIP = 9; // height of the strip below the axis that marks the kept ranks
+
+const SCORE_NAMES = {
+  cosine: "cosine similarity to CLS",
+  cls_attention: "attention from CLS",
+  received: "attention received",
+};
+
+/** What the scores measure, in words. */
+export const scoreName = (score) => SCORE_NAMES[score] ?? score;
+
+/** Lambda = a / (1 - a), the slope at which the curve was cut; null where no finite slope decided. */
+export function slopeOf({ cut, settings: { aggressiveness } }) {
+  return cut === null || !aggressiveness || aggressiveness === 1 ? null : aggressiveness / (1 - aggressiveness);
+}
+
+/** Draw into an <svg> of `width` x `height` CSS pixels; `rank` is the one pointed at, from 0, or null. */
+export function drawCurve(svg, { width, height }, explanation, rank) {
+  const { curve, cut, order, kept, score } = explanation;
+  const plot = new Plot(svg, width, height, curve.length);
+  plot.axes(scoreName(score));
+  plot.keptRanks(order.map((patch) => kept[patch]), curve);
+  plot.line("curve-line", curve.map((y, i) => [plot.x(i), plot.y(y)]));
+  if (cut !== null) plot.cut(cut - 1, curve[cut - 1], slopeOf(explanation));
+  if (rank !== null) plot.pointer(rank, curve[rank]);
+}
+
+/** The rank (from 0) below a horizontal position, in CSS pixels of the <svg>. */
+export function rankAt(x, width, tokens) {
+  const share = (x - MARGIN.left) / (width - MARGIN.left - MARGIN.right);
+  return Math.min(tokens - 1, Math.max(0, Math.round(share * (tokens - 1))));
+}
+
+class Plot {
+  constructor(svg, width, height, tokens) {
+    this.svg = svg;
+    this.tokens = tokens;
+    this.right = width - MARGIN.right;
+    this.bottom = height - MARGIN.bottom;
+    svg.replaceChildren();
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  }
+
+  x(index) {
+    return MARGIN.left + ((this.right - MARGIN.left) * index) / Math.max(this.tokens - 1, 1);
+  }
+
+  y(value) {
+    return this.bottom - (this.bottom - MARGIN.top) * value;
+  }
+
+  add(name, className, attributes, text) {
+    const element = document.createElementNS(SVG, name);
+    element.setAttribute("class", className);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    this.svg.append(element);
+    return element;
+  }
+
+  line(className, points) {
+    const rounded = points.map((point) => point.map((value) => value.toFixed(1)).join(","));
+    this.add("polyline", className, { points: rounded.join(" ") });
+  }
+
+  axes(name) {
+    for (const value of [0, 0.5, 1]) {
+      const y = this.y(value);
+      this.add("line", "curve-grid", { x1: MARGIN.left, x2: this.right, y1: y, y2: y });
+      this.add("text", "curve-tick", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, String(value));
+    }
+    for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+      const index = Math.round(share * (this.tokens - 1));
+      const anchor = share === 0 ? "start" : share === 1 ? "end" : "middle";
+      const at = { x: this.x(index), y: this.bottom + STRIP + 21, "text-anchor": anchor };
+      this.add("text", "curve-tick", at, String(index + 1));
+    }
+    const middle = (MARGIN.left + this.right) / 2;
+    const below = { x: middle, y: this.bottom + STRIP + 41, "text-anchor": "middle" };
+    this.add("text", "curve-label", below, `Patches by ${name}, highest first (scaled to 0–1)`);
+  }
+
+  /** A filled area below the curve and a strip below the axis, for each run of kept ranks. */
+  keptRanks(keeps, curve) {
+    const half = (this.x(1) - this.x(0)) / 2;
+    const top = this.bottom + 4;
+    const strip = (className, from, to) => {
+      const x = Math.max(this.x(from) - half, MARGIN.left);
+      const end = Math.min(this.x(to) + half, this.right);
+      this.add("rect", className, { x, y: top, width: Math.max(end - x, 1), height: STRIP });
+    };
+    strip("curve-dropped", 0, keeps.length - 1);
+    for (let from = 0; from < keeps.length; from++) {
+      if (!keeps[from]) continue;
+      let to = from;
+      while (keeps[to + 1]) to++;
+      strip("curve-kept", from, to);
+      const edge = curve.slice(from, to + 1).map((y, i) => `${this.x(from + i).toFixed(1)},${this.y(y).toFixed(1)}`);
+      const points = [`${this.x(from)},${this.bottom}`, ...edge, `${this.x(to)},${this.bottom}`];
+      this.add("polygon", "curve-area", { points: points.join(" ") });
+      from = to;
+    }
+  }
+
+  /** The point where the curve's slope falls to -slope, and the line of that slope through it. */
+  cut(index, value, slope) {
+    const x = this.x(index);
+    const y = this.y(value);
+    this.add("line", "curve-cut", { x1: x, x2: x, y1: MARGIN.top, y2: this.bottom + STRIP + 4 });
+    if (slope !== null) this.tangent(index, value, slope);
+    this.add("circle", "curve-point", { cx: x, cy: y, r: 5 });
+    const onLeft = x > (MARGIN.left + this.right) / 2;
+    const label = { x: x + (onLeft ? -10 : 10), y: MARGIN.top + 12, "text-anchor": onLeft ? "end" : "start" };
+    this.add("text", "curve-cut-label", label, `inflection point: rank ${index + 1}`);
+  }
+
+  tangent(index, value, slope) {
+    const span = Math.max(this.tokens - 1, 1);
+    const at = (height) => Math.min(1, Math.max(0, index / span + (value - height) / slope));
+    const heightAt = (share) => value - slope * (share - index / span);
+    const ends = [at(1), at(0)].map((share) => [this.x(share * span), this.y(heightAt(share))]);
+    this.line("curve-tangent", ends);
+  }
+
+  pointer(index, value) {
+    this.add("line", "curve-pointer", { x1: this.x(index), x2: this.x(index), y1: MARGIN.top, y2: this.bottom });
+    this.add("circle", "curve-pointer-dot", { cx: this.x(index), cy: this.y(value), r: 4 });
+  }
+}

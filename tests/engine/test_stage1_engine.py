@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1 on the real engine, beside vLLM without the plugin: `LLM` offline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaConfig
+
+from tests.conftest import DEMO_MODEL, REPOSITORY
+from tests.engine.offline_run import PRUNED, UNPRUNED, pixel_values
+from vllm_vtprune.vision.encoder import VisionEncoder
+
+pytestmark = pytest.mark.engine
+
+
+def offline(plugins: str, out: Path) -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.offline_run", str(out)],
+        env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr.decode(errors="replace")[-4000:]
+    result: dict[str, Any] = torch.load(out, weights_only=False)
+    return result
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return offline("", tmp_path_factory.mktemp("plain") / "out.pt")
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return offline("vtprune", tmp_path_factory.mktemp("plugin") / "out.pt")
+
+
+def test_unpruned_embeddings_equal_vllms_own(plain: dict[str, Any]) -> None:
+    """To 1e-5 of their scale (the demo model's reach 10, where float32 itself steps by 1e-6)."""
+    config = LlavaConfig.from_pretrained(DEMO_MODEL)
+    encoder = VisionEncoder.load(config, str(DEMO_MODEL), device=torch.device("cpu"), dtype=torch.float32)
+    ours = encoder.project([(o.patches, o.cls) for o in encoder.encode(pixel_values())])
+    for mine, theirs in zip(ours, plain["embeddings"], strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        assert (mine - theirs).abs().mean() < 1e-6
+
+
+def test_unpruned_answers_equal_vllms_own(plain: dict[str, Any], plugin: dict[str, Any]) -> None:
+    for mine, theirs in zip(plugin["results"], plain["results"], strict=False):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["prompt_tokens"] == theirs["prompt_tokens"]
+        assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
+
+
+def test_each_request_in_a_batch_has_its_own_count(plugin: dict[str, Any]) -> None:
+    text = plugin["results"][4]["prompt_tokens"]
+    half, most, random, three, again = (r["prompt_tokens"] - text for r in plugin["results"][len(UNPRUNED) :])
+    assert 1 <= most < half < 144
+    assert random == 36  # a quarter of 144
+    assert half < three < 3 * 144 + 1
+    assert again == half
+    results = plugin["results"][len(UNPRUNED) :]
+    assert results[0]["tokens"] == results[4]["tokens"]
+    assert len(PRUNED) == len(results)
+
+
+def test_the_engine_holds_no_second_tower(plain: dict[str, Any], plugin: dict[str, Any]) -> None:
+    assert any(name.startswith("vision_tower") for name in plain["parameters"])
+    assert [n for n in plugin["parameters"] if not n.startswith("language_model")] == []

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each method's own rule, against a slow and plain version of it or a case worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_vtprune.selection import METHODS, Budget, Selection, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection.methods.prumerge import outlier_counts
+from vllm_vtprune.selection.methods.random import splitmix64
+from vllm_vtprune.selection.methods.uniform import even_grid
+from vllm_vtprune.selection.ops import complement, evenly
+
+GRID = (5, 8)
+TOKENS = 40
+Array = NDArray[np.float64]
+
+CPU = torch.device("cpu")
+ratios = pytest.mark.parametrize("ratio", [0.01, 0.1, 0.22, 0.5, 0.9])
+image_numbers = pytest.mark.parametrize("number", range(4))
+
+
+def features(number: int) -> VisionFeatures:
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    attention = [(2 * draw(8, TOKENS)).softmax(-1) for _ in range(2)]
+    return VisionFeatures(
+        draw(TOKENS, 6), draw(6), GRID, (number,), attention[0], attention[1], draw(TOKENS, 5)
+    )
+
+
+def field(given: VisionFeatures, name: str) -> Array:
+    """The first image's field as float64; of a field per layer, the feature layer."""
+    values = getattr(given, name)[0].double().numpy()
+    return np.asarray(values[-1] if name in ("cls_attention", "received") else values)
+
+
+def select(name: str, given: VisionFeatures, ratio: float) -> Selection:
+    return get_method(name).select(given, Budget(keep_ratio=ratio))[0]
+
+
+def kept(selection: Selection) -> list[int]:
+    return [int(index) for index in selection.indices]
+
+
+def top(scores: Array, count: int) -> list[int]:
+    return sorted(np.argsort(-scores, kind="stable")[:count].tolist())
+
+
+def cosines(left: Array, right: Array) -> Array:
+    def unit(rows: Array) -> Array:
+        return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
+
+    return np.asarray(unit(left) @ unit(right).T)
+
+
+def merged(selection: Selection) -> Array:
+    assert selection.features is not None
+    return np.asarray(selection.features.double().numpy())
+
+
+@ratios
+@image_numbers
+def test_score_rankers_keep_the_best_by_their_score(number: int, ratio: float) -> None:
+    given = features(number)
+    count = share_count(ratio, TOKENS)
+    cosine = cosines(field(given, "patches"), field(given, "cls")[None])[:, 0]
+    layers = np.asarray(given.cls_attention)[0]
+    expected = {
+        "inflection": cosine,
+        "topk": cosine,
+        "fastervlm": layers[-1],
+        "vtc_cls": layers[4:].astype(np.float64).sum(axis=0),
+    }
+    for name, scores in expected.items():
+        assert kept(select(name, given, ratio)) == top(scores, count), name
+
+
+@pytest.mark.parametrize("score", ["cls_attention", "received"])
+def test_the_request_chooses_the_score(score: str) -> None:
+    given = features(0)
+    for name in ("inflection", "topk"):
+        selection = get_method(name).select(given, Budget(keep_ratio=0.2, score=score))[0]
+        assert kept(selection) == top(field(given, score), 8)
+
+
+@pytest.mark.parametrize("name", ["inflection", "topk", "fastervlm", "vtc_cls"])
+def test_equal_scores_go_to_the_earlier_position(name: str) -> None:
+    patches = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[torch.arange(TOKENS) % 2]
+    attention = (torch.arange(TOKENS) % 2 == 0).float().expand(1, 3, TOKENS)
+    given = VisionFeatures(patches[None], torch.tensor([[1.0, 0.0]]), GRID, (0,), attention)
+    assert kept(select(name, given, 0.1)) == [0, 2, 4, 6]
+    assert kept(select(name, given, 0.55)) == sorted([*range(0, TOKENS, 2), 1, 3])
+
+
+def test_splitmix64_gives_its_published_numbers() -> None:
+    # The reference implementation's first outputs from the seed 1234567.
+    assert splitmix64(torch.arange(2), 1234567).tolist() == [6457827717110365317, 3203168211198807973]
+
+
+def test_random_choices_are_nested_and_follow_the_image() -> None:
+    def choice(seed: int, count: int, other_seed: int = 1) -> set[int]:
+        given = VisionFeatures(torch.zeros(2, TOKENS, 3), None, GRID, (other_seed, seed))
+        return set(kept(get_method("random").select(given, Budget(keep_ratio=count / TOKENS))[1]))
+
+    for count in range(1, TOKENS):
+        assert choice(5, count) <= choice(5, count + 1)
+    assert choice(5, 10, other_seed=9) == choice(5, 10)
+    assert choice(5, 10) != choice(6, 10)
+    assert choice(2**64 - 1, 10) != choice(2**63 - 1, 10)
+
+
+def test_random_keeps_every_position_equally_often() -> None:
+    seeds = tuple(range(4000))
+    given = VisionFeatures(torch.zeros(len(seeds), TOKENS, 1), None, GRID, seeds)
+    selections = get_method("random").select(given, Budget(keep_ratio=0.25))
+    counts = torch.stack([selection.indices for selection in selections]).flatten().bincount(minlength=TOKENS)
+    # Binomial(4000, 1/4): mean 1000, standard deviation 27.
+    assert counts.min() > 1000 - 5 * 27
+    assert counts.max() < 1000 + 5 * 27
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (7, 7), (12, 12), (3, 20), (20, 3)], ids=str)
+def test_a_uniform_grid_is_exact_and_even_for_any_count(grid: tuple[int, int]) -> None:
+    height, width = grid
+    for count in range(1, height * width + 1):
+        positions = even_grid(grid, count, CPU).tolist()
+        assert positions == sorted(set(positions))
+        assert len(positions) == count
+        assert 0 <= positions[0] <= positions[-1] < height * width
+        per_row = np.bincount([position // width for position in positions])
+        used = per_row[per_row > 0]
+        assert used.max() - used.min() <= 1
+        # No patch is farther from a kept one than the spacing of a square grid of this count would have it.
+        points = np.array([divmod(position, width) for position in positions])
+        every = np.array([divmod(position, width) for position in range(height * width)])
+        gap = np.abs(every[:, None] - points[None]).max(axis=-1).min(axis=-1).max()
+        assert gap <= max(np.sqrt(height * width / count), max(grid) / count) + 1
+
+
+def test_a_uniform_grid_worked_out_by_hand() -> None:
+    assert even_grid((12, 12), 4, CPU).tolist() == [39, 45, 111, 117]
+    assert even_grid((2, 8), 4, CPU).tolist() == [9, 11, 13, 15]
+    assert even_grid((4, 8), 8, CPU).tolist() == [9, 11, 13, 15, 25, 27, 29, 31]
+    assert even_grid((3, 3), 5, CPU).tolist() == [0, 1, 2, 6, 8]
+
+
+@ratios
+@image_numbers
+def test_divprune_is_greedy_max_min_distance(number: int, ratio: float) -> None:
+    given = features(number)
+    distance = 1 - cosines(field(given, "patches"), field(given, "patches"))
+    first = int((distance + 9 * np.eye(TOKENS)).min(axis=1).argmax())
+    picks = [first]
+    while len(picks) < share_count(ratio, TOKENS):
+        gaps = distance[:, picks].min(axis=1)
+        gaps[picks] = -1
+        picks.append(int(gaps.argmax()))
+    assert kept(select("divprune", given, ratio)) == sorted(picks)
+
+
+@ratios
+@image_numbers
+def test_inflection_diverse_lowers_the_scores_of_similar_tokens(number: int, ratio: float) -> None:
+    given = features(number)
+    patches = field(given, "patches")
+    values = cosines(patches, field(given, "cls")[None])[:, 0]
+    values = (values - values.min()) / (values.max() - values.min())
+    centred = patches - patches.mean(axis=0)
+    alike = cosines(centred, centred).clip(min=0)
+    picks: list[int] = []
+    while len(picks) < share_count(ratio, TOKENS):
+        picks.append(max(set(range(TOKENS)) - set(picks), key=lambda token: (values[token], -token)))
+        values = values * (1 - alike[picks[-1]])
+    assert kept(select("inflection_diverse", given, ratio)) == sorted(picks)
+
+
+def test_inflection_diverse_takes_one_of_each_kind_before_a_second() -> None:
+    kinds = torch.eye(5)[torch.arange(TOKENS) // 8]
+    cls = torch.tensor([[1.0, 0.9, 0.8, 0.7, 0.0]])
+    given = VisionFeatures(kinds[None], cls, GRID, (0,))
+    assert kept(select("inflection_diverse", given, 0.1)) == [0, 8, 16, 24]
+    assert kept(select("inflection", given, 0.1)) == [0, 1, 2, 3]
+
+
+@ratios
+@image_numbers
+def test_hiprune_keeps_anchors_then_neighbours_then_registers(number: int, ratio: float) -> None:
+    given = features(number)
+    layers = np.asarray(given.received)[0]
+    count = share_count(ratio, TOKENS)
+    height, width = GRID
+    anchors = top(layers[2], -(-count // 50))  # 8 layers: the third is at 9/24 of the depth
+    buffers = set()
+    for row, column in (divmod(anchor, width) for anchor in anchors):
+        for near in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+            if 0 <= near[0] < height and 0 <= near[1] < width:
+                buffers.add(near[0] * width + near[1])
+    rank = [(token in anchors, token in buffers, layers[-1][token]) for token in range(TOKENS)]
+    expected = sorted(sorted(range(TOKENS), key=lambda token: rank[token], reverse=True)[:count])
+    assert kept(select("hiprune", given, ratio)) == expected
+
+
+@ratios
+@image_numbers
+def test_visionzip_averages_the_rest_into_contextual_tokens(number: int, ratio: float) -> None:
+    given = features(number)
+    patches, keys = field(given, "patches"), field(given, "keys")
+    count = share_count(ratio, TOKENS)
+    dominant = top(field(given, "cls_attention"), int(np.ceil(count * 27 / 32)))
+    rest = [token for token in range(TOKENS) if token not in dominant]
+    contextual = count - len(dominant)
+    targets = [rest[int((j + 0.5) * len(rest) / contextual)] for j in range(contextual)]
+    groups = {target: [target] for target in targets}
+    for token in rest:
+        if targets and token not in targets:
+            groups[targets[int(cosines(keys[[token]], keys[targets])[0].argmax())]].append(token)
+    selection = select("visionzip", given, ratio)
+    assert kept(selection) == dominant
+    expected = np.concatenate([patches[dominant], *(patches[groups[t]].mean(0)[None] for t in targets)])
+    np.testing.assert_allclose(merged(selection), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 9, 144, 577])
+@pytest.mark.parametrize("aggressiveness", [0.3, 0.5, 0.6, 0.9, 1.0])
+def test_prumerge_counts_the_outliers_of_the_box_plot(tokens: int, aggressiveness: float) -> None:
+    scores = np.random.default_rng(tokens).lognormal(sigma=1.5, size=(6, tokens)).astype(np.float32)
+    lower, upper = np.percentile(scores.astype(np.float64), [25, 75], axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        whisker = np.float64(1.5) * aggressiveness / np.float64(1 - aggressiveness)
+    expected = (scores > upper + whisker * (upper - lower)).sum(axis=1)
+    assert outlier_counts(torch.from_numpy(scores), aggressiveness).tolist() == expected.tolist()
+
+
+def test_prumerge_keeps_its_own_count_under_aggressiveness_and_the_share_under_keep_ratio() -> None:
+    given = features(0)
+    assert given.cls_attention is not None
+    outliers = int(outlier_counts(given.cls_attention[:, -1], 0.5)[0])
+    assert outliers > 0
+    for name, density in (("prumerge", 1), ("prumerge_plus", 4)):
+        selection = get_method(name).select(given, Budget(0.5))[0]
+        assert selection.count == density * outliers + 1
+        assert len(selection.indices) == density * outliers
+        assert select(name, given, 0.25).count == 10
+
+
+@ratios
+@image_numbers
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_prumerge_adds_neighbours_by_attention_and_a_summary(name: str, number: int, ratio: float) -> None:
+    given = features(number)
+    patches, keys, attention = (field(given, part) for part in ("patches", "keys", "cls_attention"))
+    count = share_count(ratio, TOKENS)
+    wanted = max(count - 1, 1)
+    anchors = top(attention, wanted if name == "prumerge" else -(-wanted // 4))
+    left = [token for token in range(TOKENS) if token not in anchors]
+    spread = wanted - len(anchors)
+    anchors = sorted(anchors + [left[int((j + 0.5) * len(left) / spread)] for j in range(spread)])
+    dropped = [token for token in range(TOKENS) if token not in anchors]
+    rows = []
+    for anchor in anchors:
+        near = np.argsort(-cosines(keys[[anchor]], keys[dropped])[0], kind="stable")[:32]
+        rows.append(patches[anchor] + sum(attention[dropped[j]] * patches[dropped[j]] for j in near))
+    if count > 1:
+        rows.append((attention[dropped, None] * patches[dropped]).sum(axis=0))
+    selection = select(name, given, ratio)
+    assert kept(selection) == anchors
+    np.testing.assert_allclose(merged(selection), np.stack(rows), atol=1e-5)
+
+
+@ratios
+@image_numbers
+def test_aim_merge_halves_by_bipartite_matching(number: int, ratio: float) -> None:
+    given = features(number)
+    patches = field(given, "patches")
+    count = share_count(ratio, TOKENS)
+    groups = [[token] for token in range(TOKENS)]  # by where they stand; the last member is that place
+    while len(groups) > count:
+        means = np.stack([patches[group].mean(axis=0) for group in groups])
+        similarity = cosines(means[::2], means[1::2])
+        fewer = min(len(groups) - count, len(groups) // 2)
+        for source in np.argsort(-similarity.max(axis=1), kind="stable")[:fewer]:
+            groups[2 * int(similarity[source].argmax()) + 1][:0] = groups[2 * source]
+            groups[2 * source] = []
+        groups = [group for group in groups if group]
+    selection = select("aim_merge", given, ratio)
+    assert kept(selection) == [group[-1] for group in groups]
+    np.testing.assert_allclose(
+        merged(selection), np.stack([patches[group].mean(axis=0) for group in groups]), atol=1e-5
+    )
+
+
+def test_aim_merge_to_one_token_is_the_mean_of_all_patches() -> None:
+    given = features(0)
+    np.testing.assert_allclose(
+        merged(select("aim_merge", given, 0.001))[0], field(given, "patches").mean(axis=0), atol=1e-5
+    )
+
+
+def test_merging_keeps_a_constant_image_constant_where_it_averages() -> None:
+    given = features(0)
+    flat = VisionFeatures(
+        torch.full_like(given.patches, 3.0), None, GRID, (0,), given.cls_attention, keys=given.keys
+    )
+    for name in ("visionzip", "aim_merge"):
+        np.testing.assert_allclose(merged(select(name, flat, 0.3)), 3.0, rtol=1e-6)
+
+
+def test_methods_disagree() -> None:
+    """No two methods but `topk` and `inflection` are the same rule under two names."""
+    given = features(1)
+    outcomes = {name: select(name, given, 0.3).gather(given.patches[0]) for name in METHODS if name != "topk"}
+    for name, outcome in outcomes.items():
+        same = [other for other, value in outcomes.items() if torch.equal(value, outcome)]
+        assert same == [name]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_evenly_and_complement_part_a_range(size: int) -> None:
+    for count in range(size + 1):
+        at = evenly(count, size, CPU)
+        left = complement(at, size)
+        assert at.tolist() == sorted(set(at.tolist()))
+        assert sorted(at.tolist() + left.tolist()) == list(range(size))
+        assert left.tolist() == sorted(left.tolist())
+        assert len(at) == count

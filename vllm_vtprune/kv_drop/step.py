@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine step above the prune layer: who loses tokens now, who lost some before, and what follows for slots.
+
+A request that lost d tokens has every later token d places earlier in the caches above the prune layer. So a
+step needs, per request, how many tokens it lost, and for prompts pruned in this very step their extent in the
+batch. All of it is known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_vtprune.kv_drop.relevance import Bucket, PrunedPrompts, make_buckets
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass
+class RequestDrop:
+    """What a worker keeps of a request that loses tokens.
+
+    Attributes:
+        tokens: length of the prompt, n.
+        dropped: how many leave.
+        protected: mask of the positions that stay in any case, [n].
+        kept: positions that stayed when the prompt was first pruned, [n - dropped]; a preempted request is
+            prefilled again with exactly these.
+    """
+
+    tokens: int
+    dropped: int
+    protected: NDArray[np.bool_]
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepGeometry:
+    """A step's batch as the layers above the prune layer see it; R requests, M rows.
+
+    Attributes:
+        dropped: tokens each request has lost once the step is done, [R].
+        query_start_loc: first row of each request, [R + 1].
+        positions: place of each row among its request's kept tokens, [M].
+        max_query_len: most rows of one request.
+        pruned: indices of the requests whose prompt loses tokens in this step.
+        starts: first row of each of those prompts in the batch below the prune layer.
+    """
+
+    dropped: NDArray[np.int32]
+    query_start_loc: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    max_query_len: int
+    pruned: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return int(self.query_start_loc[-1])
+
+
+def step_geometry(
+    scheduled: NDArray[np.int32], computed: NDArray[np.int32], dropped: NDArray[np.int32]
+) -> StepGeometry:
+    """Geometry of one step.
+
+    Args:
+        scheduled: tokens of each request in this step, [R].
+        computed: tokens of each request before it, [R].
+        dropped: tokens each request loses in all, [R]. Such a prompt comes whole, so it loses them in the step
+            that starts at its first token, and every later step starts beyond the prompt.
+    """
+    now = (computed == 0) & (dropped > 0)
+    rows = scheduled - np.where(now, dropped, 0)
+    ends = np.cumsum(rows)
+    query_start_loc = np.concatenate([[0], ends]).astype(np.int32)
+    first_place = np.where(now, 0, computed - dropped)
+    positions = np.arange(ends[-1]) - np.repeat(query_start_loc[:-1] - first_place, rows)
+    pruned = np.flatnonzero(now)
+    starts = (np.cumsum(scheduled) - scheduled)[pruned]
+    return StepGeometry(
+        dropped=dropped,
+        query_start_loc=query_start_loc,
+        positions=positions.astype(np.int64),
+        max_query_len=int(rows.max()),
+        pruned=pruned.astype(np.int64),
+        starts=starts.astype(np.int64),
+    )
+
+
+class KVDropState:
+    """What model, runner and metadata builders share in a worker: the present step, in buffers of fixed address.
+
+    A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and `seq_lens`
+    are written in place for that reason.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.dropped = torch.zeros(max_requests, dtype=torch.int32, device=device)
+            self.seq_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
+            self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
+            self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.device = device
+        self.step: StepGeometry | None = None
+        self.prompts: PrunedPrompts | None = None
+        self._drops: Sequence[RequestDrop | None] = ()
+
+    def clear(self) -> None:
+        """No request in the batch has lost tokens, as in vLLM's dummy runs."""
+        if self.step is not None:
+            self.dropped.zero_()
+        self.step = None
+        self.prompts = None
+        self._drops = ()
+
+    def begin(
+        self,
+        drops: Sequence[RequestDrop | None],
+        scheduled: NDArray[np.int32],
+        computed: NDArray[np.int32],
+    ) -> None:
+        """Start a step.
+
+        Args:
+            drops: per row of the batch, what its request loses; None where it loses nothing.
+            scheduled: see `step_geometry`.
+            computed: see `step_geometry`.
+        """
+        if not any(drops):
+            self.clear()
+            return
+        dropped = np.fromiter((d.dropped if d else 0 for d in drops), dtype=np.int32, count=len(drops))
+        step = self.step = step_geometry(scheduled, computed, dropped)
+        self._drops = drops
+        self.dropped.zero_()
+        self._copy(self.dropped, dropped)
+        self._copy(self.query_start_loc, step.query_start_loc)
+        self._copy(self.positions, step.positions)
+        self.prompts = self._prompts(drops, step, int(scheduled.sum())) if len(step.pruned) else None
+
+    def remember(self, rows: Tensor) -> None:
+        """Note which positions stayed, for requests that are preempted and prefilled again.
+
+        Args:
+            rows: rows of the step's batch that stayed, [M].
+        """
+        step = self.step
+        if step is None:
+            return
+        for index, start in zip(step.pruned, step.starts, strict=True):
+            drop = self._drops[index]
+            if drop is not None and drop.kept is None:
+                first = int(step.query_start_loc[index])
+                drop.kept = rows[first : first + drop.tokens - drop.dropped] - int(start)
+
+    def compact(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The batch's metadata as the layers above see it; `metadata` itself is left alone."""
+        n = metadata.num_reqs
+        seq_lens = torch.sub(metadata.seq_lens, self.dropped[:n], out=self.seq_lens[:n])
+        step = self.step
+        if step is None:
+            return replace(metadata, seq_lens=seq_lens)
+        changes: dict[str, Any] = {"seq_lens": seq_lens, "_num_computed_tokens_cache": None}
+        if metadata.seq_lens_cpu_upper_bound is not None:
+            upper = metadata.seq_lens_cpu_upper_bound.clone()
+            upper[: len(step.dropped)] -= torch.from_numpy(step.dropped)
+            changes["seq_lens_cpu_upper_bound"] = upper
+        if self.prompts is not None:
+            changes |= {
+                "query_start_loc": self.query_start_loc[: n + 1],
+                "query_start_loc_cpu": torch.from_numpy(step.query_start_loc),
+                "num_actual_tokens": step.rows,
+                "max_query_len": step.max_query_len,
+                "slot_mapping": metadata.slot_mapping[: step.rows],
+                "positions": None,
+                "_token_to_req_indices_cache": None,
+            }
+        return replace(metadata, **changes)
+
+    def _prompts(self, drops: Sequence[RequestDrop | None], step: StepGeometry, rows: int) -> PrunedPrompts:
+        protected = np.zeros(rows, dtype=bool)
+        facts: list[tuple[int, int, int]] = []
+        known: list[tuple[int, int, Tensor]] = []
+        for index, start in zip(step.pruned, step.starts.tolist(), strict=True):
+            drop = drops[index]
+            if drop is None:
+                raise RuntimeError("A prompt without a plan was taken as pruned.")
+            if drop.kept is not None:
+                known.append((start, drop.tokens, drop.kept))
+                continue
+            protected[start : start + drop.tokens] = drop.protected
+            facts.append((start, drop.tokens, drop.tokens - drop.dropped))
+        buckets = []
+        if facts:
+            for padded, members in make_buckets(*np.array(facts, dtype=np.int64).T):
+                start, length, kept = self._to_device(members)
+                buckets.append(Bucket(padded, start, length, kept))
+        return PrunedPrompts(rows, step.rows, self._to_device(protected), tuple(buckets), tuple(known))
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _copy(self, buffer: Tensor, array: NDArray[Any]) -> None:
+        buffer[: len(array)].copy_(self._to_device(array), non_blocking=True)
