@@ -93,7 +93,7 @@ def export(
         raise ValueError(
             f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
         )
-    stored = copy.deepcopy(model).to(dtype)
+    stored = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     # Trained as one with the word embedding, stored as two: both libraries then load it without special care.
     stored.lm_head.weight = torch.nn.Parameter(stored.lm_head.weight.detach().clone())
     stored.save_pretrained(folder)

@@ -144,5 +144,5 @@ def _rotation(offset: tuple[int, int], frequencies: list[float]) -> Tensor:
         for frequency in frequencies:
             c, s = math.cos(step * frequency), math.sin(step * frequency)
             blocks.append(torch.tensor([[c, -s], [s, c]]))
-    rotation: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    rotation: Tensor = torch.block_diag(*blocks)
     return rotation

@@ -33,7 +33,7 @@ def report(folder: Path, size: Size, count: int, log: Log, device: torch.device)
     if state is None:
         raise FileNotFoundError(f"{folder / 'best.pt'} is missing: train first.")
     model.load_state_dict(state["model"])
-    model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     data = features_of(model.model.vision_tower, "test", count, size, log)
     everything = measure(model, data.scenes, data.states)
     return {
@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     size, device, log = Size(image=options.image_size), torch.device(options.device), Log(options.out)
-    model = build(size).to(device)
+    model = build(size).to(device)  # type: ignore[arg-type]
     tower = replace(TowerSettings(), steps=options.tower_steps)
     language = replace(LanguageSettings(), steps=options.language_steps, scenes=options.language_scenes)
     log(

@@ -42,6 +42,7 @@ class BodyLimitMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
+                metrics.REFUSED.labels("body_too_large").inc()
                 # FastAPI lets an HTTPException out of the body's parsing as it is
                 raise HTTPException(413, _sentence(self.max_bytes))
             return message
@@ -63,6 +64,4 @@ async def _refuse(max_bytes: int, scope: Scope, receive: Receive, send: Send) ->
 
 
 def _sentence(max_bytes: int) -> str:
-    return (
-        f"The request body is larger than {max_bytes / 2**20:g} MiB: send smaller or fewer images, or image URLs."
-    )
+    return f"The request body is larger than {max_bytes / 2**20:g} MiB: send smaller or fewer images, or image URLs."

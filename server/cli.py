@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+from vtprune_server.hint import announce_when_ready
+
+#: What the demo model is asked about its example picture.
+_QUESTION = "what color is the circle ?"
 
 _USAGE = """\
 usage: vtprune COMMAND [options]
@@ -81,6 +85,7 @@ def _serve(rest: list[str]) -> int:
     from vllm.logger import init_logger
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vtprune_server.limits import apply_to_vllm
     from vtprune_server.options import add_policy_options, policy_from_options
 
     init_logger(__name__)
@@ -93,8 +98,10 @@ def _serve(rest: list[str]) -> int:
     try:
         if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
             _use_demo_model(args, rest)
-        policy = policy_from_options(args, os.environ, args.additional_config)
+        policy, limits = policy_from_options(args, os.environ, args.additional_config)
         args.additional_config = {**(args.additional_config or {}), "vtprune": policy.to_config()}
+        limits.export(os.environ)
+        apply_to_vllm(limits, args, _flags(rest), os.environ)
         command = ServeSubcommand()
         command.validate(args)
         command.cmd(args)
@@ -125,6 +132,9 @@ def _use_demo_model(args: Any, rest: list[str]) -> None:
         if not _given(rest, "--" + name.replace("_", "-")):
             setattr(args, name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    announce_when_ready(
+        args.host, args.port, args.served_model_name[0], Path(args.model) / "example.png", _QUESTION
+    )
 
 
 def _prepare_environment() -> None:
@@ -151,8 +161,17 @@ def _cpu_build() -> bool:
     return True
 
 
+def _flags(rest: list[str]) -> frozenset[str]:
+    """The flags given, in their spelling with dashes and without the keys of JSON flags (``--flag.key``)."""
+    return frozenset(
+        argument.split("=")[0].split(".")[0].replace("_", "-")
+        for argument in rest
+        if argument.startswith("--")
+    )
+
+
 def _given(rest: list[str], flag: str) -> bool:
-    return any(argument.split("=")[0].replace("_", "-") == flag for argument in rest)
+    return flag in _flags(rest)
 
 
 def _sentence(error: Any) -> str:

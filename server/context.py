@@ -9,43 +9,9 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_vtprune.settings import HEADERS, Controls, PruneSettings, SettingsError
+from vllm_vtprune.settings import HEADERS, KWARG, Controls, PruneSettings, SettingsError
 from vtprune_server import metrics
-
-
-@dataclass(slots=True)
-class TokenCounts:
-    """Tokens before and after pruning, summed over the prompts of one request."""
-
-    vision_tokens: int = 0
-    vision_tokens_kept: int = 0
-    kv_tokens: int = 0
-    kv_tokens_kept: int = 0
-
-    def add(self, other: TokenCounts) -> None:
-        """Add another prompt's counts."""
-        self.vision_tokens += other.vision_tokens
-        self.vision_tokens_kept += other.vision_tokens_kept
-        self.kv_tokens += other.kv_tokens
-        self.kv_tokens_kept += other.kv_tokens_kept
-
-    def as_usage(self) -> dict[str, int]:
-        """The `usage.vtprune` object."""
-        return {
-            "vision_tokens": self.vision_tokens,
-            "vision_tokens_kept": self.vision_tokens_kept,
-            "kv_tokens": self.kv_tokens,
-            "kv_tokens_kept": self.kv_tokens_kept,
-        }
-
-    def as_headers(self) -> dict[str, str]:
-        """The `X-VTPrune-*` response headers."""
-        return {
-            "X-VTPrune-Vision-Tokens": str(self.vision_tokens),
-            "X-VTPrune-Vision-Tokens-Kept": str(self.vision_tokens_kept),
-            "X-VTPrune-KV-Tokens": str(self.kv_tokens),
-            "X-VTPrune-KV-Tokens-Kept": str(self.kv_tokens_kept),
-        }
+from vtprune_server.counts import TokenCounts
 
 
 @dataclass(slots=True)
@@ -55,12 +21,16 @@ class RequestContext:
     Attributes:
         headers: the controls its `X-VTPrune-*` headers carry.
         body: the body's `vtprune` field, not yet validated.
+        settings: what they were resolved to; None until a prompt was rendered.
         counts: what rendering its prompts came to; None until one was rendered.
+        unpruned: why the second stage served a prompt whole that asked for less; None otherwise.
     """
 
     headers: Controls = field(default_factory=Controls)
     body: Any = None
+    settings: PruneSettings | None = None
     counts: TokenCounts | None = None
+    unpruned: str | None = None
 
     def add(self, counts: TokenCounts) -> None:
         """Record one rendered prompt."""
@@ -71,3 +41,14 @@ class RequestContext:
 
 #: Set by the route for the duration of a request; tasks started in it inherit the same object.
 current_request: ContextVar[RequestContext | None] = ContextVar("vtprune_request", default=None)
+
+_FIELDS = {header.lower(): name for name, header in HEADERS.items()} | {
+    f"{KWARG}.{name}": name for name in HEADERS
+}
+
+
+def refusal(error: SettingsError) -> VLLMValidationError:
+    """The error to raise for settings that cannot be served: vLLM answers 400 and names the field. Counts it."""
+    # a client's spelling must not become a label: only the contract's names do
+    metrics.REJECTED.labels(_FIELDS.get((error.param or "").lower(), "unknown")).inc()
+    return VLLMValidationError(str(error), parameter=error.param)

@@ -18,7 +18,7 @@ from vllm_vtprune.selection.registry import METHODS
 from vllm_vtprune.settings import PRESETS, Controls, SettingsError
 from vllm_vtprune.vision.explain import explain
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
-from vtprune_server.context import current_request
+from vtprune_server.context import current_request, refusal
 from vtprune_server.routes import VTPRUNE_SCHEMA, prune_headers
 
 
@@ -99,7 +99,7 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Any:
             controls = context.headers.over(controls)
         settings = plugin_context(model_config).policy.resolve(controls)
     except SettingsError as error:
-        raise VLLMValidationError(str(error), parameter=error.param) from error
+        raise refusal(error) from error
     mm_config = model_config.multimodal_config
     # the connector and the arguments vLLM's chat parser uses: the same URLs are refused, the same pixels decoded
     connector = MEDIA_CONNECTOR_REGISTRY.load(

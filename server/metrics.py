@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vtprune_server.context import TokenCounts
+from vtprune_server.counts import TokenCounts
 
 REQUESTS = Counter("vtprune_requests", "Answered requests, by the preset they were resolved to.", ["preset"])
 VISION_TOKENS = Counter("vtprune_vision_tokens", "Vision tokens before pruning.")
@@ -44,7 +44,9 @@ TOWER_SECONDS = Histogram(
 TOWER_BATCH = Histogram(
     "vtprune_tower_batch_size", "Images per pass of the vision tower.", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
-CACHE_HITS = Counter("vtprune_tower_cache_hits", "Distinct images of a request whose tower output was there or on its way.")
+CACHE_HITS = Counter(
+    "vtprune_tower_cache_hits", "Distinct images of a request whose tower output was there or on its way."
+)
 CACHE_MISSES = Counter("vtprune_tower_cache_misses", "Distinct images of a request that needed the tower.")
 CACHE_BYTES = Gauge(
     "vtprune_tower_cache_bytes", "Bytes of cached tower outputs.", multiprocess_mode="livesum"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,29 +22,57 @@ class VTPruneEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Replace the prompt routes; vLLM calls this once all of its own are attached."""
+        """Replace the prompt routes and add ours; vLLM calls this once all of its own are attached.
+
+        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost: key, body
+        size, errors.
+        """
+        from vllm import envs
+
+        from vtprune_server import media  # noqa: F401  (registers the media connector)
+        from vtprune_server.access import EveryRouteAuthentication, QuietErrors
+        from vtprune_server.body_limit import BodyLimitMiddleware
         from vtprune_server.inspection import attach_inspection_routes
+        from vtprune_server.limits import ServerLimits
         from vtprune_server.playground import attach_playground
+        from vtprune_server.request_log import configure_request_log
         from vtprune_server.routes import attach_prompt_routes
 
+        args, limits = app.state.args, ServerLimits.from_environ(os.environ)
         attach_prompt_routes(app)
         attach_inspection_routes(app)
         attach_playground(app)
+        configure_request_log(limits.log_requests)
+        app.add_middleware(QuietErrors, log_tracebacks=args.log_error_stack)
+        if limits.max_body_mb:
+            app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
+        # the same keys as vLLM's `init_entrypoints_middleware`
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        if keys:
+            app.add_middleware(EveryRouteAuthentication, tokens=keys)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Make the shared renderer ours and load the tower, so that a bad checkpoint fails at start."""
         if engine_client is None:
             return
         from vllm_vtprune.engine_config import plugin_context
+        from vllm_vtprune.kv_drop.config import kv_drop_config
         from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+        from vtprune_server.metrics import observe_tower_pass
+        from vtprune_server.model_presets import add_preset_models
         from vtprune_server.prefetch import install_prefetch
         from vtprune_server.renderer import PrunedOnlineRenderer
 
         context = plugin_context(engine_client.model_config)
-        PrunedOnlineRenderer.install(state.online_renderer, context)
+        kv_config = None
+        if context.policy.prune_layer is not None:
+            kv_config = kv_drop_config(engine_client.vllm_config)
+        model_presets = add_preset_models(state.openai_serving_models, context.policy)
+        PrunedOnlineRenderer.install(state.online_renderer, context, kv_config, model_presets)
         renderer: Any = engine_client.renderer
         if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
-            await asyncio.to_thread(getattr, renderer.mm_processor, "tower")
+            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "tower")
+            tower.observer = observe_tower_pass
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
 
 

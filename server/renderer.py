@@ -18,22 +18,37 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_vtprune.engine_config import PluginContext
+from vllm_vtprune.kv_drop.budget import KVDropConfig, plan_prompt
 from vllm_vtprune.settings import KWARG, Controls, PruneSettings, SettingsError
-from vtprune_server.context import RequestContext, TokenCounts, current_request
+from vtprune_server.context import RequestContext, current_request, refusal
+from vtprune_server.counts import TokenCounts
 
 
 class PrunedOnlineRenderer(OnlineRenderer):
     """vLLM's renderer with pruning settings resolved and injected per request."""
 
     vtprune_context: PluginContext
+    kv_config: KVDropConfig | None
+    model_presets: Mapping[str, str]
     client_mm_kwargs_trusted: bool
 
     @staticmethod
-    def install(renderer: OnlineRenderer, context: PluginContext) -> PrunedOnlineRenderer:
+    def install(
+        renderer: OnlineRenderer,
+        context: PluginContext,
+        kv_config: KVDropConfig | None,
+        model_presets: Mapping[str, str],
+    ) -> PrunedOnlineRenderer:
         """Turn vLLM's renderer into this class, in place.
 
         vLLM's handlers hold references to the one instance before plugins are initialised
         (`init_app_state`), so replacing `state.online_renderer` alone would miss them.
+
+        Args:
+            renderer: vLLM's.
+            context: the operator's policy and the model's facts.
+            kv_config: the second stage's, as scheduler and worker read it; None without a prune layer.
+            model_presets: the preset of each model name that names one.
         """
         if not isinstance(renderer, PrunedOnlineRenderer):
             renderer.__class__ = PrunedOnlineRenderer
@@ -41,24 +56,26 @@ class PrunedOnlineRenderer(OnlineRenderer):
             renderer.client_mm_kwargs_trusted = renderer.trust_request_mm_kwargs
             renderer.trust_request_mm_kwargs = True
         renderer.vtprune_context = context
+        renderer.kv_config = kv_config
+        renderer.model_presets = model_presets
         return renderer
 
     async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
         with self._injected(request) as settings:
             conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
-        self._count(engine_inputs, settings)
+        self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
 
     async def preprocess_cmpl(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_cmpl`, with the request's settings in place."""
         with self._injected(request) as settings:
             engine_inputs = await super().preprocess_cmpl(request, *args, **kwargs)
-        self._count(engine_inputs, settings)
+        self._count(engine_inputs, request, settings)
         return engine_inputs
 
     def resolve(self, request: Any) -> PruneSettings:
-        """The settings of a request: headers over body over the operator's default.
+        """The settings of a request: headers over body over the model's name over the operator's default.
 
         Raises:
             VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
@@ -67,10 +84,15 @@ class PrunedOnlineRenderer(OnlineRenderer):
         # /invocations and run_batch bypass the route: the body field then comes with the request model
         body = context.body if context.body is not None else getattr(request, KWARG, None)
         try:
-            controls = context.headers.over(Controls.from_mapping(body))
-            return self.vtprune_context.policy.resolve(controls)
+            controls = context.headers.over(Controls.from_mapping(body)).over(self._named_by_model(request))
+            context.settings = self.vtprune_context.policy.resolve(controls)
         except SettingsError as error:
-            raise VLLMValidationError(str(error), parameter=error.param) from error
+            raise refusal(error) from error
+        return context.settings
+
+    def _named_by_model(self, request: Any) -> Controls:
+        preset = self.model_presets.get(getattr(request, "model", None) or "")
+        return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
     def _injected(self, request: Any) -> Iterator[PruneSettings]:
@@ -93,22 +115,31 @@ class PrunedOnlineRenderer(OnlineRenderer):
         finally:
             request.mm_processor_kwargs = client_kwargs
 
-    def _count(self, engine_inputs: list[Any], settings: PruneSettings) -> None:
+    def _count(self, engine_inputs: list[Any], request: Any, settings: PruneSettings) -> None:
         context = current_request.get()
+        if context is None:
+            return
         for engine_input in engine_inputs:
-            counts = self._counts_of(engine_input, settings)
-            if context is not None:
-                context.add(counts)
-
-    def _counts_of(self, engine_input: Mapping[str, Any], settings: PruneSettings) -> TokenCounts:
-        ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        prompt = len(engine_input.get("prompt_token_ids") or ())
-        return TokenCounts(
-            vision_tokens=len(ranges) * self.vtprune_context.vision_tokens,
-            vision_tokens_kept=sum(r.length for r in ranges),
-            kv_tokens=prompt,
-            kv_tokens_kept=prompt,
-        )
+            ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+            token_ids = engine_input.get("prompt_token_ids")
+            counts = TokenCounts(
+                vision_tokens=len(ranges) * self.vtprune_context.vision_tokens,
+                vision_tokens_kept=sum(r.length for r in ranges),
+                kv_tokens=len(token_ids or ()),
+                kv_tokens_kept=len(token_ids or ()),
+            )
+            if self.kv_config is not None:
+                plan = plan_prompt(
+                    token_ids,
+                    [(r.offset, r.length) for r in ranges],
+                    settings.kv,
+                    self.kv_config,
+                    prompt_logprobs=getattr(request, "prompt_logprobs", None),
+                    has_prompt_embeds="prompt_embeds" in engine_input,
+                )
+                counts.kv_tokens_kept = plan.kept
+                context.unpruned = context.unpruned or plan.unpruned
+            context.add(counts)
 
 
 def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:

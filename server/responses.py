@@ -9,37 +9,49 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from vtprune_server.context import TokenCounts
+from vtprune_server.counts import TokenCounts
+from vtprune_server.request_log import RequestRecord
 
 
-def annotate(response: Any, counts: TokenCounts | None) -> Any:
-    """Put the counts on a response of one of vLLM's handlers.
+def annotate(response: Any, counts: TokenCounts | None, record: RequestRecord) -> Any:
+    """Put the counts on a response of one of vLLM's handlers, and record it.
 
     Args:
         response: what the handler returned; None when the client went away.
         counts: None when no prompt was rendered (an error, or a route without one).
+        record: told when the answer is complete, for a stream when its last event was sent.
 
     Returns:
         The response to send. Errors (status 400 and above) are passed on untouched.
     """
+    status = getattr(response, "status_code", None)
     if counts is None or not isinstance(response, Response) or response.status_code >= 400:
+        record.answered(status)
         return response
+    record.count(counts)
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _annotated_events(response.body_iterator, counts)
+        response.body_iterator = _annotated_events(response.body_iterator, counts, record)
     elif isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
         if _add_to_usage(body, counts) or _add_to_token_count(body, counts):
             response.body = response.render(body)
             response.headers["content-length"] = str(len(response.body))
+    if not isinstance(response, StreamingResponse):
+        record.answered(status)
     response.headers.update(counts.as_headers())
     return response
 
 
-async def _annotated_events(events: AsyncIterator[Any], counts: TokenCounts) -> AsyncIterator[Any]:
+async def _annotated_events(
+    events: AsyncIterator[Any], counts: TokenCounts, record: RequestRecord
+) -> AsyncIterator[Any]:
+    outcome = "cut"
     try:
         async for event in events:
             yield _annotated_event(event, counts)
+        outcome = "done"
     finally:
+        record.answered(200, stream=outcome)
         # a client that goes away must reach vLLM's generator, which then aborts the request
         close = getattr(events, "aclose", None)
         if close is not None:

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, create_model
-from vllm.exceptions import VLLMValidationError
 
 from vllm_vtprune.settings import KV_SCOPES, KWARG, PRESETS, Controls, SettingsError
-from vtprune_server.context import RequestContext, current_request
+from vtprune_server.context import RequestContext, current_request, refusal
+from vtprune_server.request_log import RequestRecord
 from vtprune_server.responses import annotate
 
 #: The routes that render prompts. `/invocations` dispatches to the handlers itself.
@@ -95,7 +95,7 @@ async def prune_headers(
     try:
         headers = Controls.from_headers(raw_request.headers.raw)
     except SettingsError as error:
-        raise VLLMValidationError(str(error), parameter=error.param) from error
+        raise refusal(error) from error
     current_request.set(RequestContext(headers=headers))
 
 
@@ -125,7 +125,13 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
         if context is None:  # the dependency sets it; without it the handler is vLLM's, unchanged
             return await handler(*args, **kwargs)
         context.body = getattr(kwargs.get("request"), KWARG, None)
-        return annotate(await handler(*args, **kwargs), context.counts)
+        record = RequestRecord(context, kwargs.get("raw_request"))
+        try:
+            response = await handler(*args, **kwargs)
+        except BaseException as error:
+            record.failed(error)
+            raise
+        return annotate(response, context.counts, record)
 
     parameters = [
         parameter.replace(annotation=_with_field(hints[name]) if name == "request" else hints[name])

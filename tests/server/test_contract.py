@@ -148,7 +148,7 @@ def test_text_alone_works_with_and_without_headers(server: str) -> None:
 
 
 def test_n_choices_and_logprobs(server: str) -> None:
-    response = post(server, chat_body(scene(), n=3, logprobs=True, top_logprobs=2), {"X-VTPrune-Preset": "light"})
+    response = post(server, chat_body(scene(), n=3, temperature=1, logprobs=True, top_logprobs=2), {"X-VTPrune-Preset": "light"})
     assert len(response.json()["choices"]) == 3
     assert counts(response)["vision_tokens"] == N
 

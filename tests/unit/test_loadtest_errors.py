@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The load tester over real HTTP when things go wrong, or the server is a plain one."""
 
+import io
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ def fake(running: FakeChat) -> FakeChat:
 def test_errors_are_counted_by_kind(
     fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.fail = {1: 503, 3: "cut", 5: "event", 7: 503}.get
+    fake.fail = lambda number: {1: 503, 3: "cut", 5: "event", 7: 503}.get(number)
     status, document, _ = run(fake, tmp_path, "--num-prompts", "10", "--concurrency", "1")
     assert status == 1
     entry = document["results"][0]
@@ -41,7 +43,7 @@ def test_errors_are_counted_by_kind(
     assert "refused with 503" in output.out and "the engine is gone" in output.out
     assert "40.0% of the measured requests failed" in output.err
     fake.reset()
-    fake.fail = {1: 503}.get
+    fake.fail = lambda number: {1: 503}.get(number)
     allowed = run(fake, tmp_path, "--num-prompts", "10", "--concurrency", "1", "--max-error-share", "0.1")
     assert allowed[0] == 0
 
@@ -77,9 +79,25 @@ def test_plain_server_has_no_pruning_columns(
     entry = document["results"][0]
     assert entry["total_output_tokens"] == 6, "counted by chunks"
     assert not any(key.startswith(("vision", "kv_")) for key in entry)
-    assert "vision" not in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "vision" not in output.out
+    assert output.err == "", "no progress bar where standard error is no terminal"
     assert any("no usage" in note for note in document["notes"])
     assert all("ignore_eos" not in body and "stream_options" not in body for body in fake.bodies)
+
+
+def test_a_terminal_gets_a_progress_bar(
+    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fake.fail = lambda number: {2: 500}.get(number)
+    run(fake, tmp_path, "--num-prompts", "4", "--concurrency", "1", "--max-error-share", "1")
+    assert "4/4" in terminal.getvalue() and "1 failed" in terminal.getvalue()
+    shown = len(terminal.getvalue())
+    run(fake, tmp_path, "--num-prompts", "4", "--no-progress", "--max-error-share", "1")
+    assert len(terminal.getvalue()) == shown
 
 
 def test_interrupt_reports_what_was_measured(

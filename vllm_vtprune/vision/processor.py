@@ -170,7 +170,9 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         items = self.info.parse_mm_data({"image": [image]})
         inputs = ProcessorInputs([], items, hf_processor_mm_kwargs={}, media_io_kwargs=media_io_kwargs or {})
         keys = self._content_keys(inputs, {})
-        return _stack(self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.tower.encoder.grid)
+        return _stack(
+            self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.tower.encoder.grid
+        )
 
     @property
     def tower(self) -> TowerService:

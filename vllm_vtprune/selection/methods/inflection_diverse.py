@@ -25,7 +25,7 @@ class InflectionDiverse(SelectionMethod):
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """The first `counts[b]` picks, in raster order."""
-        scores = pruning.scores.double()
+        scores = pruning.scores
         lowest = scores.amin(dim=-1, keepdim=True)
         span = scores.amax(dim=-1, keepdim=True) - lowest
         importance = ((scores - lowest) / span).masked_fill(span == 0, 1.0)

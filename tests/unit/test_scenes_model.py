@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo model: what training computes is what the exported checkpoint computes in transformers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from demo.curve import before_the_cut, describe_knee, similarity
+from demo.export import export, processor, tokenizer
+from demo.model import END, IMAGE, START, VOCABULARY, Size, build, words_of
+from demo.packing import answer_logits, pack
+from demo.questions import ask_each, ask_many
+from demo.run import schedule
+from demo.scenes import make_scene
+from demo.tower import encode, normalise
+
+SIZE = Size()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    made = build(SIZE).eval()
+    # Larger weights than a fresh model's, so that a difference in masks or positions shows in the logits.
+    for parameter in made.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(model: LlavaForConditionalGeneration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "export"
+    export(model, SIZE, folder)
+    return folder
+
+
+def pictures(count: int, size: int = 168) -> torch.Tensor:
+    return normalise(torch.from_numpy(np.stack([make_scene("train", i, size).pixels for i in range(count)])))
+
+
+@torch.inference_mode()
+def test_the_tower_without_its_unused_part_equals_the_whole(model: LlavaForConditionalGeneration) -> None:
+    tower, pixels = model.model.vision_tower, pictures(3)
+    whole = tower(pixels, output_hidden_states=True)
+    states, cls = encode(tower, pixels)
+    torch.testing.assert_close(states, whole.hidden_states[-2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cls, whole.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_showing_every_patch_equals_masking_none(model: LlavaForConditionalGeneration) -> None:
+    tower, pixels = model.model.vision_tower, pictures(2)
+    everything = torch.arange(144).expand(2, -1)
+    for masked, plain in zip(encode(tower, pixels, everything), encode(tower, pixels), strict=True):
+        torch.testing.assert_close(masked, plain)
+
+
+@torch.inference_mode()
+def test_packed_questions_get_the_logits_they_get_when_asked_alone(
+    model: LlavaForConditionalGeneration, exported: Path
+) -> None:
+    """Alone means: the exported folder, its processor and chat template, transformers' own LLaVA."""
+    alone = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    prepare = AutoProcessor.from_pretrained(exported)
+    scene = make_scene("test", 7)
+    questions = ask_each(scene, random.Random(0))
+    states, _ = encode(model.model.vision_tower, normalise(torch.from_numpy(scene.pixels[None])))
+    projected = model.model.multi_modal_projector(states[:, 1:])
+    logits = answer_logits(model, projected, pack([questions], 144, torch.device("cpu")))
+    assert len(logits) == 2 * len(questions), "the answer and the end after it"
+    for number, question in enumerate(questions):
+        parts = [{"type": "text", "text": question.text}, {"type": "image"}]
+        prompt = prepare.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        inputs = prepare(
+            images=Image.fromarray(scene.pixels),
+            text=f"{prompt} {question.answer}",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        assert inputs.input_ids[0, -1] == VOCABULARY[question.answer]
+        single = alone(**inputs).logits[0, -2:]
+        torch.testing.assert_close(logits[2 * number : 2 * number + 2], single, atol=1e-4, rtol=1e-3)
+
+
+def test_batched_packing_equals_packing_one_by_one(model: LlavaForConditionalGeneration) -> None:
+    questions = [ask_many(make_scene("train", index), 3 + index, random.Random(index)) for index in range(3)]
+    projected = torch.randn(3, 20, SIZE.text_width)
+    with torch.inference_mode():
+        together = answer_logits(model, projected, pack(questions, 20, torch.device("cpu")))
+        apart = [
+            answer_logits(model, projected[k : k + 1], pack([asked], 20, torch.device("cpu")))
+            for k, asked in enumerate(questions)
+        ]
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=1e-3)
+
+
+def test_the_exported_tower_has_the_names_of_public_checkpoints(exported: Path) -> None:
+    with safe_open(exported / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert "vision_tower.vision_model.embeddings.class_embedding" in names
+    assert {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight"} <= names
+    assert all(name.startswith("vision_tower.vision_model.") for name in names if "vision_tower" in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_stored_weight_is_loaded_back(
+    model: LlavaForConditionalGeneration, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    export(model, SIZE, tmp_path, dtype)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    wanted = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    assert model.dtype == torch.float32, "exporting leaves the model as it was"
+
+
+def test_a_model_too_large_to_ship_is_refused(tmp_path: Path) -> None:
+    large = Size(text_width=384, text_layers=8)
+    with pytest.raises(ValueError, match="make the model smaller or use bfloat16"):
+        export(build(large), large, tmp_path)
+
+
+def test_the_tokenizer_agrees_with_training() -> None:
+    tokens = tokenizer()
+    for index in range(30):
+        for question in ask_each(make_scene("test", index), random.Random(index)):
+            assert tokens(question.text, add_special_tokens=False).input_ids == words_of(question.text)
+    assert tokens("What COLOUR is the circle?").input_ids[0] == START
+    assert tokens.decode([VOCABULARY["top-left"]]) == "top-left"
+    assert tokens.eos_token_id == END
+
+
+def test_a_conversation_is_written_like_llava() -> None:
+    prepare = processor(SIZE)
+    parts = [{"type": "text", "text": "How many objects?"}, {"type": "image"}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "Sure?"},
+    ]
+    text = prepare.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == "<s>USER: <image>\nHow many objects? ASSISTANT: 3</s>USER: Sure? ASSISTANT:"
+    ids = prepare(
+        images=Image.new("RGB", (500, 300)), text=text, return_tensors="pt", add_special_tokens=False
+    ).input_ids[0]
+    assert (ids == IMAGE).sum() == 144
+    assert ids[0] == START
+
+
+def test_the_larger_picture_has_576_patches() -> None:
+    size = Size(image=336)
+    states, _ = encode(build(size).model.vision_tower, pictures(1, 336))
+    assert states.shape == (1, 577, size.tower_width)
+
+
+def test_the_first_heads_start_on_the_neighbouring_patches() -> None:
+    tower = build(SIZE).model.vision_tower
+    states = tower.pre_layrnorm(tower.embeddings(pictures(1)))
+    layer = tower.encoder.layers[0]
+    normed = layer.layer_norm1(states)
+    query = layer.self_attn.q_proj(normed).unflatten(-1, (8, 16))[0, 1 + 5 * 12 + 5]
+    key = layer.self_attn.k_proj(normed).unflatten(-1, (8, 16))[0, 1:]
+    found = torch.einsum("hd,phd->hp", query, key).argmax(1)
+    offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    assert found.tolist() == [(5 + dy) * 12 + 5 + dx for dy, dx in offsets]
+
+
+def test_the_cut_falls_where_the_curve_bends() -> None:
+    scores = torch.cat([torch.full((20,), 0.1), torch.full((5,), 0.9), torch.full((20,), 0.1)])
+    scores += 0.001 * torch.rand(45, generator=torch.Generator().manual_seed(0))
+    assert before_the_cut(scores).tolist() == list(range(19, 26)) or set(range(20, 25)) <= set(
+        before_the_cut(scores).tolist()
+    )
+    counts = [len(before_the_cut(scores, a)) for a in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (45, 1)
+    assert len(before_the_cut(torch.ones(9))) == 9
+
+
+def test_a_perfect_cls_token_finds_every_object_patch() -> None:
+    scenes = [make_scene("test", index) for index in range(12)]
+    shown = torch.from_numpy(np.stack([scene.object_patches for scene in scenes])).float()
+    noise = 0.05 * torch.rand(shown.shape, generator=torch.Generator().manual_seed(0))
+    patches = torch.stack([shown + noise, 1 - shown + noise], -1)
+    states = torch.cat([torch.tensor([1.0, 0.0]).expand(12, 1, 2), patches], 1)
+    assert (similarity(states) > 0.9).float().eq(shown).all()
+    knee = describe_knee(scenes, states)
+    assert knee.object_recall == 1
+    assert knee.content_correlation > 0.95
+    assert knee.share_kept == pytest.approx(knee.object_share, abs=0.1)
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    shares = [schedule(step, 1000) for step in range(1000)]
+    assert shares[0] == pytest.approx(0.02)
+    assert max(shares) == shares[300] == shares[600] == 1
+    assert shares[-1] == pytest.approx(0.02)
