@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API key in front of every route but a few, and errors that say nothing of the server's inside."""
+"""Middleware around every route: the API key, request ids, errors that say nothing of the server's inside."""
 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Awaitable
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
@@ -34,8 +35,8 @@ PUBLIC_PREFIXES = ("/playground", "/static/", "/metrics/")
 class EveryRouteAuthentication(AuthenticationMiddleware):
     """vLLM's key check for every path that is not public.
 
-    vLLM guards paths under /v1, /v2, /inference and /cohere (`AuthenticationMiddleware`), which leaves /tokenize,
-    /detokenize, /invocations and what plugins add open to anyone.
+    vLLM guards paths under /v1, /v2, /inference and /cohere (`AuthenticationMiddleware`), which leaves
+    /tokenize, /detokenize, /invocations and what plugins add open to anyone.
     """
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -52,8 +53,8 @@ class EveryRouteAuthentication(AuthenticationMiddleware):
 class QuietErrors:
     """Turns an exception nobody handled into a 500 without its text.
 
-    Without it Starlette re-raises what vLLM's catch-all handler has answered, uvicorn logs a traceback, and the
-    exception's text, which may quote the request, reaches log and client.
+    Without it Starlette re-raises what vLLM's catch-all handler has answered, uvicorn logs a traceback, and
+    the exception's text, which may quote the request, reaches log and client.
 
     Args:
         app: the application inside.
@@ -79,10 +80,11 @@ class QuietErrors:
             if scope["type"] != "http":
                 raise
             logger.error(
-                "vtprune: %s in %s %s (start with --log-error-stack for the traceback)",
+                "vtprune: %s in %s %s, request id %s (start with --log-error-stack for the traceback)",
                 type(error).__name__,
                 scope["method"],
                 scope["path"],
+                Headers(scope=scope).get("x-request-id"),
                 exc_info=error if self.log_tracebacks else None,
             )
             if started:
@@ -95,3 +97,36 @@ class QuietErrors:
                 )
             )
             await JSONResponse(body.model_dump(), status_code=500)(scope, receive, send)
+
+
+class RequestIds:
+    """Gives a request without an `X-Request-Id` one, and returns it.
+
+    vLLM makes its own id from this header where it is there, so response, log line and engine share one.
+
+    Args:
+        app: the application inside.
+        answer: whether to put the id on the response; vLLM's own --enable-request-id-headers does it too.
+    """
+
+    def __init__(self, app: ASGIApp, answer: bool = True) -> None:
+        self.app = app
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("x-request-id")
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+            # in place: vLLM's middleware further out reads the same list
+            scope["headers"].append((b"x-request-id", request_id.encode()))
+
+        async def answered(message: Message) -> None:
+            if self.answer and message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"]).setdefault("X-Request-Id", request_id)
+            await send(message)
+
+        await self.app(scope, receive, answered)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cap on the whole request body. vLLM has none; a JSON body is read into memory before anyone looks at it."""
+"""A cap on the whole request body. vLLM has none, and reads a JSON body into memory before it looks at it."""
 
 from __future__ import annotations
 
@@ -64,4 +64,5 @@ async def _refuse(max_bytes: int, scope: Scope, receive: Receive, send: Send) ->
 
 
 def _sentence(max_bytes: int) -> str:
-    return f"The request body is larger than {max_bytes / 2**20:g} MiB: send smaller or fewer images, or image URLs."
+    size = f"{max_bytes / 2**20:g} MiB"
+    return f"The request body is larger than {size}: send smaller or fewer images, or image URLs."

@@ -21,6 +21,7 @@ class RequestContext:
     Attributes:
         headers: the controls its `X-VTPrune-*` headers carry.
         body: the body's `vtprune` field, not yet validated.
+        model: the body's model name, on routes that hide it from the handler.
         settings: what they were resolved to; None until a prompt was rendered.
         counts: what rendering its prompts came to; None until one was rendered.
         unpruned: why the second stage served a prompt whole that asked for less; None otherwise.
@@ -28,6 +29,7 @@ class RequestContext:
 
     headers: Controls = field(default_factory=Controls)
     body: Any = None
+    model: str | None = None
     settings: PruneSettings | None = None
     counts: TokenCounts | None = None
     unpruned: str | None = None
@@ -48,7 +50,7 @@ _FIELDS = {header.lower(): name for name, header in HEADERS.items()} | {
 
 
 def refusal(error: SettingsError) -> VLLMValidationError:
-    """The error to raise for settings that cannot be served: vLLM answers 400 and names the field. Counts it."""
+    """Count settings that cannot be served; the error to raise for them, which vLLM answers as a 400."""
     # a client's spelling must not become a label: only the contract's names do
     metrics.REJECTED.labels(_FIELDS.get((error.param or "").lower(), "unknown")).inc()
     return VLLMValidationError(str(error), parameter=error.param)

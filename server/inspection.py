@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GET /vtprune/config` and `POST /vtprune/explain`: what this server does, and why these tokens of this image."""
+"""`GET /vtprune/config` and `POST /vtprune/explain`: what this server does, and why these tokens."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Any:
     except SettingsError as error:
         raise refusal(error) from error
     mm_config = model_config.multimodal_config
-    # the connector and the arguments vLLM's chat parser uses: the same URLs are refused, the same pixels decoded
+    # as vLLM's chat parser loads it: the same URLs are refused, the same pixels decoded
     connector = MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
         media_io_kwargs=mm_config.media_io_kwargs,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the front end lets a request cost, apart from pruning: body, images, pixels and where it may fetch from.
+"""What the front end lets a request cost, pruning aside: body, images, pixels, and where it fetches from.
 
-The values travel in the environment (``VTPRUNE_MAX_BODY_MB``, ...), which every API process inherits, so they hold
-under plain ``vllm serve`` too. What vLLM enforces itself is handed to it by `apply_to_vllm`.
+The values travel in the environment (``VTPRUNE_MAX_BODY_MB``, ...), which every API process inherits, so they
+hold under plain ``vllm serve`` too. What vLLM enforces itself is handed to it by `apply_to_vllm`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetching images for strangers: no private address, and errors that tell the client and not the server's inside.
+"""Fetching images for strangers: no private address, and errors that tell nothing of the server's inside.
 
-vLLM chooses the class that loads media by name (`VLLM_MEDIA_CONNECTOR`, `MEDIA_CONNECTOR_REGISTRY`); importing this
-module registers ``vtprune``. Addresses are checked when the name is resolved and again when the socket is made, so
-neither a second DNS answer nor a redirect gets round the check.
+vLLM chooses the class that loads media by name (`VLLM_MEDIA_CONNECTOR`, `MEDIA_CONNECTOR_REGISTRY`);
+importing this module registers ``vtprune``. Addresses are checked when the name is resolved and again when
+the socket is made, so neither a second DNS answer nor a redirect gets round the check.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PrivateAddressError(VLLMValidationError):
 
     def __init__(self) -> None:
         super().__init__(
-            "image_url leads to a private, loopback or otherwise non-public address, which this server does not "
-            "fetch from: send the image as a data: URL.",
+            "image_url leads to a private, loopback or otherwise non-public address, which this server does "
+            "not fetch from: send the image as a data: URL.",
             parameter="image_url",
         )
         metrics.REFUSED.labels("private_address").inc()
@@ -110,7 +110,7 @@ class _PublicResolver(AbstractResolver):
 
 
 def _public_socket(address: tuple[Any, ...]) -> socket.socket:
-    """aiohttp's socket factory: sees every address it is about to connect to, IP literals and redirects included."""
+    """The socket factory of aiohttp, which sees every address before it connects, redirects included."""
     family, kind, protocol, _, sockaddr = address
     if not is_public(str(sockaddr[0])):
         raise PrivateAddressError
@@ -127,8 +127,9 @@ def _connection() -> HTTPConnection:
 class PublicMediaConnector(MediaConnector):
     """vLLM's connector over `PublicHTTPConnection`, which blames the client for what the client sent.
 
-    vLLM answers 500 or 501 when a host cannot be reached, a data URL is not base64 or Pillow trips over a broken
-    file in a way of its own; here all of these are 4xx, in sentences that quote neither URL nor exception.
+    vLLM answers 500 or 501 when a host cannot be reached, a data URL is not base64 or Pillow trips over a
+    broken file in a way of its own; here all of these are 4xx, in sentences that quote neither URL nor
+    exception.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics, served at /metrics beside vLLM's.
 
-Token counters grow when a response that carries counts is sent, by those counts: over any stretch of time they
-equal the sum of the responses' ``usage.vtprune``, and kept + dropped = total. `/tokenize` and
+Token counters grow when a response that carries counts is sent, by those counts: over any stretch of time
+they equal the sum of the responses' ``usage.vtprune``, and kept + dropped = total. `/tokenize` and
 `/v1/messages/count_tokens` generate nothing and are left out. With several API processes vLLM sets up
 prometheus_client's multi-process mode, in which the counters of all processes are summed.
 """
@@ -28,8 +28,8 @@ KV_TOKENS_KEPT = Counter("vtprune_kv_tokens_kept", "Prompt tokens above the prun
 KV_TOKENS_DROPPED = Counter("vtprune_kv_tokens_dropped", "Prompt tokens dropped at the prune layer.")
 UNPRUNED = Counter(
     "vtprune_requests_unpruned",
-    "Answered requests that lost no token: off (they asked for none of it), no_images, nothing_to_drop (the rule "
-    "kept every token), or why the second stage could not (too_long, prompt_embeds, ...).",
+    "Answered requests that lost no token: off (they asked for none of it), no_images, nothing_to_drop (the "
+    "rule kept every token), or why the second stage could not (too_long, prompt_embeds, ...).",
     ["reason"],
 )
 REJECTED = Counter("vtprune_rejected_settings", "Requests refused for their pruning settings.", ["field"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets by model name, for clients that can send no headers: `MODEL:light`, `MODEL:balanced`, ...
 
-Each is one more name of the base model (`OpenAIServingModels.base_model_paths`), so `/v1/models` lists it and vLLM
-accepts it wherever it accepts the model; every other name, `ADAPTER:balanced` included, keeps vLLM's own 404.
+Each is one more name of the base model (`OpenAIServingModels.base_model_paths`), so `/v1/models` lists it and
+vLLM accepts it wherever it accepts the model; every other name, `ADAPTER:balanced` included, stays a 404.
 """
 
 from __future__ import annotations

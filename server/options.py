@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator's policy and limits from flags, environment and a YAML file.
 
-Each field of `PrunePolicy` and `ServerLimits` is a flag ``--vtprune-<field>``, a variable ``VTPRUNE_<FIELD>`` and a
-key of the file. A flag wins over the environment, the environment over the file, and all of them over
+Each field of `PrunePolicy` and `ServerLimits` is a flag ``--vtprune-<field>``, a variable ``VTPRUNE_<FIELD>``
+and a key of the file. A flag wins over the environment, the environment over the file, and all of them over
 ``--additional-config``.
 """
 

@@ -24,13 +24,12 @@ class VTPruneEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Replace the prompt routes and add ours; vLLM calls this once all of its own are attached.
 
-        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost: key, body
-        size, errors.
+        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost.
         """
         from vllm import envs
 
         from vtprune_server import media  # noqa: F401  (registers the media connector)
-        from vtprune_server.access import EveryRouteAuthentication, QuietErrors
+        from vtprune_server.access import EveryRouteAuthentication, QuietErrors, RequestIds
         from vtprune_server.body_limit import BodyLimitMiddleware
         from vtprune_server.inspection import attach_inspection_routes
         from vtprune_server.limits import ServerLimits
@@ -46,6 +45,7 @@ class VTPruneEndpointPlugin:
         app.add_middleware(QuietErrors, log_tracebacks=args.log_error_stack)
         if limits.max_body_mb:
             app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
+        app.add_middleware(RequestIds, answer=not args.enable_request_id_headers)
         # the same keys as vLLM's `init_entrypoints_middleware`
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         if keys:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets concurrent requests share a pass of the vision tower.
 
-vLLM runs its multimodal processor on one thread, request after request (`BaseRenderer._mm_executor`). Here the
-tower's work is done beforehand on a few threads, where it is batched (`vision.tower_service`); the processor
-then finds its outputs in the cache.
+vLLM runs its multimodal processor on one thread, request after request (`BaseRenderer._mm_executor`). Here
+the tower's work is done beforehand on a few threads, where it is batched (`vision.tower_service`); the
+processor then finds its outputs in the cache.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 Hook: `vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat` and `.preprocess_cmpl`, through which
 chat, batch, completions, responses, messages, tokenize and `/invocations` all pass. A client's own
-`mm_processor_kwargs` are judged first, under the operator's `--trust-request-mm-kwargs`; only then is our entry
-added, so that flag never needs opening.
+`mm_processor_kwargs` are judged first, under the operator's `--trust-request-mm-kwargs`; only then is our
+entry added, so that flag never needs opening.
 """
 
 from __future__ import annotations
@@ -81,17 +81,18 @@ class PrunedOnlineRenderer(OnlineRenderer):
             VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
         """
         context = current_request.get() or RequestContext()
-        # /invocations and run_batch bypass the route: the body field then comes with the request model
+        # run_batch bypasses the routes: the body field then comes with the request model
         body = context.body if context.body is not None else getattr(request, KWARG, None)
         try:
-            controls = context.headers.over(Controls.from_mapping(body)).over(self._named_by_model(request))
+            by_model = self._named_by_model(context.model or getattr(request, "model", None))
+            controls = context.headers.over(Controls.from_mapping(body)).over(by_model)
             context.settings = self.vtprune_context.policy.resolve(controls)
         except SettingsError as error:
             raise refusal(error) from error
         return context.settings
 
-    def _named_by_model(self, request: Any) -> Controls:
-        preset = self.model_presets.get(getattr(request, "model", None) or "")
+    def _named_by_model(self, model: str | None) -> Controls:
+        preset = self.model_presets.get(model or "")
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager

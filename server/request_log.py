@@ -7,13 +7,14 @@ The lines go to the logger ``vtprune.requests``, by default to standard error; a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import VLLMClientError
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from vtprune_server import metrics
 
@@ -69,9 +70,10 @@ class RequestRecord:
         self._log(status=status, **extra)
 
     def failed(self, error: BaseException) -> None:
-        """The handler raised: a client's mistake becomes 4xx further out, anything else is named by its type."""
-        status = 400 if isinstance(error, VLLMClientError | ValueError) else 500
-        self._log(status=status, error=type(error).__name__)
+        """The handler raised; logged is the status vLLM's exception handlers make of it, and its type."""
+        cut = isinstance(error, asyncio.CancelledError)
+        status = create_error_response(error).error.code if isinstance(error, Exception) else None
+        self._log(status=status, **({"cut": True} if cut else {"error": type(error).__name__}))
 
     @property
     def _route(self) -> str:
@@ -110,7 +112,7 @@ class RequestRecord:
     def _request_id(self) -> str | None:
         if self._raw_request is None:
             return None
-        # set by vLLM's handlers (`RequestResponseMetadata`)
+        # set by vLLM's handlers (`RequestResponseMetadata`); the header by `access.RequestIds`
         metadata = getattr(self._raw_request.state, "request_metadata", None)
         request_id = getattr(metadata, "request_id", None) or self._raw_request.headers.get("x-request-id")
         return request_id[:128] if request_id else None

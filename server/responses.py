@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -43,7 +43,7 @@ def annotate(response: Any, counts: TokenCounts | None, record: RequestRecord) -
 
 
 async def _annotated_events(
-    events: AsyncIterator[Any], counts: TokenCounts, record: RequestRecord
+    events: AsyncIterable[Any], counts: TokenCounts, record: RequestRecord
 ) -> AsyncIterator[Any]:
     outcome = "cut"
     try:

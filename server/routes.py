@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, create_model
+from vllm.exceptions import VLLMValidationError
 
 from vllm_vtprune.settings import KV_SCOPES, KWARG, PRESETS, Controls, SettingsError
 from vtprune_server.context import RequestContext, current_request, refusal
@@ -36,12 +37,12 @@ PROMPT_ROUTES = (
     "/invocations",
 )
 
-_UNIT = {"minimum": 0, "maximum": 1}
-_SHARE = {"exclusiveMinimum": 0, "maximum": 1}
+_UNIT: dict[str, Any] = {"minimum": 0, "maximum": 1}
+_SHARE: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
 
 
 class PruneFields(BaseModel, extra="forbid"):
-    """The body's `vtprune` object, as OpenAPI shows it. Values are validated with the headers, in one place."""
+    """The body's `vtprune` object, as OpenAPI shows it; its values are judged where the headers' are."""
 
     preset: str | None = Field(None, json_schema_extra={"enum": list(PRESETS)})
     aggressiveness: float | None = Field(None, json_schema_extra=_UNIT)
@@ -124,8 +125,12 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
         context = current_request.get()
         if context is None:  # the dependency sets it; without it the handler is vLLM's, unchanged
             return await handler(*args, **kwargs)
-        context.body = getattr(kwargs.get("request"), KWARG, None)
-        record = RequestRecord(context, kwargs.get("raw_request"))
+        raw_request = kwargs.get("raw_request")
+        if "request" in kwargs:
+            context.body = getattr(kwargs["request"], KWARG, None)
+        elif raw_request is not None:
+            await _read_untyped(context, raw_request)
+        record = RequestRecord(context, raw_request)
         try:
             response = await handler(*args, **kwargs)
         except BaseException as error:
@@ -141,6 +146,19 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
     return endpoint
 
 
+async def _read_untyped(context: RequestContext, raw_request: Request) -> None:
+    """Read what `/invocations` hides: SageMaker's adapter injection overwrites the body's `model`."""
+    try:
+        body = await raw_request.json()
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise VLLMValidationError("The request body is not JSON that this server reads.") from error
+    except ValueError:
+        return  # vLLM's own 400 says where the JSON breaks
+    if isinstance(body, dict):
+        context.body, model = body.get(KWARG), body.get("model")
+        context.model = model if isinstance(model, str) else None
+
+
 @functools.cache
 def _with_field(model: Any) -> Any:
     """The request model with a `vtprune` field; a union of models is mapped over."""
@@ -148,5 +166,5 @@ def _with_field(model: Any) -> Any:
         return typing.Union[tuple(_with_field(member) for member in typing.get_args(model))]  # noqa: UP007
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return model
-    field = (Any, Field(None, json_schema_extra=VTPRUNE_SCHEMA))
-    return create_model(model.__name__, __base__=model, __module__=model.__module__, **{KWARG: field})
+    fields: dict[str, Any] = {KWARG: (Any, Field(None, json_schema_extra=VTPRUNE_SCHEMA))}
+    return create_model(model.__name__, __base__=model, __module__=model.__module__, **fields)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builders of small random LLaVA checkpoints that vLLM and transformers load as they load any LLaVA.
 
-The tokenizer has one token per byte and the special tokens; the weights come from a seed. Random weights answer
-nonsense, deterministically, which is all that equality tests need.
+The tokenizer has one token per byte and the special tokens; the weights come from a seed. Random weights
+answer nonsense, deterministically, which is all that equality tests need.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ def random_llava(
 
     Args:
         folder: where to write; made if missing.
-        image_size: pixels; an image has (image_size / patch_size)^2 vision tokens (168 / 14: 144; 336 / 14: 576).
+        image_size: pixels; an image has (image_size / patch_size)^2 vision tokens (168 / 14: 144; 336 / 14:
+            576).
         patch_size: pixels.
         layers: decoder layers.
-        heads: query heads of the decoder; hidden / heads is the head size (vLLM's CPU attention takes 32, 64, ...).
+        heads: query heads of the decoder; hidden / heads is the head size (vLLM's CPU attention takes 32, 64,
+            ...).
         kv_heads: key-value heads of the decoder; fewer than `heads` is grouped-query attention.
         hidden: width of the decoder.
         intermediate: width of its feed-forward layers; None is twice `hidden`.
@@ -71,8 +73,8 @@ def random_llava(
         vocab_size: None is the tokenizer's own size (261); more only adds rows to the embedding tables.
         max_positions: positions of the decoder.
         sliding_window: makes it a Mistral with sliding-window attention, which stage 2 refuses.
-        public_names: name the tower's weights `vision_tower.vision_model.*`, as public checkpoints and vLLM do;
-            False leaves what transformers 5 writes, `vision_tower.*`.
+        public_names: name the tower's weights `vision_tower.vision_model.*`, as public checkpoints and vLLM
+            do; False leaves what transformers 5 writes, `vision_tower.*`.
         weight_scale: factor on the decoder's initial weights; above 1 makes attention less uniform.
         dtype: of the stored weights.
         seed: of the weights.

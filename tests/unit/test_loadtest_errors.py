@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_chat import FakeChat, serve_fake_chat
+from tests.fake_chat import Failure, FakeChat, serve_fake_chat
 from tests.loadtest_runs import run
 from vtprune_bench.loadtest import main
 
@@ -32,7 +32,8 @@ def fake(running: FakeChat) -> FakeChat:
 def test_errors_are_counted_by_kind(
     fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.fail = lambda number: {1: 503, 3: "cut", 5: "event", 7: 503}.get(number)
+    failures: dict[int, Failure] = {1: 503, 3: "cut", 5: "event", 7: 503}
+    fake.fail = failures.get
     status, document, _ = run(fake, tmp_path, "--num-prompts", "10", "--concurrency", "1")
     assert status == 1
     entry = document["results"][0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune_bench.load.errors import LoadTestError
@@ -65,6 +65,7 @@ def test_tpot_divides_by_tokens_and_not_by_chunks() -> None:
     assert summary["output_tokens_per_chunk"] == 2.5
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 10), min_size=1, max_size=60))
 def test_statistics_are_numpys(latencies: list[float]) -> None:
     summary = summarise([record(0.0, [latency]) for latency in latencies], 1.0, {}, is_open_loop=False)
@@ -175,6 +176,7 @@ STREAM = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12))
 def test_a_stream_reads_the_same_however_it_is_cut(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune_bench.load.arrivals import ArrivalProcess, arrival_times, ramp_times
@@ -31,6 +31,7 @@ processes = st.sampled_from(list(ArrivalProcess))
 seeds = st.integers(0, 2**32 - 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0.01, 1e4), processes, seeds)
 def test_arrivals_have_exactly_the_rate(count: int, rate: float, process: ArrivalProcess, seed: int) -> None:
     times = arrival_times(count, rate, process, np.random.default_rng(seed))
@@ -56,6 +57,7 @@ def test_constant_gaps_are_constant() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.floats(0.5, 1000), st.floats(0.1, 60), processes, seeds)
 def test_ramp_rises_linearly(rate: float, ramp_s: float, process: ArrivalProcess, seed: int) -> None:
     times = ramp_times(rate, ramp_s, process, np.random.default_rng(seed))
@@ -74,6 +76,7 @@ def test_impossible_rates_are_refused(rate: float) -> None:
         arrival_times(1, rate, ArrivalProcess.POISSON, np.random.default_rng(0))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 200), seeds)
 def test_order_is_balanced_at_every_length(settings: int, length: int, seed: int) -> None:
     order = list(islice(balanced_order(settings, np.random.default_rng(seed)), length))
@@ -123,6 +126,7 @@ load_points = st.sampled_from([closed, LoadPoint(3.0, None), LoadPoint(0.5, 2)])
 interleaves = st.sampled_from(list(Interleave))
 
 
+@settings(deadline=None)
 @given(
     load_points,
     st.integers(1, 5),

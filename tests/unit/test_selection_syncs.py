@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection waits for the device once: counted on the CPU by what would wait, and on a GPU by CUDA itself."""
+"""A selection waits for the device once: on the CPU by what would wait, on a GPU by CUDA's own count."""
 
 import dataclasses
 from collections import Counter

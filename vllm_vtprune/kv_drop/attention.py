@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention metadata above the prune layer, by wrapping whichever backend vLLM picked.
 
-Hooks of vLLM 0.32: `subclass_attention_backend`, made for this, and `AttentionMetadataBuilder.build`. The layers
-and their kernels are vLLM's own; only the batch they are told about is the compacted one.
+Hooks of vLLM 0.32: `subclass_attention_backend`, made for this, and `AttentionMetadataBuilder.build`. The
+layers and their kernels are vLLM's own; only the batch they are told about is the compacted one.
 """
 
 from __future__ import annotations
@@ -43,16 +43,22 @@ def dropping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             self._state: KVDropState = getattr(layer, _ATTRIBUTE)
 
         @classmethod
-        def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-            """A full CUDA graph may hold decode-only batches: where a prompt is pruned, shapes change midway."""
+        def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> Any:
+            """At most decode-only batches: where a prompt is pruned, shapes change midway."""
             support: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
 
         def build(
-            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
             """Metadata for the rows that reach these layers."""
-            return super().build(common_prefix_len, self._state.compact(common_attn_metadata), *args, **kwargs)
+            return super().build(
+                common_prefix_len, self._state.compact(common_attn_metadata), *args, **kwargs
+            )
 
     return subclass_attention_backend("KVDrop", backend, KVDropBuilder)
 
@@ -63,4 +69,4 @@ def adopt_layer(layer: nn.Module, state: KVDropState) -> None:
     vLLM asks the layer for its backend when it sets up metadata builders (`Attention.get_attn_backend`).
     """
     setattr(layer, _ATTRIBUTE, state)
-    layer.attn_backend = dropping_backend(layer.attn_backend)  # type: ignore[arg-type, assignment]
+    layer.attn_backend = dropping_backend(layer.attn_backend)  # type: ignore[assignment]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens of a prompt stay above the prune layer: the one place that decides it.
 
-Scheduler, worker and front end each call `plan_prompt` with what they know of a request and get the same answer,
-so none has to ask another and nothing waits for the accelerator. *Which* of the unprotected tokens stay is
-decided on the device (`vllm_vtprune.kv_drop.relevance`).
+Scheduler, worker and front end each call `plan_prompt` with what they know of a request and get the same
+answer, so none has to ask another and nothing waits for the accelerator. *Which* of the unprotected tokens
+stay is decided on the device (`vllm_vtprune.kv_drop.relevance`).
 
 Nothing here knows of vLLM or torch.
 """
@@ -87,8 +87,8 @@ def protected_positions(
     """Positions that stay whatever their relevance.
 
     The first token, special tokens outside the image placeholders, the last `window` tokens, and with
-    ``kv_scope=vision`` every token outside the placeholders. A token counts as an image's by its position, never
-    by its id: text can spell the placeholder's token.
+    ``kv_scope=vision`` every token outside the placeholders. A token counts as an image's by its position,
+    never by its id: text can spell the placeholder's token.
 
     Args:
         token_ids: the prompt, [n].
@@ -176,11 +176,14 @@ def plan_prompt(
     return PromptPlan(n, kv_tokens_kept(token_ids, placeholders, config.special_ids, settings, config.window))
 
 
-def settings_of(extra_args: Mapping[str, Any] | None, default: KVSettings) -> tuple[KVSettings, Unpruned | None]:
-    """A request's settings out of `SamplingParams.extra_args`, for the side of the engine, which must not fail.
+def settings_of(
+    extra_args: Mapping[str, Any] | None, default: KVSettings
+) -> tuple[KVSettings, Unpruned | None]:
+    """A request's settings out of `SamplingParams.extra_args`, for the engine's side, which must not fail.
 
     Returns:
-        The settings and None; settings that drop nothing and ``bad_settings`` for an entry that cannot be read.
+        The settings and None; settings that drop nothing and ``bad_settings`` for an entry that cannot be
+        read.
     """
     try:
         return KVSettings.from_extra_args(extra_args, default), None

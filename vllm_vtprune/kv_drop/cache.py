@@ -3,8 +3,9 @@
 
 Hooks, all of vLLM 0.32: `KVCacheSpecRegistry.register` (made for out-of-tree specs), and of
 `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` the methods `get_num_blocks_to_allocate`,
-`allocate_new_blocks` and `cache_blocks`. Both specs are full attention to all of vLLM; they only refuse to merge
-with each other, so that vLLM (`get_kv_cache_groups`) puts the two halves of the decoder into groups of their own.
+`allocate_new_blocks` and `cache_blocks`. Both specs are full attention to all of vLLM; they only refuse to
+merge with each other, so that vLLM (`get_kv_cache_groups`) puts the two halves of the decoder into groups of
+their own.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ class BelowPruneLayerManager(PlannedBlocksManager):
 class AbovePruneLayerManager(PlannedBlocksManager):
     """Blocks of the layers above: none for tokens that were dropped."""
 
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
-    ) -> int:
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks missing for `num_tokens` tokens of the request, the dropped ones not counted."""
-        return super().get_num_blocks_to_allocate(request_id, self._slots(request_id, num_tokens), *args, **kwargs)
+        return super().get_num_blocks_to_allocate(
+            request_id, self._slots(request_id, num_tokens), *args, **kwargs
+        )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -122,8 +123,8 @@ def groups_above(specs: Sequence[KVCacheSpec]) -> list[int]:
     return [i for i, spec in enumerate(specs) if isinstance(spec, AbovePruneLayerSpec)]
 
 
-# At import: vLLM's engine-core process gets the specs pickled from the workers, which imports this module there,
-# and groups them next. Registering into an empty table would keep vLLM from filling in its own specs.
+# At import: vLLM's engine-core process gets the specs pickled from the workers, which imports this module
+# there, and groups them next. Registering into an empty table would keep vLLM from filling in its own specs.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(BelowPruneLayerSpec, BelowPruneLayerManager, BelowPruneLayerSpec)
 KVCacheSpecRegistry.register(AbovePruneLayerSpec, AbovePruneLayerManager, AbovePruneLayerSpec)

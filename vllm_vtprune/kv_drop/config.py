@@ -28,9 +28,9 @@ class UnsupportedConfigError(ValueError):
 def recommended_prune_layer(layers: int) -> int:
     """The documented recommendation: about a quarter of the depth, dividing it.
 
-    vLLM cuts the decoder into KV-cache groups as large as the smaller half. A K that divides the depth leaves no
-    group partly empty, and one near a quarter makes four groups, each of which costs a block table and a metadata
-    build per step.
+    vLLM cuts the decoder into KV-cache groups as large as the smaller half. A K that divides the depth leaves
+    no group partly empty, and one near a quarter makes four groups, each of which costs a block table and a
+    metadata build per step.
 
     Args:
         layers: decoder layers, at least 2.
@@ -125,7 +125,7 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
     from vllm.platforms import current_platform
 
     wrong = {
-        "a sliding-window decoder; serve a model with full attention": bool(getattr(text, "sliding_window", None)),
+        "a sliding-window decoder": bool(getattr(text, "sliding_window", None)),
         "pipeline parallelism; set --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism; set --decode-context-parallel-size and --prefill-context-parallel-size 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which prompt tokens stay: attention from the question's end to every prompt token, at the prune layer.
 
-The score is arXiv 2409.01162's second stage as this project reads it (its code was not released): tokens the text
-attends to little are irrelevant to it. `last_token` is FastV's (arXiv 2403.06764); `no_rope` leaves the rotary
-embedding out, against the preference for late positions that it brings (arXiv 2412.01818).
+The score is arXiv 2409.01162's second stage as this project reads it (its code was not released): tokens the
+text attends to little are irrelevant to it. `last_token` is FastV's (arXiv 2403.06764); `no_rope` leaves the
+rotary embedding out, against the preference for late positions that it brings (arXiv 2412.01818).
 
-Everything works on a ragged batch in a few kernels and without a device synchronisation: lengths and counts are
-known on the host, so shapes are; prompts are padded in buckets of similar length, which bounds padding by two.
+Everything works on a ragged batch in a few kernels and without a device synchronisation: lengths and counts
+are known on the host, so shapes are; prompts are padded in buckets of similar length, which bounds padding by
+two.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class PrunedPrompts:
         rows_kept: how many of them go on to the layers above.
         protected: rows that stay whatever their relevance, [N]; only rows of pruned prompts are looked at.
         buckets: the prompts to rate.
-        known: prompts pruned before, then preempted: first row, length, and the positions that stayed, [kept].
+        known: prompts pruned before, then preempted: first row, length, and the positions that stayed,
+            [kept].
     """
 
     rows: int

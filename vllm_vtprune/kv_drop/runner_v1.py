@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seam in Model Runner V1: tells each step's plan to the layers above the prune layer.
 
-Hooks, all of `vllm.v1.worker.gpu_model_runner.GPUModelRunner` in vLLM 0.32, by subclassing: `_prepare_inputs` (the
-step's batch is settled), `_get_slot_mappings` (which slots the step writes), `_dummy_run` and
+Hooks, all of `vllm.v1.worker.gpu_model_runner.GPUModelRunner` in vLLM 0.32, by subclassing: `_prepare_inputs`
+(the step's batch is settled), `_get_slot_mappings` (which slots the step writes), `_dummy_run` and
 `_on_request_state_removed`.
 """
 
@@ -91,9 +91,9 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
 def install(runner: GPUModelRunner) -> None:
     """Turn a model runner into its subclass with the seam.
 
-    The worker's `init_device` names vLLM's class outright, so the instance changes its class once it is built.
-    Idempotent.
+    The worker's `init_device` names vLLM's class outright, so the instance changes its class once it is
+    built. Idempotent.
     """
     if not hasattr(runner, "_drops"):
-        runner.__class__ = dropping_runner(type(runner))
-        runner._drops = {}
+        runner.__class__ = dropping_runner(type(runner))  # type: ignore[arg-type]
+        runner._drops = {}  # type: ignore[attr-defined]

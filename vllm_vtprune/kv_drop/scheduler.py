@@ -2,7 +2,8 @@
 """vLLM's scheduler with one more rule: a prompt that will be pruned is taken whole, or not yet.
 
 Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`, and
-`_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not yet".
+`_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not
+yet".
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class _KVDropMixin(Scheduler):
         self.unpruned: dict[str, int] = {}
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if not isinstance(manager, PlannedBlocksManager):
-                raise RuntimeError("vtprune: the worker reported KV-cache groups that are not split by prune_layer.")
+                raise RuntimeError(
+                    "vtprune: the worker did not split the KV-cache groups at the prune layer."
+                )
             manager.plans = self.prompt_plans
 
     def add_request(self, request: Request) -> None:
@@ -74,7 +77,7 @@ class _KVDropMixin(Scheduler):
             first = plan.unpruned not in self.unpruned
             self.unpruned[plan.unpruned] = self.unpruned.get(plan.unpruned, 0) + 1
             if first:
-                logger.warning("vtprune: served unpruned: %s. Counted, not logged again.", _WHY[plan.unpruned])
+                logger.warning("vtprune: served unpruned: %s. Not logged again.", _WHY[plan.unpruned])
             if plan.unpruned == "streaming_input" and request.sampling_params is not None:
                 # the worker cannot see that the prompt may grow, so it is told in the settings it reads
                 request.sampling_params = request.sampling_params.clone()
@@ -107,9 +110,10 @@ class AsyncKVDropScheduler(_KVDropMixin, AsyncScheduler):
 
 
 def build_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """The scheduler vLLM would pick, with pruned prompts; `SchedulerConfig.scheduler_cls` names this function.
+    """The scheduler vLLM would pick, with pruned prompts.
 
-    vLLM decides between the two only after the configuration hook ran, so the choice is made when it builds one.
+    `SchedulerConfig.scheduler_cls` names this function. vLLM decides between the two only after the
+    configuration hook ran, so the choice is made when it builds one.
     """
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     scheduler = AsyncKVDropScheduler if vllm_config.scheduler_config.async_scheduling else KVDropScheduler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine step above the prune layer: who loses tokens now, who lost some before, and what follows for slots.
+"""One engine step above the prune layer: who loses tokens now, who lost some before, what follows for slots.
 
 A request that lost d tokens has every later token d places earlier in the caches above the prune layer. So a
 step needs, per request, how many tokens it lost, and for prompts pruned in this very step their extent in the
@@ -75,8 +75,8 @@ def step_geometry(
     Args:
         scheduled: tokens of each request in this step, [R].
         computed: tokens of each request before it, [R].
-        dropped: tokens each request loses in all, [R]. Such a prompt comes whole, so it loses them in the step
-            that starts at its first token, and every later step starts beyond the prompt.
+        dropped: tokens each request loses in all, [R]. Such a prompt comes whole, so it loses them in the
+            step that starts at its first token, and every later step starts beyond the prompt.
     """
     now = (computed == 0) & (dropped > 0)
     rows = scheduled - np.where(now, dropped, 0)
@@ -97,10 +97,10 @@ def step_geometry(
 
 
 class KVDropState:
-    """What model, runner and metadata builders share in a worker: the present step, in buffers of fixed address.
+    """What model, runner and metadata builders share in a worker: the present step.
 
-    A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and `seq_lens`
-    are written in place for that reason.
+    A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and
+    `seq_lens` are written in place for that reason.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, device: torch.device) -> None:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama for vLLM in two halves, with the prune layer between them.
 
-The layers are `vllm.model_executor.models.llama`'s own; layer K-1 also returns the queries and keys that rate the
-prompt's tokens. Each half is compiled on its own (`support_torch_compile`), since the batch changes its length
-between them; `vllm.model_executor.models.gemma3n` compiles two halves of a decoder likewise.
+The layers are `vllm.model_executor.models.llama`'s own; layer K-1 also returns the queries and keys that rate
+the prompt's tokens. Each half is compiled on its own (`support_torch_compile`), since the batch changes its
+length between them; `vllm.model_executor.models.gemma3n` compiles two halves of a decoder likewise.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
@@ -48,7 +50,9 @@ class RatingLlamaAttention(LlamaAttention):
 
     rate_rotary = True
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, positions: Tensor, hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`LlamaAttention.forward`; output, queries [rows, heads * size], keys [rows, kv_heads * size]."""
         qkv, _ = self.qkv_proj(hidden_states)
         plain_q, plain_k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
@@ -69,7 +73,7 @@ class RatingLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, prefix, attn_layer_type=RatingLlamaAttention)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`LlamaDecoderLayer.forward`; hidden states, residual, queries, keys."""
@@ -87,7 +91,7 @@ class RatingLlamaDecoderLayer(LlamaDecoderLayer):
 class LayersBelow(nn.Module):
     """Layers 0 to K-1."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Iterable[nn.Module]) -> None:
         super().__init__()
         # a tuple, so that the layers' weights keep the one name they have in the checkpoint
         self.layers = tuple(layers)
@@ -106,7 +110,7 @@ class LayersAbove(nn.Module):
     """Layers of index K and more, and the final norm."""
 
     def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module], norm: nn.Module
+        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Iterable[nn.Module], norm: nn.Module
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
@@ -148,7 +152,7 @@ class KVDropLlamaModel(nn.Module):
             config.num_hidden_layers, layer, prefix=f"{prefix}.layers"
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rating = self.layers[drop.prune_layer - 1].self_attn
+        self.rating = cast(RatingLlamaAttention, self.layers[drop.prune_layer - 1].self_attn)
         self.rating.rate_rotary = self.relevance.rotary
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
@@ -165,11 +169,10 @@ class KVDropLlamaModel(nn.Module):
                 norm=self.norm,
             )
         scheduler = vllm_config.scheduler_config
-        self.kv_drop = KVDropState(
-            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, vllm_config.device_config.device
-        )
+        device = cast(torch.device, vllm_config.device_config.device)
+        self.kv_drop = KVDropState(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
         for above in self.layers[drop.prune_layer :]:
-            adopt_layer(above.self_attn.attn, self.kv_drop)
+            adopt_layer(cast(LlamaAttention, above.self_attn).attn, self.kv_drop)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token embeddings, [rows, hidden]."""
@@ -203,7 +206,8 @@ class KVDropLlamaModel(nn.Module):
         )
         with override_forward_context(context):
             kept = self.above(positions[rows], hidden_states[rows], residual[rows])
-        return kept.new_zeros(hidden_states.shape).index_copy_(0, rows, kept)
+        output: Tensor = kept.new_zeros(hidden_states.shape).index_copy_(0, rows, kept)
+        return output
 
     def _kept_rows(self, q: Tensor, k: Tensor) -> Tensor:
         attention, prompts = self.rating, self.kv_drop.prompts

@@ -7,7 +7,7 @@ With a prune layer the decoder is the one of `vllm_vtprune.models.llama`; withou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -26,6 +26,7 @@ from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 if TYPE_CHECKING:
     from vllm_vtprune.kv_drop.step import KVDropState
+    from vllm_vtprune.models.llama import KVDropLlamaModel
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -60,8 +61,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     @property
     def kv_drop(self) -> KVDropState:
         """The second stage's present step, where there is a prune layer."""
-        state: KVDropState = self.language_model.model.kv_drop
-        return state
+        return cast("KVDropLlamaModel", self.language_model.model).kv_drop
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """The processor's embeddings as they are: per image [k, hidden]."""

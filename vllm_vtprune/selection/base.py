@@ -116,9 +116,8 @@ class Selection:
     Args:
         indices: [k] int64, ascending and unique: the patches kept, in raster order.
         features: None where the kept patches stay as they are. A method that merges returns [k', D]: first
-        the
-            new features of `indices`, in that order, then any summary token that belongs to no single patch
-            (k' >= k).
+            the new features of `indices`, in that order, then any summary token that belongs to no single
+            patch (k' >= k).
     """
 
     indices: Tensor
@@ -148,11 +147,11 @@ class Pruning:
         """[B, N] float32 scores by the budget's rule, the higher the better; not yet checked for NaN."""
         return get_score(self.budget.score)(self.features)
 
-    def checked(self, needs: frozenset[str]) -> dict[str, Tensor]:
-        """What went into the result and must be finite, by name: each a tensor whose first dimension is B."""
+    def checked(self, method: "SelectionMethod") -> dict[str, Tensor]:
+        """What goes into the result and must be finite, by name: each a tensor whose first dimension is B."""
         tensors = {"patches": self.features.patches}
-        tensors |= {name: getattr(self.features, name) for name in sorted(needs)}
-        if "scores" in self.__dict__:
+        tensors |= {name: getattr(self.features, name) for name in sorted(method.needs)}
+        if method.ranks_by_score or "scores" in self.__dict__:
             tensors[f"the score {self.budget.score!r}"] = self.scores
         return tensors
 
@@ -161,11 +160,13 @@ class SelectionMethod(ABC):
     """One rule for which vision tokens stay. A subclass writes `choose`.
 
     Methods hold no state, so one instance serves all requests. `name` is the contract's; `needs` names the
-    optional fields of `VisionFeatures` the rule reads, beyond what the budget's score reads (`SCORE_NEEDS`).
+    optional fields of `VisionFeatures` the rule reads, beyond what the budget's score reads (`SCORE_NEEDS`);
+    `ranks_by_score` says that the rule reads that score, too, and not only the count.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    ranks_by_score: ClassVar[bool] = False
 
     def select(self, features: VisionFeatures, budget: Budget) -> list[Selection]:
         """Choose what stays of each of the B images; the device is waited for at most once.
@@ -185,7 +186,7 @@ class SelectionMethod(ABC):
                 f"the method {self.name!r} needs {', '.join(missing)}, which this encoder does not give"
             )
         pruning = Pruning(features, budget)
-        counts = read_counts(self.counts(pruning), pruning.checked(self.needs))
+        counts = read_counts(self.counts(pruning), pruning.checked(self))
         if min(counts) == tokens:
             return [keep_all(features) for _ in counts]
         chosen = self.choose(pruning, counts)
@@ -197,8 +198,7 @@ class SelectionMethod(ABC):
     def counts(self, pruning: Pruning) -> Tensor:
         """How many tokens stay of each image: [B] int64 on the device.
 
-        The budget decides, so that methods compare at equal counts; one with a rule of its own overrides
-        this.
+        The budget decides, so that methods compare at equal counts. One with its own rule overrides this.
         """
         patches, budget = pruning.features.patches, pruning.budget
         if budget.keep_ratio is not None:
@@ -226,8 +226,7 @@ def keep_all(features: VisionFeatures) -> Selection:
 def share_count(ratio: float, tokens: int, min_tokens: int = 1) -> int:
     """max(ceil(ratio * tokens), min_tokens), at most `tokens`.
 
-    The ratio is the decimal number the user wrote: 0.07 of 100 is 7, although 0.07 * 100 > 7 in floating
-    point.
+    The ratio is the decimal number the user wrote: 0.07 of 100 is 7, though 0.07 * 100 > 7 in floating point.
     """
     share = math.ceil(Fraction(repr(float(ratio))) * tokens)
     return min(max(share, min_tokens), tokens)

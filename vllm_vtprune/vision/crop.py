@@ -48,8 +48,9 @@ def bounded(image: Image.Image, image_processor: Any) -> Image.Image:
     """The picture, cut to its middle where it is so long that resizing it would take gigabytes.
 
     A picture of 1 x 10,000 pixels becomes 336 x 3,360,000 when the shorter side is resized, of which only the
-    middle 336 are looked at. Pictures up to `MAX_ASPECT` are returned as they are; of longer ones the part that
-    the centre crop and the resize filter reach is kept, so what the tower sees stays the same up to rounding.
+    middle 336 are looked at. Pictures up to `MAX_ASPECT` are returned as they are; of longer ones the part
+    that the centre crop and the resize filter reach is kept, so what the tower sees stays the same up to
+    rounding.
 
     Raises:
         ValueError: the processor pads to a square, and that square would be too large.

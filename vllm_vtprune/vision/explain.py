@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why these vision tokens stay: the scores, the sorted curve and the cut of one image, as serving computes them."""
+"""Why these vision tokens stay: scores, sorted curve and cut of one image, as serving computes them."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             cache: vLLM's processor cache, or None; what it holds needs no tower.
 
         Returns:
-            Of the distinct images that vLLM's cache does not hold: how many needed no pass of the tower, and how
-            many did.
+            How many distinct images needed no pass of the tower, and how many did; both 0 where vLLM's cache
+            holds all of them.
         """
         policy = plugin_context(self.info.ctx.model_config).policy
         items = self.info.parse_mm_data(mm_data)

@@ -95,7 +95,7 @@ class TowerService:
         ]
 
     def available(self, keys: Iterable[str], outputs: frozenset[str] = frozenset()) -> int:
-        """How many of these images are cached or on their way; for metrics, it may have changed a moment later."""
+        """How many of these images are cached or on their way. For metrics: a moment later it may differ."""
         with self._lock:
             return sum(
                 self.cache.get(key, outputs) is not None

@@ -48,12 +48,12 @@ export class AnswerCard {
 
   stream(text) {
     this.root.dataset.state = "streaming";
-    this.text.textContent = text;
+    this.text.textContent = text.trimStart();
   }
 
   done(result) {
     this.root.dataset.state = "done";
-    this.text.textContent = result.text || "(an empty answer)";
+    this.text.textContent = result.text.trim() || "(an empty answer)";
     this.showMetrics(result, null);
   }
 
@@ -74,16 +74,29 @@ export class AnswerCard {
   }
 }
 
-/** A sentence on what pruning changed; both results are complete. */
-export function verdict(pruned, full) {
+/** The first of several runs with the medians of their times; null of none. */
+export function median(runs) {
+  if (runs.length === 0) return null;
+  const middle = (name) => runs.map((run) => run[name]).sort((a, b) => a - b)[Math.floor(runs.length / 2)];
+  return { ...runs[0], firstTextMs: middle("firstTextMs"), totalMs: middle("totalMs") };
+}
+
+/** Say what pruning changed, and below it how the times were taken. */
+export function showVerdict(pruned, full, runs) {
+  const [said, taken] = ["strong", "span"].map((name) => document.createElement(name));
+  said.textContent = verdict(pruned, full);
+  const times = runs === 1 ? "One run of each" : `Median of ${runs} runs of each, taken in turn`;
+  taken.textContent = `${times}, past the prefix cache; times are those of this browser.`;
+  document.getElementById("verdict").replaceChildren(said, taken);
+}
+
+function verdict(pruned, full) {
   const answers = pruned.text.trim() === full.text.trim() ? "The same answer" : "A different answer";
-  const kept = METRICS[0].of(pruned);
-  const all = METRICS[0].of(full);
+  const [kept, all] = [pruned, full].map(METRICS[0].of);
   const tokens = all ? `${answers} with ${change(kept, all)} vision tokens` : answers;
+  if (pruned.firstTextMs === null || full.firstTextMs === null) return `${tokens}.`;
   const sooner = full.firstTextMs - pruned.firstTextMs;
-  if (!Number.isFinite(sooner) || pruned.firstTextMs === null || full.firstTextMs === null) return `${tokens}.`;
-  const time = `first token ${milliseconds(Math.abs(sooner))} ${sooner >= 0 ? "sooner" : "later"}`;
-  return `${tokens}; ${time}. One run of each, one after the other, past the prefix cache; times as this browser saw them.`;
+  return `${tokens}; first token ${milliseconds(Math.abs(sooner))} ${sooner >= 0 ? "sooner" : "later"}.`;
 }
 
 function change(value, reference) {

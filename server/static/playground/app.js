@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: one picture, one question, one set of settings; what the server says of them is shown as it comes.
 
-import { AnswerCard, verdict } from "./answers.js";
+import { AnswerCard, median, showVerdict } from "./answers.js";
 import { ApiError, ask, explain, getConfig, getModels, setApiKey } from "./api.js";
 import { drawCurve, rankAt, slopeOf } from "./curve.js";
-import { drawOverlay, patchAt } from "./overlay.js";
+import { drawOverlay, patchAt, patchBeside } from "./overlay.js";
 import { onFile, pictureFromCanvas, pictureFromFile } from "./picture.js";
 import { SCENES, drawScene } from "./scenes.js";
 import { SettingsPanel } from "./settings.js";
 import { describeCurve, describePatch, describePicture, legend } from "./words.js";
 
-const DEBOUNCE_MS = 80;
-const PICTURE_HEIGHT = { wide: 400, narrow: 320 }; // CSS pixels at most
-const CURVE_HEIGHT = { wide: 262, narrow: 230 };
+const DEBOUNCE_MS = 60;
+const ASK = "Ask pruned and full";
+const PICTURE_HEIGHT = 432; // CSS pixels at most
 
 const id = (name) => document.getElementById(name);
-const narrow = window.matchMedia("(max-width: 640px)");
 
 const state = {
   model: null,
@@ -24,7 +23,7 @@ const state = {
   patch: null, // the one pointed at
   asking: null, // AbortController while answers stream
 };
-const settings = new SettingsPanel(scheduleExplain);
+const settings = new SettingsPanel(refreshExplanation);
 const cards = { pruned: new AnswerCard(id("pruned")), full: new AnswerCard(id("full")) };
 
 // ---- the server -----------------------------------------------------------------------------------------------
@@ -46,39 +45,45 @@ function showFacts({ model = {}, versions = {} }) {
   const facts = [
     state.model,
     layer === null ? "no prune layer" : `prune layer ${layer}`,
-    ...Object.entries(versions).map(([name, version]) => `${name} ${version}`),
+    ...["vtprune", "vllm"].filter((name) => versions[name]).map((name) => `${name} ${versions[name]}`),
   ];
   id("facts").replaceChildren(...facts.map((fact) => Object.assign(document.createElement("li"), { textContent: fact })));
 }
 
 // ---- what stays of the picture ----------------------------------------------------------------------------------
 
-let explainTimer = 0;
-let explaining = new AbortController();
+let outdated = false; // whether settings or picture changed since the last request
+let refreshing = false;
 
-function scheduleExplain() {
-  clearTimeout(explainTimer);
-  explainTimer = setTimeout(refreshExplanation, DEBOUNCE_MS);
-  id("overlay").setAttribute("aria-busy", "true");
-}
-
-/** Ask what stays; an answer that a newer question overtook is dropped. */
+/**
+ * Ask what stays, one request at a time: while a slider is dragged, answers come in order and as fast as the
+ * server gives them, and the values it passed over in between are never asked for.
+ */
 async function refreshExplanation() {
-  explaining.abort();
-  const { signal } = (explaining = new AbortController());
-  const { picture } = state;
-  if (!picture || !state.model) return;
-  try {
-    const explanation = await explain(picture.url, settings.values, signal);
-    if (signal.aborted) return;
-    state.explanation = explanation;
-    showError("explain-error", null);
-  } catch (error) {
-    if (signal.aborted) return;
-    state.explanation = null;
-    report("explain-error", error);
+  outdated = true;
+  if (refreshing) return;
+  refreshing = true;
+  id("overlay").setAttribute("aria-busy", "true");
+  while (outdated && state.model && state.picture) {
+    await new Promise((resolve) => setTimeout(resolve, DEBOUNCE_MS));
+    outdated = false;
+    await explainOnce(state.picture);
   }
   id("overlay").removeAttribute("aria-busy");
+  refreshing = false;
+}
+
+async function explainOnce(picture) {
+  let explanation = null;
+  let problem = null;
+  try {
+    explanation = await explain(picture.url, settings.values);
+  } catch (error) {
+    problem = sentence(error);
+  }
+  if (picture !== state.picture) return; // the answer is about a picture that is gone
+  state.explanation = explanation;
+  showError("explain-error", problem);
   showExplanation();
 }
 
@@ -101,9 +106,8 @@ const percent = ({ vision_tokens_kept: kept, vision_tokens: all }) => `${((100 *
 function draw() {
   const { picture, explanation, patch } = state;
   if (!picture) return;
-  const size = narrow.matches ? "narrow" : "wide";
   const view = document.querySelector("input[name=view]:checked").value;
-  const box = { width: id("drop").clientWidth, height: PICTURE_HEIGHT[size] };
+  const box = { width: id("drop").clientWidth, height: PICTURE_HEIGHT };
   drawOverlay(id("overlay"), box, { picture, explanation, view, patch });
   id("overlay").setAttribute("aria-label", describePicture(picture, explanation));
   id("legend").textContent = legend(view, explanation);
@@ -114,9 +118,7 @@ function draw() {
     return;
   }
   const rank = patch === null ? null : explanation.order.indexOf(patch);
-  const area = { width: svg.clientWidth, height: CURVE_HEIGHT[size] };
-  svg.setAttribute("height", String(area.height));
-  drawCurve(svg, area, explanation, rank);
+  drawCurve(svg, explanation, rank);
   svg.setAttribute("aria-label", describeCurve(explanation));
   if (patch !== null) id("readout").textContent = describePatch(explanation, patch, rank);
 }
@@ -141,7 +143,7 @@ function usePicture(picture, scene = null) {
   id("question").value = questions[0];
   showError("explain-error", null);
   showExplanation();
-  scheduleExplain();
+  refreshExplanation();
 }
 
 async function useFile(file) {
@@ -178,7 +180,10 @@ function suggestion(text) {
 
 // ---- asking -----------------------------------------------------------------------------------------------------
 
-/** Ask with the chosen settings, then with pruning off: never both at once, so that neither slows the other. */
+/**
+ * Ask with the chosen settings and with pruning off, in turn and as often as the user wants: never both at once,
+ * so that neither slows the other. The answers are those of the first run, the times medians over all.
+ */
 async function askBoth() {
   const { signal } = (state.asking = new AbortController());
   const common = {
@@ -188,31 +193,35 @@ async function askBoth() {
     maxTokens: Number(id("max-tokens").value),
     signal,
   };
+  const sides = [
+    { card: cards.pruned, settings: settings.values, summary: settings.summary, runs: [] },
+    { card: cards.full, settings: { preset: "off" }, summary: "everything kept", runs: [] },
+  ];
   id("ask-button").textContent = "Stop";
   id("verdict").textContent = "";
-  cards.full.start("everything kept");
-  const results = {
-    pruned: await askOne(cards.pruned, settings.summary, common, settings.values),
-    full: signal.aborted ? null : await askOne(cards.full, "everything kept", common, { preset: "off" }),
-  };
-  if (results.pruned && results.full) {
-    cards.pruned.showMetrics(results.pruned, results.full);
-    cards.full.showMetrics(results.full, results.pruned);
-    id("verdict").textContent = verdict(results.pruned, results.full);
+  for (const { card, summary } of sides) card.start(summary);
+  const runs = Number(id("runs").value);
+  for (let run = 0; run < runs && !signal.aborted; run++) {
+    for (const side of sides) if (side.runs.length === run) await askOne(side, common);
+  }
+  const [pruned, full] = sides.map((side) => median(side.runs));
+  if (pruned && full && !signal.aborted) {
+    cards.pruned.showMetrics(pruned, full);
+    cards.full.showMetrics(full, pruned);
+    showVerdict(pruned, full, runs);
   }
   state.asking = null;
-  id("ask-button").textContent = "Ask pruned and full";
+  id("ask-button").textContent = ASK;
 }
 
-async function askOne(card, summary, common, values) {
-  card.start(summary);
+/** One run of one side; a side that failed is left with fewer runs than the other and not asked again. */
+async function askOne({ card, settings, runs }, common) {
   try {
-    const result = await ask({ ...common, settings: values, onText: (text) => card.stream(text) });
-    card.done(result);
-    return result;
+    const onText = runs.length === 0 ? (text) => card.stream(text) : () => {};
+    runs.push(await ask({ ...common, settings, onText }));
+    card.done(median(runs));
   } catch (error) {
     card.fail(common.signal.aborted ? "Stopped." : sentence(error));
-    return null;
   }
 }
 
@@ -258,6 +267,13 @@ function listen() {
     const { left, width } = id("curve").getBoundingClientRect();
     point(state.explanation.order[rankAt(event.clientX - left, width, state.explanation.order.length)]);
   });
+  id("overlay").addEventListener("keydown", (event) => {
+    const next = state.explanation && patchBeside(state.explanation.grid, state.patch, event.key);
+    if (next === null) return;
+    event.preventDefault();
+    point(next);
+  });
+  id("overlay").addEventListener("blur", () => point(null));
   for (const surface of [id("overlay"), id("curve")]) surface.addEventListener("pointerleave", () => point(null));
   onFile(useFile);
   new ResizeObserver(draw).observe(id("drop"));

@@ -19,10 +19,10 @@ export function slopeOf({ cut, settings: { aggressiveness } }) {
   return cut === null || !aggressiveness || aggressiveness === 1 ? null : aggressiveness / (1 - aggressiveness);
 }
 
-/** Draw into an <svg> of `width` x `height` CSS pixels; `rank` is the one pointed at, from 0, or null. */
-export function drawCurve(svg, { width, height }, explanation, rank) {
+/** Fill an <svg> at the size it has on the page; `rank` is the one pointed at, from 0, or null. */
+export function drawCurve(svg, explanation, rank) {
   const { curve, cut, order, kept, score } = explanation;
-  const plot = new Plot(svg, width, height, curve.length);
+  const plot = new Plot(svg, curve.length);
   plot.axes(scoreName(score));
   plot.keptRanks(order.map((patch) => kept[patch]), curve);
   plot.line("curve-line", curve.map((y, i) => [plot.x(i), plot.y(y)]));
@@ -37,7 +37,8 @@ export function rankAt(x, width, tokens) {
 }
 
 class Plot {
-  constructor(svg, width, height, tokens) {
+  constructor(svg, tokens) {
+    const { clientWidth: width, clientHeight: height } = svg;
     this.svg = svg;
     this.tokens = tokens;
     this.right = width - MARGIN.right;
@@ -82,7 +83,8 @@ class Plot {
     }
     const middle = (MARGIN.left + this.right) / 2;
     const below = { x: middle, y: this.bottom + STRIP + 41, "text-anchor": "middle" };
-    this.add("text", "curve-label", below, `Patches by ${name}, highest first (scaled to 0–1)`);
+    const long = `Patches by ${name}, highest first (scaled to 0–1)`;
+    this.add("text", "curve-label", below, this.right > 420 ? long : "Patches, most similar first");
   }
 
   /** A filled area below the curve and a strip below the axis, for each run of kept ranks. */

@@ -36,6 +36,16 @@ export function patchAt(canvas, x, y, explanation) {
   return new PatchGrid(explanation, width, height).patchAt(x, y);
 }
 
+/** The patch that an arrow key leads to, the first one from nowhere; null for other keys and past the edge. */
+export function patchBeside([rows, columns], patch, key) {
+  const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[key];
+  if (!step) return null;
+  if (patch === null) return 0;
+  const row = Math.floor(patch / columns) + step[0];
+  const column = (patch % columns) + step[1];
+  return row >= 0 && row < rows && column >= 0 && column < columns ? row * columns + column : null;
+}
+
 /** Where each patch lies on the shown picture; the grid may cover only a crop of it. */
 class PatchGrid {
   constructor({ grid: [rows, columns], crop }, width, height) {

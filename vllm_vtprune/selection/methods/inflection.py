@@ -15,6 +15,7 @@ class Inflection(RankedMethod):
     """
 
     name = "inflection"
+    ranks_by_score = True
 
     def rank(self, pruning: Pruning) -> Tensor:
         """[B, N] the budget's score."""

@@ -22,6 +22,7 @@ class InflectionDiverse(SelectionMethod):
     """
 
     name = "inflection_diverse"
+    ranks_by_score = True
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """The first `counts[b]` picks, in raster order."""

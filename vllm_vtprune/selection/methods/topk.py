@@ -14,6 +14,7 @@ class TopK(RankedMethod):
     """
 
     name = "topk"
+    ranks_by_score = True
 
     def rank(self, pruning: Pruning) -> Tensor:
         """[B, N] the budget's score."""

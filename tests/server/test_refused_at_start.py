@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune serve` with something that cannot work: one sentence, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import edit_config, random_llava
+from tests.conftest import DEMO_MODEL
+
+pytestmark = pytest.mark.engine
+
+
+def serve(folder: Path, *arguments: str, **env: str) -> str:
+    """The sentence on standard error."""
+    run = subprocess.run(
+        [sys.executable, "-m", "vtprune_server.cli", "serve", *arguments],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **env},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("vtprune: ")]
+    assert len(lines) == 1, run.stderr
+    return lines[0]
+
+
+def test_a_tower_that_is_not_clip(tmp_path: Path) -> None:
+    folder = random_llava(tmp_path / "siglip", image_size=56, layers=1, hidden=64, heads=2, kv_heads=2)
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    edit_config(folder, {"vision_config": {**vision, "model_type": "siglip_vision_model"}})
+    sentence = serve(tmp_path, str(folder), "--enforce-eager")
+    assert "CLIP vision tower" in sentence and "siglip_vision_model" in sentence
+
+
+def test_the_rust_front_end(tmp_path: Path) -> None:
+    assert "VLLM_USE_RUST_FRONTEND" in serve(tmp_path, VLLM_USE_RUST_FRONTEND="1")
+
+
+def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
+    assert "max_aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
+    assert "number" in serve(tmp_path, "--prune-layer", "three")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    assert "nowhere" in serve(tmp_path, str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_without_a_tower(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in DEMO_MODEL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    text_only = {name: t for name, t in load_file(weights).items() if "vision_tower" not in name}
+    save_file(text_only, weights, metadata={"format": "pt"})
+    assert "vision_tower" in serve(tmp_path, str(tmp_path), "--enforce-eager")
