@@ -21,7 +21,6 @@ from .load.errors import LoadTestError
 if TYPE_CHECKING:
     from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-#: Settings of a benchmark model that vLLM is started with, plain and with the plugin alike.
 _SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 _BOS, _EOS, _IMAGE, _PAD = range(1, 5)
 _CHAT_TEMPLATE = (

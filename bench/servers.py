@@ -116,7 +116,7 @@ def command(spec: ServerSpec, model: BenchModel) -> list[str]:
 
 
 def environment(spec: ServerSpec, model: BenchModel) -> dict[str, str]:
-    """The same for both, but for the plugin: also the OpenMP library that `vtprune serve` gives the engine."""
+    """The same for both, but for the plugin; vLLM's engine gets the OpenMP library that `vtprune serve` sets."""
     env = {
         **os.environ,
         "VLLM_PLUGINS": "vtprune" if spec.plugin else "",
@@ -127,7 +127,7 @@ def environment(spec: ServerSpec, model: BenchModel) -> dict[str, str]:
     if model.kv_cache_gb:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if openmp.is_file() and "libiomp5" not in env.get("LD_PRELOAD", ""):
+        if not spec.plugin and openmp.is_file() and "libiomp5" not in env.get("LD_PRELOAD", ""):
             env["LD_PRELOAD"] = f"{openmp}:{env.get('LD_PRELOAD', '')}".rstrip(":")
     return env
 

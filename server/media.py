@@ -138,13 +138,27 @@ class PublicMediaConnector(MediaConnector):
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """`MediaConnector.load_from_url`; every failure is a `VLLMClientError`."""
+        _check_declared_type(url)
         with _blaming_the_client():
             return super().load_from_url(url, media_io, **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """`MediaConnector.load_from_url_async`; every failure is a `VLLMClientError`."""
+        _check_declared_type(url)
         with _blaming_the_client():
             return await super().load_from_url_async(url, media_io, **kwargs)
+
+
+def _check_declared_type(url: str) -> None:
+    """Refuse a data: URL that says it is something else than an image; vLLM looks at the bytes alone."""
+    scheme, _, rest = url.partition(":")
+    media_type = rest.partition(",")[0].partition(";")[0].strip().lower()
+    # no type at all is text/plain by RFC 2397, but clients leave it out for images too
+    if scheme.lower() == "data" and media_type and not media_type.startswith("image/"):
+        raise VLLMValidationError(
+            "A data: URL in image_url must declare an image type, such as data:image/png;base64,...",
+            parameter="image_url",
+        )
 
 
 @contextmanager

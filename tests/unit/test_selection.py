@@ -265,24 +265,6 @@ def test_names_are_looked_up_or_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"aggressiveness": -0.1},
-        {"aggressiveness": 1.1},
-        {"aggressiveness": math.nan},
-        {"keep_ratio": 0.0},
-        {"keep_ratio": 1.1},
-        {"keep_ratio": math.nan},
-        {"min_tokens": 0},
-    ],
-    ids=str,
-)
-def test_a_budget_out_of_range_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Budget(**settings)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         {"patches": torch.zeros(TOKENS, 16)},

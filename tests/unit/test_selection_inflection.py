@@ -3,6 +3,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vtprune.selection import inflection_counts, score_curve, share_count, slope_of
+from vllm_vtprune.selection import Budget, inflection_counts, score_curve, share_count, slope_of
 
 # Integers up to 2**20 are exact in float32, so the exact reference sees the very same numbers.
 integer_scores = st.lists(st.integers(-1000, 1000), min_size=1, max_size=40)
@@ -147,3 +148,21 @@ def test_a_share_has_a_floor_and_a_ceiling() -> None:
     assert share_count(1e-9, 576) == 1
     assert share_count(0.1, 50, min_tokens=16) == 16
     assert share_count(0.1, 10, min_tokens=16) == 10
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"aggressiveness": -0.1},
+        {"aggressiveness": 1.1},
+        {"aggressiveness": math.nan},
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 1.1},
+        {"keep_ratio": math.nan},
+        {"min_tokens": 0},
+    ],
+    ids=str,
+)
+def test_a_budget_out_of_range_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Budget(**fields)

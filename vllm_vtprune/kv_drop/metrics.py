@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus counters of stage 2 that follow from a prompt's plan.
 
-They are counted in the API process, not by the scheduler, whose process vLLM does not scrape; `plan_prompt` gives
-the same answer in both. Objects at module level appear at vLLM's ``/metrics``. The front end counts tokens and
-unpruned requests itself.
+They are counted in the API process, not by the scheduler, whose process vLLM does not scrape; `plan_prompt`
+gives the same answer in both. Objects at module level appear at vLLM's ``/metrics``. The front end counts
+tokens and unpruned requests itself.
 """
 
 from __future__ import annotations

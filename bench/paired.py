@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paired measurements: in each round every arm gets one block of requests, in a fresh random order.
+
+All servers stay up, and blocks last a second or so. Whatever else the machine does in that time hits all arms of a
+round alike, so ratios are taken within rounds and their median over rounds is reported (a randomised complete
+block design). Every request carries a picture never sent before, so no cache answers for a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .arms import Arm
+from .load.arrivals import ArrivalProcess
+from .load.client import ChatClient, Endpoint
+from .load.errors import LoadTestError
+from .load.images import DrawnPictures
+from .load.plan import LoadPoint, Phase
+from .load.record import RequestRecord, Role
+from .load.runner import PhaseRunner
+from .load.workload import IntRange, Workload, WorkloadSpec
+from .servers import RunningServer
+
+_REQUEST_TIMEOUT_S = 900.0
+_MIN_BLOCK_S = 0.5  # shorter blocks would measure the client's timer and the scheduler's slices
+_MAX_PER_SLOT = 8
+
+
+@dataclass(frozen=True)
+class TrafficSpec:
+    """What every request looks like.
+
+    Attributes:
+        images: pictures per prompt.
+        output_len: tokens generated, whatever the model would say.
+        picture_size: width and height in pixels; JPEG.
+    """
+
+    images: int = 1
+    output_len: int = 16
+    picture_size: tuple[int, int] = (640, 480)
+    prompt: str = "What is in this picture?"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One arm's block: means over its requests.
+
+    Attributes:
+        e2el_s: from sending a request to its last token.
+        ttft_s: from sending a request to its first token.
+        requests_per_s: requests over the block's duration.
+        cpu_s: processor time of all of the server's processes per request.
+        prompt_tokens: given to the language model, per request.
+        vision_tokens_kept: per request; NaN from a server that does not report it.
+        kv_tokens_kept: prompt tokens above the prune layer, per request; NaN likewise.
+    """
+
+    e2el_s: float
+    ttft_s: float
+    requests_per_s: float
+    cpu_s: float
+    prompt_tokens: float
+    vision_tokens_kept: float
+    kv_tokens_kept: float
+
+
+@dataclass
+class Rounds:
+    """The blocks of one load point: `blocks[label][i]` is the arm's block of round i."""
+
+    concurrency: int
+    requests_per_block: int
+    labels: list[str]
+    blocks: dict[str, list[Block]] = field(default_factory=dict)
+
+    def values(self, label: str, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """[rounds] one metric of one arm."""
+        return np.array([getattr(block, metric) for block in self.blocks[label]])
+
+    def ratios(self, label: str, base: str, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """[rounds] the metric of one arm over another's, round by round."""
+        return self.values(label, metric) / self.values(base, metric)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of paired ratios, their quartiles, and a 95 % confidence interval of the median."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+    rounds: int
+
+    @staticmethod
+    def of(ratios: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> Spread:
+        """The interval is that of order statistics, free of assumptions; below six rounds it is the whole range."""
+        values = np.sort(np.asarray(ratios, dtype=np.float64))
+        q1, median, q3 = np.percentile(values, [25, 50, 75])
+        rank = _interval_rank(len(values))
+        return Spread(float(median), float(q1), float(q3), float(values[rank]), float(values[-1 - rank]), len(values))
+
+
+def _interval_rank(n: int) -> int:
+    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median with probability 0.95.
+
+    The number of values below the median is binomial (David and Nagaraja 2003, "Order Statistics", 7.1).
+    """
+    rank, tail = 0, 0.0
+    while 2 * rank < n - 2:
+        tail += math.comb(n, rank) / 2**n
+        if 2 * (tail + math.comb(n, rank + 1) / 2**n) > 0.05:
+            break
+        rank += 1
+    return rank
+
+
+class Comparison:
+    """Sends blocks to running servers. Use `connected` to make one."""
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        servers: Mapping[str, RunningServer],
+        clients: Mapping[str, ChatClient],
+        model: str,
+        traffic: TrafficSpec,
+    ) -> None:
+        self.arms = list(arms)
+        self._servers = servers
+        self._rng = np.random.default_rng([traffic.seed, 3])
+        spec = WorkloadSpec(
+            base={
+                "model": model,
+                "temperature": 0.0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "ignore_eos": True,
+            },
+            prompt=traffic.prompt,
+            prompt_words=4,
+            images_per_prompt=IntRange(traffic.images, traffic.images),
+            output_len=IntRange(traffic.output_len, traffic.output_len),
+            repeat_share=0.0,
+            seed=traffic.seed,
+        )
+        pictures = DrawnPictures(*traffic.picture_size, "jpeg", traffic.seed)
+        self._workload = Workload(spec, pictures, len(self.arms))
+        settings = [arm.setting for arm in self.arms]
+        run_id = f"paired-{time.time_ns():x}"
+        self._runners = {
+            name: PhaseRunner(
+                client, self._workload, settings, ArrivalProcess.CONSTANT, self._rng, f"{run_id}-{name}", _ignore
+            )
+            for name, client in clients.items()
+        }
+
+    async def warm_up(self, concurrency: int) -> float:
+        """Two blocks per arm, the second timed; returns the seconds per request slot of the fastest arm."""
+        fastest = math.inf
+        for turn in range(2):
+            for index in range(len(self.arms)):
+                block = await self._block(index, concurrency, concurrency, turn)
+                if turn:
+                    fastest = min(fastest, concurrency / block.requests_per_s)
+        return fastest
+
+    async def run(
+        self,
+        concurrency: int,
+        *,
+        seconds: float,
+        max_rounds: int | None = None,
+        min_rounds: int = 3,
+        on_round: Callable[[int], None] = lambda _: None,
+    ) -> Rounds:
+        """Rounds at one concurrency, as many as fit into the time, `min_rounds` at least.
+
+        Raises:
+            LoadTestError: a request failed.
+        """
+        slot_s = await self.warm_up(concurrency)
+        per_slot = min(_MAX_PER_SLOT, max(1, math.ceil(_MIN_BLOCK_S / slot_s)))
+        requests = concurrency * per_slot
+        labels = [arm.label for arm in self.arms]
+        rounds = Rounds(concurrency, requests, labels, {label: [] for label in labels})
+        start, done = time.monotonic(), 0
+        while done < (max_rounds or math.inf):
+            elapsed = time.monotonic() - start
+            if done >= min_rounds and elapsed * (done + 1) / done > seconds:
+                break
+            await self._workload.prepare([requests] * len(self.arms))
+            for index in self._rng.permutation(len(self.arms)):
+                rounds.blocks[labels[index]].append(await self._block(int(index), concurrency, requests, done))
+            done += 1
+            on_round(done)
+        return rounds
+
+    async def _block(self, index: int, concurrency: int, requests: int, turn: int) -> Block:
+        arm = self.arms[index]
+        await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
+        server = self._servers[arm.server]
+        cpu = server.cpu_seconds()
+        result = await self._runners[arm.server].run(
+            Phase(Role.MEASURED, (index,), requests, None), LoadPoint(None, concurrency), (0, turn), _never()
+        )
+        cpu = server.cpu_seconds() - cpu
+        for record in result.records:
+            if not record.ok:
+                raise LoadTestError(f"A request to {arm.label} failed: {record.error_kind}: {record.error_message}")
+        return _summary(result.records, result.duration_s, cpu)
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    arms: Sequence[Arm], servers: Sequence[RunningServer], model: str, traffic: TrafficSpec
+) -> AsyncIterator[Comparison]:
+    """A comparison of arms on running servers that serve `model`."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {}
+        for server in servers:
+            endpoint = Endpoint(server.url, "/v1/chat/completions", {}, _REQUEST_TIMEOUT_S, verify_tls=False)
+            clients[server.spec.name] = await stack.enter_async_context(ChatClient(endpoint))
+        yield Comparison(arms, {server.spec.name: server for server in servers}, clients, model, traffic)
+
+
+def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) -> Block:
+    def reported(name: str) -> float:
+        return float(np.mean([(r.vtprune or {}).get(name, math.nan) for r in records]))
+
+    return Block(
+        e2el_s=float(np.mean([r.e2el_s for r in records])),
+        ttft_s=float(np.mean([r.ttft_s for r in records])),
+        requests_per_s=len(records) / duration_s,
+        cpu_s=cpu_s / len(records),
+        prompt_tokens=float(np.mean([r.prompt_tokens or math.nan for r in records])),
+        vision_tokens_kept=reported("vision_tokens_kept"),
+        kv_tokens_kept=reported("kv_tokens_kept"),
+    )
+
+
+def _ignore(_record: RequestRecord) -> None:
+    pass
+
+
+def _never() -> Any:
+    import asyncio
+
+    return asyncio.Event()

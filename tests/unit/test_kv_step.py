@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step above the prune layer: a simulated cache must end up holding what each request kept, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_vtprune.kv_drop.relevance import kept_rows
+from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
+
+
+@dataclass
+class _Request:
+    tokens: int
+    dropped: int
+    computed: int = 0
+    cache: dict[int, int] = field(default_factory=dict)  # place -> original position
+
+    @property
+    def drop(self) -> RequestDrop | None:
+        protected = np.zeros(self.tokens, dtype=bool)
+        protected[-1] = True
+        return RequestDrop(self.tokens, self.dropped, protected) if self.dropped else None
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_every_kept_token_lands_in_the_next_place_of_its_request(data):
+    requests = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        tokens = data.draw(st.integers(2, 90))
+        requests.append(_Request(tokens, data.draw(st.integers(0, tokens - 2)) if tokens > 9 else 0))
+    state = KVDropState(8, 2000, torch.device("cpu"))
+    for _ in range(6):
+        batch = data.draw(st.permutations(requests))
+        scheduled = []
+        for r in batch:
+            if r.computed == 0 and r.dropped:
+                # whole, or with the tokens generated before a preemption
+                scheduled.append(r.tokens + data.draw(st.integers(0, 2)))
+            else:
+                scheduled.append(data.draw(st.integers(1, 4)))
+        now = np.array(scheduled, dtype=np.int32)
+        computed = np.array([r.computed for r in batch], dtype=np.int32)
+        state.begin([r.drop for r in batch], now, computed)
+        rows = torch.arange(int(now.sum()))
+        if state.prompts is not None:
+            rows = kept_rows(
+                torch.randn(len(rows), 2, 4),
+                torch.randn(len(rows), 2, 4),
+                state.prompts,
+                queries=1,
+                total_heads=2,
+                scale=0.5,
+            )
+        request_of = np.repeat(np.arange(len(batch)), now)
+        position_of = np.concatenate([c + np.arange(n) for c, n in zip(computed, now, strict=True)])
+        if state.step is None:
+            places, ends = position_of, np.cumsum(now)
+        else:
+            places, ends = state.positions[: len(rows)].numpy(), state.step.query_start_loc[1:]
+            assert state.query_start_loc[: len(batch) + 1].tolist() == [0, *ends]
+            assert state.step.max_query_len == np.diff(state.step.query_start_loc).max()
+        assert ends[-1] == len(rows)
+        for row, place in zip(rows.tolist(), places, strict=True):
+            request = batch[request_of[row]]
+            assert place == len(request.cache)
+            request.cache[int(place)] = int(position_of[row])
+        for r, n in zip(batch, scheduled, strict=True):
+            r.computed += n
+            assert len(r.cache) == r.computed - r.dropped
+            assert list(r.cache.values()) == sorted(r.cache.values())
+
+
+def test_a_step_of_untouched_requests_leaves_vllms_batch_alone():
+    state = KVDropState(4, 100, torch.device("cpu"))
+    state.begin([None, None], np.array([5, 1], dtype=np.int32), np.array([0, 7], dtype=np.int32))
+    assert state.step is None and state.prompts is None and not state.dropped.any()
+
+
+def test_buffers_keep_their_addresses():
+    state = KVDropState(4, 100, torch.device("cpu"))
+    addresses = [t.data_ptr() for t in (state.dropped, state.seq_lens, state.query_start_loc, state.positions)]
+    drop = RequestDrop(20, 8, np.ones(20, dtype=bool))
+    state.begin([drop, None], np.array([20, 1], dtype=np.int32), np.array([0, 7], dtype=np.int32))
+    assert state.dropped.tolist() == [8, 0, 0, 0]
+    state.begin([None, drop], np.array([1, 1], dtype=np.int32), np.array([8, 20], dtype=np.int32))
+    assert state.dropped.tolist() == [0, 8, 0, 0] and state.prompts is None
+    state.clear()
+    assert not state.dropped.any()
+    after = [t.data_ptr() for t in (state.dropped, state.seq_lens, state.query_start_loc, state.positions)]
+    assert after == addresses
+
+
+def test_a_preempted_request_loses_the_same_tokens():
+    state = KVDropState(4, 200, torch.device("cpu"))
+    drop = RequestDrop(80, 50, np.zeros(80, dtype=bool))
+
+    def prefill(generated: int) -> list[int]:
+        state.begin([None, drop], np.array([3, 80 + generated], dtype=np.int32), np.array([9, 0], dtype=np.int32))
+        n = 83 + generated
+        # other queries and keys each time: only memory can give the same positions
+        rows = kept_rows(
+            torch.randn(n, 2, 4), torch.randn(n, 2, 4), state.prompts, queries=4, total_heads=2, scale=1.0
+        )
+        state.remember(rows)
+        return rows.tolist()
+
+    first, again = prefill(0), prefill(5)
+    assert len(first) == 33 and again == first + [83, 84, 85, 86, 87]
+
+
+def test_geometry_of_a_mixed_step():
+    step = step_geometry(
+        np.array([10, 1, 4], dtype=np.int32),
+        np.array([0, 12, 3], dtype=np.int32),
+        np.array([6, 5, 0], dtype=np.int32),
+    )
+    assert step.query_start_loc.tolist() == [0, 4, 5, 9]
+    assert step.positions.tolist() == [0, 1, 2, 3, 7, 3, 4, 5, 6]
+    assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0], 9)
