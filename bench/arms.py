@@ -53,7 +53,9 @@ def parse_arm(text: str) -> Arm:
         name = part.rstrip("0123456789.")
         number = part[len(name) :]
         if name not in _HEADERS or not number:
-            raise LoadTestError(f"An arm is vllm, off, or parts such as a0.5, keep0.22 or keep0.22+kv0.5, not {text!r}.")
+            raise LoadTestError(
+                f"An arm is vllm, off, or parts such as a0.5, keep0.22 or keep0.22+kv0.5, not {text!r}."
+            )
         headers.append((_HEADERS[name], number))
     has_kv = any(name == _HEADERS["kv"] for name, _ in headers)
     return Arm(text, "vtprune-kv" if has_kv else PRUNING.name, tuple(headers))
@@ -68,7 +70,9 @@ def parse_arms(text: str) -> list[Arm]:
     arms = [parse_arm(part.strip()) for part in text.split(",")]
     labels = [arm.label for arm in arms]
     if len(arms) < 2 or len(set(labels)) != len(labels):
-        raise LoadTestError(f"--arms takes two different arms or more, such as vllm,off,keep0.22; it got {text!r}.")
+        raise LoadTestError(
+            f"--arms takes two different arms or more, such as vllm,off,keep0.22; it got {text!r}."
+        )
     return arms
 
 

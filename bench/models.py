@@ -130,7 +130,16 @@ def decoder_bound(model_dir: Path) -> BenchModel:
 def llava_7b(model_dir: Path) -> BenchModel:
     """LLaVA-1.5-7B's architecture with dummy weights, for an accelerator."""
     folder = _once(model_dir / "llava-1.5-7b", lambda path: write_config(path, LLAVA_7B, CLIP_L, "bfloat16"))
-    flags = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-num-seqs", "128", "--max-model-len", "4096")
+    flags = (
+        "--load-format",
+        "dummy",
+        "--dtype",
+        "bfloat16",
+        "--max-num-seqs",
+        "128",
+        "--max-model-len",
+        "4096",
+    )
     return BenchModel("llava-1.5-7b", folder, flags, kv_cache_gb=0, prune_layer=8)
 
 

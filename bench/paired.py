@@ -8,6 +8,7 @@ block design). Every request carries a picture never sent before, so no cache an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
@@ -108,19 +109,18 @@ class Spread:
         values = np.sort(np.asarray(ratios, dtype=np.float64))
         q1, median, q3 = np.percentile(values, [25, 50, 75])
         rank = _interval_rank(len(values))
-        return Spread(float(median), float(q1), float(q3), float(values[rank]), float(values[-1 - rank]), len(values))
+        return Spread(
+            float(median), float(q1), float(q3), float(values[rank]), float(values[-1 - rank]), len(values)
+        )
 
 
 def _interval_rank(n: int) -> int:
-    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median with probability 0.95.
+    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median with probability 0.95 or more.
 
     The number of values below the median is binomial (David and Nagaraja 2003, "Order Statistics", 7.1).
     """
-    rank, tail = 0, 0.0
-    while 2 * rank < n - 2:
-        tail += math.comb(n, rank) / 2**n
-        if 2 * (tail + math.comb(n, rank + 1) / 2**n) > 0.05:
-            break
+    rank, tail = 0, 1 / 2**n
+    while 2 * (tail := tail + math.comb(n, rank + 1) / 2**n) <= 0.05:
         rank += 1
     return rank
 
@@ -160,7 +160,13 @@ class Comparison:
         run_id = f"paired-{time.time_ns():x}"
         self._runners = {
             name: PhaseRunner(
-                client, self._workload, settings, ArrivalProcess.CONSTANT, self._rng, f"{run_id}-{name}", _ignore
+                client,
+                self._workload,
+                settings,
+                ArrivalProcess.CONSTANT,
+                self._rng,
+                f"{run_id}-{name}",
+                _ignore,
             )
             for name, client in clients.items()
         }
@@ -201,7 +207,9 @@ class Comparison:
                 break
             await self._workload.prepare([requests] * len(self.arms))
             for index in self._rng.permutation(len(self.arms)):
-                rounds.blocks[labels[index]].append(await self._block(int(index), concurrency, requests, done))
+                rounds.blocks[labels[index]].append(
+                    await self._block(int(index), concurrency, requests, done)
+                )
             done += 1
             on_round(done)
         return rounds
@@ -212,12 +220,17 @@ class Comparison:
         server = self._servers[arm.server]
         cpu = server.cpu_seconds()
         result = await self._runners[arm.server].run(
-            Phase(Role.MEASURED, (index,), requests, None), LoadPoint(None, concurrency), (0, turn), _never()
+            Phase(Role.MEASURED, (index,), requests, None),
+            LoadPoint(None, concurrency),
+            (0, turn),
+            asyncio.Event(),
         )
         cpu = server.cpu_seconds() - cpu
         for record in result.records:
             if not record.ok:
-                raise LoadTestError(f"A request to {arm.label} failed: {record.error_kind}: {record.error_message}")
+                raise LoadTestError(
+                    f"A request to {arm.label} failed: {record.error_kind}: {record.error_message}"
+                )
         return _summary(result.records, result.duration_s, cpu)
 
 
@@ -251,9 +264,3 @@ def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) 
 
 def _ignore(_record: RequestRecord) -> None:
     pass
-
-
-def _never() -> Any:
-    import asyncio
-
-    return asyncio.Event()

@@ -33,13 +33,14 @@ _WORD_NUMBER = {name: 1 + number for number, name in enumerate(PRINTED)}
 class Batch:
     """`B` pictures of side `S` with `P` patches each.
 
-    `pixels` uint8 [B, S, S, 3]; `owner` int64 [B, P] as `Scene.owner`; `objects` int64 [B, MAX_OBJECTS,
+    `pixels` uint8 [B, S, S, 3]; `prominence` float [B, P] and `owner` int64 [B, P] as `Scene.owner`; `objects` int64 [B, MAX_OBJECTS,
     attributes], rows of zeros where there are fewer; `labels` int64 [B, P, attributes], `IGNORE` on barely
     touched patches.
     """
 
     pixels: Tensor
     owner: Tensor
+    prominence: Tensor
     objects: Tensor
     labels: Tensor
 
@@ -70,7 +71,8 @@ def collate(scenes: list[Scene]) -> Batch:
     labels[owner == -1] = 0
     labels[owner == -2] = IGNORE
     pixels = np.stack([scene.pixels for scene in scenes])
-    return Batch(*(torch.from_numpy(array) for array in (pixels, owner, objects, labels)))
+    prominence = np.stack([scene.prominence for scene in scenes])
+    return Batch(*(torch.from_numpy(array) for array in (pixels, owner, prominence, objects, labels)))
 
 
 class _Drawing(IterableDataset[Batch]):

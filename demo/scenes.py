@@ -129,6 +129,9 @@ class Scene:
     """Per patch in raster order, shape [patches]: -1 background, -2 touched by less than `MIN_INK`, else
     the number of the object that covers most of it: its index in `shapes`, or `len(shapes)` for the
     text."""
+    prominence: npt.NDArray[np.float32]
+    """Per patch, shape [patches]: the object's pixels in it, relative to the patch that shows most of that object;
+    0 on the background."""
     shapes: tuple[Shape, ...]
     text: Text | None
 
@@ -179,7 +182,7 @@ def make_scene(split: str, index: int, size: int = BASE_SIZE) -> Scene:
         text = Text(rng.choice(WORDS if rng.random() < 0.6 else DIGITS), *cells[-1])
         _draw_text(draw, mark, rng, text, len(shapes) + 1, scale)
     pixels = np.asarray(image)
-    return Scene(split, index, pixels, _patch_owner(np.asarray(owner), len(shapes) + 1), shapes, text)
+    return Scene(split, index, pixels, *_patch_owner(np.asarray(owner), len(shapes) + 1), shapes, text)
 
 
 def _place(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int], scale: float) -> Shape:
@@ -188,13 +191,19 @@ def _place(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int], sca
     return Shape(*pair, size, *cell, x * scale, y * scale, rng.uniform(*RADII[size]) * scale)
 
 
-def _patch_owner(marks: npt.NDArray[np.uint8], numbers: int) -> npt.NDArray[np.int64]:
+def _patch_owner(
+    marks: npt.NDArray[np.uint8], numbers: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """`Scene.owner` and `Scene.prominence` from a picture of object numbers, 0 for the background."""
     side = marks.shape[0] // PATCH
     blocks = marks.reshape(side, PATCH, side, PATCH).transpose(0, 2, 1, 3).reshape(side * side, PATCH * PATCH)
     ink = np.stack([np.count_nonzero(blocks == number, 1) for number in range(1, numbers + 1)], 1)
-    owner = ink.argmax(1)
-    most = ink.max(1)
-    return np.where(most >= MIN_INK, owner, np.where(most > 0, -2, -1)).astype(np.int64)
+    owner, most = ink.argmax(1), ink.max(1)
+    prominence = most / np.maximum(1, ink.max(0))[owner]
+    return (
+        np.where(most >= MIN_INK, owner, np.where(most > 0, -2, -1)).astype(np.int64),
+        prominence.astype(np.float32),
+    )
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fill: int | tuple[int, ...]) -> None:

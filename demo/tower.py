@@ -115,13 +115,16 @@ class Heads(nn.Module):
         return total, right
 
 
-def align(states: Tensor, labels: Tensor) -> Tensor:
-    """CLS alignment: logistic loss on the cosine between CLS and each patch, objects and background
-    weighted alike."""
+def align(states: Tensor, prominence: Tensor) -> Tensor:
+    """CLS alignment: squared error of the cosine between CLS and each patch, objects and background alike.
+
+    The target rises from 0.1 at an object's edge to 0.9 at the patch that shows most of it, and is 0 elsewhere:
+    a long tail instead of a step, so that every aggressiveness has a cut of its own.
+    """
     cosine = F.cosine_similarity(states[:, :1], states[:, 1:], dim=-1)
-    known, shown = labels[..., 0] != IGNORE, labels[..., -1] > 0
-    logits = 12 * (cosine - 0.35)
-    return F.softplus(-logits[shown]).mean() + F.softplus(logits[known & ~shown]).mean()
+    shown = prominence > 0
+    error = (cosine - (0.1 + 0.8 * prominence**1.4) * shown) ** 2
+    return 8 * (error[shown].mean() + error[~shown].mean())
 
 
 def visible_patches(owner: Tensor, count: int) -> Tensor:
@@ -161,17 +164,18 @@ def pretrain(
         torch.manual_seed(seed + step)  # a resumed run masks the same patches
         batch = next(data)
         moved = Batch(
-            *(getattr(batch, field).to(device) for field in ("pixels", "owner", "objects", "labels"))
+            *(getattr(batch, field).to(device) for field in Batch.__dataclass_fields__)
         )
-        keep, labels = None, moved.labels
+        keep, labels, prominence = None, moved.labels, moved.prominence
         if step < settings.masked_share * settings.steps:
             keep = visible_patches(moved.owner, round(settings.visible * size.grid**2))
             labels = labels.gather(1, keep[..., None].expand(-1, -1, labels.shape[-1]))
+            prominence = prominence.gather(1, keep)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             states, cls = run(tower, normalise(moved.pixels), keep)
         states, cls = states.float(), cls.float()
         named, right = heads.name_patches(states[:, 1:], labels)
-        contrast, aligned = heads.contrast(cls, moved.objects), align(states, labels)
+        contrast, aligned = heads.contrast(cls, moved.objects), align(states, prominence)
         optimiser.step(named + 0.3 * contrast + aligned, schedule(step, settings.steps))
         recent.append({"patch": named, "contrast": contrast, "align": aligned, **right})
         step += 1

@@ -232,3 +232,54 @@ def test_without_a_cache_everything_still_works() -> None:
     for _ in range(2):
         assert float(tower.encode(["k1"], numbers(["k1"]))[0].patches) == 1
     assert encoder.batches == [1, 1]
+
+
+def test_a_hub_checkpoint_is_fetched_shard_by_shard(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the hub: only the index and the shards with vision weights are asked for."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    vision = {k: v for k, v in tensors.items() if not k.startswith("language_model")}
+    save_file(vision, tmp_path / "vision.safetensors")
+    index = dict.fromkeys(vision, "vision.safetensors") | {"language_model.x": "text.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    asked: list[tuple[str, str, str | None]] = []
+
+    def hub(repository: str, name: str, *, revision: str | None, cache_dir: str | None) -> str:
+        asked.append((repository, name, revision))
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    tower, projector = load_vision_weights("someone/llava", revision="v1")
+    assert tower.keys() == load_vision_weights(str(checkpoint))[0].keys()
+    assert len(projector) == 4
+    assert asked == [
+        ("someone/llava", "model.safetensors.index.json", "v1"),
+        ("someone/llava", "vision.safetensors", "v1"),
+    ]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_vision_weights("someone/llava")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision(checkpoint: Path, encoder: VisionEncoder, dtype: torch.dtype) -> None:
+    config = LlavaConfig.from_pretrained(checkpoint)
+    lower = VisionEncoder.load(config, str(checkpoint), device=torch.device("cpu"), dtype=dtype)
+    output, exact = lower.encode(pixels(1))[0], encoder.encode(pixels(1))[0]
+    assert output.patches.dtype == dtype
+    got = lower.project([(output.patches, output.cls)])[0]
+    expected = encoder.project([(exact.patches, exact.cls)])[0]
+    assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_random_weights_stand_in_for_dummy_ones(checkpoint: Path) -> None:
+    config = LlavaConfig.from_pretrained(checkpoint)
+    cpu = torch.device("cpu")
+    dummy = VisionEncoder.load(config, "nowhere", device=cpu, dtype=torch.float32, dummy=True)
+    assert dummy.encode(pixels(1))[0].patches.isfinite().all()

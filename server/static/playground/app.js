@@ -8,7 +8,7 @@ import { drawOverlay, patchAt, patchBeside } from "./overlay.js";
 import { onFile, pictureFromCanvas, pictureFromFile } from "./picture.js";
 import { SCENES, drawScene } from "./scenes.js";
 import { SettingsPanel } from "./settings.js";
-import { describeCurve, describePatch, describePicture, legend } from "./words.js";
+import { POINT_HINT, describeCurve, describePatch, describePicture, legend } from "./words.js";
 
 const DEBOUNCE_MS = 60;
 const ASK = "Ask pruned and full";
@@ -120,7 +120,7 @@ function draw() {
   const rank = patch === null ? null : explanation.order.indexOf(patch);
   drawCurve(svg, explanation, rank);
   svg.setAttribute("aria-label", describeCurve(explanation));
-  if (patch !== null) id("readout").textContent = describePatch(explanation, patch, rank);
+  id("readout").textContent = patch === null ? POINT_HINT : describePatch(explanation, patch, rank);
 }
 
 function point(patch) {

@@ -3,6 +3,9 @@
 
 import { scoreName } from "./curve.js";
 
+export const POINT_HINT =
+  "Point at the curve or the picture, or walk over the picture with the arrow keys, to find a patch in both.";
+
 export function legend(view, explanation) {
   if (!explanation || view === "picture") return "The picture as it is sent.";
   const { left, top, width, height } = explanation.crop;
