@@ -37,7 +37,9 @@ class LanguageSettings:
 
     steps: int = 3000
     scenes: int = 10000
-    """Training scenes whose features are kept in memory."""
+    """Training scenes whose features are kept in memory in the end."""
+    first_scenes: int = 2500
+    """Those computed before the first step; each step adds five."""
     validation_scenes: int = 150
     batch: int = 16
     questions: int = 16
@@ -49,31 +51,37 @@ class LanguageSettings:
     """Between this share and all of the patches are shown, drawn evenly for each batch."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Features:
-    """Scenes without their pixels, and the frozen tower's output on them: CLS first, float16 [N, 1 + P,
-    width]."""
+    """Scenes of a split without their pixels, and the frozen tower's output on them.
 
+    `states` float16 [capacity, 1 + P, width], CLS first; rows from `len(scenes)` on are not filled yet.
+    """
+
+    tower: CLIPVisionModel
+    split: str
+    size: Size
     scenes: list[Scene]
     states: Tensor
 
+    @classmethod
+    def room_for(cls, tower: CLIPVisionModel, split: str, capacity: int, size: Size) -> Features:
+        """Empty, with room for the first `capacity` scenes of a split."""
+        states = torch.empty(capacity, 1 + size.grid**2, size.tower_width, dtype=torch.float16)
+        return cls(tower, split, size, [], states)
 
-@torch.inference_mode()
-def features_of(
-    tower: CLIPVisionModel, split: str, count: int, size: Size, log: Log, batch: int = 50
-) -> Features:
-    """Draw the first `count` scenes of a split and run the tower on them."""
-    device = next(tower.parameters()).device
-    scenes: list[Scene] = []
-    states = torch.empty(count, 1 + size.grid**2, size.tower_width, dtype=torch.float16)
-    for first in range(0, count, batch):
-        drawn = [make_scene(split, index, size.image) for index in range(first, min(count, first + batch))]
-        pixels = normalise(collate(drawn).pixels.to(device))
-        states[first : first + len(drawn)] = encode(tower, pixels)[0].half().cpu()
-        scenes += [replace(scene, pixels=np.empty((0, 0, 3), np.uint8)) for scene in drawn]
-        if first % 2000 == 0:
-            log(phase="features", split=split, scenes=first)
-    return Features(scenes, states)
+    @torch.inference_mode()
+    def grow(self, count: int, batch: int = 25) -> Features:
+        """Draw the next `count` scenes, as far as there is room, and run the tower on them."""
+        device = next(self.tower.parameters()).device
+        wanted = min(len(self.states), len(self.scenes) + count)
+        while (first := len(self.scenes)) < wanted:
+            indices = range(first, min(wanted, first + batch))
+            drawn = [make_scene(self.split, index, self.size.image) for index in indices]
+            states, _ = encode(self.tower, normalise(collate(drawn).pixels.to(device)))
+            self.states[first : first + len(drawn)] = states.half().cpu()
+            self.scenes += [replace(scene, pixels=np.empty((0, 0, 3), np.uint8)) for scene in drawn]
+        return self
 
 
 def patch_words(scenes: list[Scene]) -> Tensor:
@@ -205,11 +213,16 @@ def train_language(
     accuracy."""
     model.model.vision_tower.eval().requires_grad_(False)
     trainer = Trainer(model, size, settings, folder, seed)
-    held_out = features_of(model.model.vision_tower, "validation", settings.validation_scenes, size, log)
-    data = features_of(model.model.vision_tower, "train", settings.scenes, size, log)
+    tower = model.model.vision_tower
+    held_out = Features.room_for(tower, "validation", settings.validation_scenes, size)
+    held_out.grow(settings.validation_scenes)
+    data = Features.room_for(tower, "train", settings.scenes, size)
+    data.grow(settings.first_scenes + 5 * trainer.step)
+    log(phase="features", validation=len(held_out.scenes), train=len(data.scenes))
     recent: list[dict[str, float]] = []
     saved_at, accuracy = time.monotonic(), measure(model, held_out.scenes, held_out.states)
     while trainer.step < settings.steps:
+        data.grow(5)  # so that training need not wait for all features
         recent.append(trainer.train_step(data))
         if trainer.step % 50 == 0:
             means = {name: sum(r[name] for r in recent) / len(recent) for name in recent[0]}

@@ -163,9 +163,7 @@ def pretrain(
     while step < settings.steps:
         torch.manual_seed(seed + step)  # a resumed run masks the same patches
         batch = next(data)
-        moved = Batch(
-            *(getattr(batch, field).to(device) for field in Batch.__dataclass_fields__)
-        )
+        moved = Batch(*(getattr(batch, field).to(device) for field in Batch.__dataclass_fields__))
         keep, labels, prominence = None, moved.labels, moved.prominence
         if step < settings.masked_share * settings.steps:
             keep = visible_patches(moved.owner, round(settings.visible * size.grid**2))

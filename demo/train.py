@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from .accuracy import measure
 from .curve import before_the_cut, describe_knee, similarity
 from .export import export
-from .language import Features, LanguageSettings, features_of, train_language
+from .language import Features, LanguageSettings, train_language
 from .model import Size, build
 from .run import Log, load
 from .scenes import BASE_SIZE
@@ -34,7 +34,7 @@ def report(folder: Path, size: Size, count: int, log: Log, device: torch.device)
         raise FileNotFoundError(f"{folder / 'best.pt'} is missing: train first.")
     model.load_state_dict(state["model"])
     model.to(device).eval()  # type: ignore[arg-type]
-    data = features_of(model.model.vision_tower, "test", count, size, log)
+    data = Features.room_for(model.model.vision_tower, "test", count, size).grow(count)
     everything = measure(model, data.scenes, data.states)
     return {
         "scenes": count,

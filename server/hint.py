@@ -31,10 +31,12 @@ def announce_when_ready(host: str | None, port: int, model: str, picture: Path, 
 
 def curl_line(url: str, model: str, picture: Path, question: str) -> str:
     """The request as a command for a POSIX shell; the shell encodes the picture."""
+    encoded = f"$(base64 < {picture} | tr -d '\\n')"
     return f"""\
-curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -H 'X-VTPrune-Preset: balanced' -d @- <<EOF
+curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -H 'X-VTPrune-Preset: balanced' -d @- <<EOF
 {{"model": "{model}", "max_tokens": 8, "temperature": 0, "messages": [{{"role": "user", "content": [
-  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 < {picture} | tr -d '\\n')"}}}},
+  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,{encoded}"}}}},
   {{"type": "text", "text": "{question}"}}]}}]}}
 EOF"""
 

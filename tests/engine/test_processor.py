@@ -43,7 +43,9 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def processor() -> PrunedLlavaMultiModalProcessor:
     load_general_plugins()
-    config = EngineArgs(str(DEMO_MODEL), dtype="float32", limit_mm_per_prompt={"image": 8}).create_engine_config()
+    config = EngineArgs(
+        str(DEMO_MODEL), dtype="float32", limit_mm_per_prompt={"image": 8}
+    ).create_engine_config()
     from vllm.tokenizers import get_tokenizer
 
     processor = MULTIMODAL_REGISTRY.create_processor(

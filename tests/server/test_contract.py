@@ -129,7 +129,9 @@ def test_a_stream_carries_the_same_numbers(server: str) -> None:
     settings = {"X-VTPrune-Aggressiveness": "0.5"}
     plain = post(server, chat_body(scene()), settings)
     text, usage = "", None
-    with httpx.stream("POST", f"{server}/v1/chat/completions", json=body, headers=settings, timeout=60) as stream:
+    with httpx.stream(
+        "POST", f"{server}/v1/chat/completions", json=body, headers=settings, timeout=60
+    ) as stream:
         assert int(stream.headers["X-VTPrune-Vision-Tokens-Kept"]) == counts(plain)["vision_tokens_kept"]
         for line in stream.iter_lines():
             if line.startswith("data: {"):
@@ -148,7 +150,8 @@ def test_text_alone_works_with_and_without_headers(server: str) -> None:
 
 
 def test_n_choices_and_logprobs(server: str) -> None:
-    response = post(server, chat_body(scene(), n=3, temperature=1, logprobs=True, top_logprobs=2), {"X-VTPrune-Preset": "light"})
+    body = chat_body(scene(), n=3, temperature=1, logprobs=True, top_logprobs=2)
+    response = post(server, body, {"X-VTPrune-Preset": "light"})
     assert len(response.json()["choices"]) == 3
     assert counts(response)["vision_tokens"] == N
 
@@ -165,7 +168,10 @@ PICTURES = {
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_of_all_kinds_are_served(server: str, name: str) -> None:
-    assert counts(post(server, chat_body(PICTURES[name]), {"X-VTPrune-Preset": "balanced"}))["vision_tokens"] == N
+    assert (
+        counts(post(server, chat_body(PICTURES[name]), {"X-VTPrune-Preset": "balanced"}))["vision_tokens"]
+        == N
+    )
 
 
 PNG = encoded(scene())

@@ -76,7 +76,9 @@ def test_only_kept_tokens_are_projected_and_the_rest_does_not_matter(encoder: Vi
     output = encoder.encode(pixels(1))[0]
     everything = encoder.project([(output.patches, output.cls)])[0]
     kept = torch.tensor([0, 3, 7])
-    assert torch.allclose(encoder.project([(output.patches[kept], output.cls)])[0], everything[kept], atol=1e-6)
+    assert torch.allclose(
+        encoder.project([(output.patches[kept], output.cls)])[0], everything[kept], atol=1e-6
+    )
 
 
 def test_a_feature_strategy_with_cls_puts_it_first(checkpoint: Path, tmp_path: Path) -> None:
@@ -86,7 +88,9 @@ def test_a_feature_strategy_with_cls_puts_it_first(checkpoint: Path, tmp_path: P
     output = full.encode(pixels(1))[0]
     rows = full.project([(output.patches[:5], output.cls)])[0]
     assert rows.shape[0] == 6
-    assert torch.allclose(rows[1:], load(checkpoint).project([(output.patches[:5], output.cls)])[0], atol=1e-6)
+    assert torch.allclose(
+        rows[1:], load(checkpoint).project([(output.patches[:5], output.cls)])[0], atol=1e-6
+    )
 
 
 def test_both_naming_schemes_and_shards_give_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
