@@ -3,7 +3,12 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"vllm_vtprune": "vllm_vtprune", "vtprune_server": "server", "vtprune_bench": "bench"}
+FOLDERS = {
+    "vllm_vtprune": "vllm_vtprune",
+    "vtprune_server": "server",
+    "vtprune_bench": "bench",
+    "vtprune_demo": "demo",
+}
 
 setup(
     packages=[

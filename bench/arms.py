@@ -38,8 +38,8 @@ class Arm:
 def parse_arm(text: str) -> Arm:
     """Read `vllm` (no plugin), `off` (plugin loaded, nothing pruned), or parts such as `keep0.22+kv0.5`.
 
-    The parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the prompt
-    above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
+    The parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the
+    prompt above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
 
     Raises:
         LoadTestError: not of that form.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM without the plugin beside our server: same model, machine, flags and traffic, taking turns.
 
-    python -m vtprune_bench.compare                                  # demo and decoder-150m, concurrency 1
-    python -m vtprune_bench.compare --model decoder-150m --concurrency 4,16 --arms vllm,off,keep0.22,keep0.22+kv0.5
+    python -m vtprune_bench.compare             # the demo model and decoder-150m, concurrency 1
+    python -m vtprune_bench.compare --model decoder-150m --concurrency 4,16 --arms vllm,off,keep0.22
 
-Ratios are to the first arm, paired within rounds of a few seconds: median and quartiles over the rounds. The arm
-`off` is the plugin loaded and pruning nothing: its ratio is the plugin's overhead.
+Ratios are to the first arm, paired within rounds of a few seconds: median and quartiles over the rounds. The
+arm `off` is the plugin loaded and pruning nothing: its ratio is the plugin's overhead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from . import machine
 from .arms import Arm, parse_arms, servers_for
 from .load.errors import LoadTestError
 from .models import BenchModel, model_named
-from .paired import Rounds, Spread, TrafficSpec, connected
+from .paired import MIN_ROUNDS_FOR_INTERVAL, Rounds, Spread, TrafficSpec, connected
 from .servers import RunningServer, running
 
 DEFAULT_ARMS = "vllm,off,a0.25,a0.5,a0.75"
-_METRICS = ("e2el_s", "ttft_s", "requests_per_s", "cpu_s")
+_METRICS = ("e2el_s", "ttft_s", "tpot_s", "requests_per_s", "cpu_s")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m vtprune_bench.compare") -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m vtprune_bench
     try:
         options = _parser(prog).parse_args(arguments)
         arms = parse_arms(options.arms)
-        concurrencies = [_positive(text) for text in options.concurrency.split(",")]
+        seconds = {_positive(text): options.seconds for text in options.concurrency.split(",")}
         traffic = TrafficSpec(output_len=options.output_len, images=options.images, seed=options.seed)
         document: dict[str, Any] = {
             "command": shlex.join([*prog.split(), *arguments]),
@@ -53,13 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m vtprune_bench
         for name in options.model.split(","):
             model = model_named(name.strip(), options.model_dir)
             document["models"][model.name] = compare(
-                model,
-                arms,
-                concurrencies,
-                traffic,
-                seconds=options.seconds,
-                rounds=options.rounds,
-                logs=options.logs,
+                model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs
             )
     except LoadTestError as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -77,14 +71,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m vtprune_bench
 def compare(
     model: BenchModel,
     arms: Sequence[Arm],
-    concurrencies: Sequence[int],
+    seconds: Mapping[int, float],
     traffic: TrafficSpec,
     *,
-    seconds: float,
-    rounds: int | None = None,
+    min_rounds: int = 3,
+    max_rounds: int | None = None,
     logs: Path | None = None,
 ) -> dict[str, Any]:
     """Measure one model at each concurrency, print a table for each.
+
+    Args:
+        model: what is served.
+        arms: the first is the one that all others are compared with.
+        seconds: how long to measure, by concurrency.
+        traffic: what is asked.
+        min_rounds: even if the time is over.
+        max_rounds: even if there is time left.
+        logs: folder for the servers' logs; None throws them away.
 
     Returns:
         The results as JSON values, every block of every round included.
@@ -92,33 +95,28 @@ def compare(
     Raises:
         LoadTestError: a server did not start, or a request failed.
     """
-    results = {}
+    results: dict[str, Any] = {}
+
+    async def measure(servers: Sequence[RunningServer]) -> None:
+        # one comparison for all load points: its pictures go on, so none comes back
+        async with connected(arms, servers, model.name, traffic) as comparison:
+            for concurrency, limit in seconds.items():
+                measured = await comparison.run(
+                    concurrency, seconds=limit, min_rounds=min_rounds, max_rounds=max_rounds
+                )
+                results[str(concurrency)] = as_json(measured, arms)
+                print(table(model.name, measured, arms), flush=True)
+
     with (
         tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,
         running(servers_for(arms, model), model, logs or Path(scratch)) as servers,
     ):
-        for concurrency in concurrencies:
-            measured = asyncio.run(_measure(model, arms, servers, traffic, concurrency, seconds, rounds))
-            results[str(concurrency)] = as_json(measured, arms)
-            print(table(model.name, measured, arms), flush=True)
+        asyncio.run(measure(servers))
     return results
 
 
-async def _measure(
-    model: BenchModel,
-    arms: Sequence[Arm],
-    servers: Sequence[RunningServer],
-    traffic: TrafficSpec,
-    concurrency: int,
-    seconds: float,
-    rounds: int | None,
-) -> Rounds:
-    async with connected(arms, servers, model.name, traffic) as comparison:
-        return await comparison.run(concurrency, seconds=seconds, max_rounds=rounds)
-
-
 def as_json(measured: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
-    """Medians of every metric, paired ratios to the first arm with their spread, and the blocks themselves."""
+    """Medians of every metric, paired ratios to the first arm with their spread, and the blocks."""
     base = arms[0].label
     result: dict[str, Any] = {
         "rounds": len(measured.blocks[base]),
@@ -130,10 +128,10 @@ def as_json(measured: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
         result["arms"][arm.label] = {
             "headers": dict(arm.headers),
             "median": {name: _median(measured, arm.label, name) for name in asdict(blocks[0])},
-            "ratio": {name: asdict(Spread.of(measured.ratios(arm.label, base, name))) for name in _METRICS},
-            "blocks": [
-                {k: None if math.isnan(v) else v for k, v in asdict(block).items()} for block in blocks
-            ],
+            "ratio": {
+                name: _finite(asdict(Spread.of(measured.ratios(arm.label, base, name)))) for name in _METRICS
+            },
+            "blocks": [_finite(asdict(block)) for block in blocks],
         }
     return result
 
@@ -144,8 +142,8 @@ def table(title: str, measured: Rounds, arms: Sequence[Arm]) -> str:
     rounds = len(measured.blocks[base])
     lines = [
         "",
-        f"{title}, concurrency {measured.concurrency}: {rounds} rounds of {measured.requests_per_block} requests per "
-        f"arm; medians; ratios to {base}, paired by round, with quartiles",
+        f"{title}, concurrency {measured.concurrency}: {rounds} rounds of {measured.requests_per_block} "
+        f"requests per arm; medians; ratios to {base}, paired by round, with quartiles",
         f"{'arm':<18}{'vision':>8}{'prompt':>8}{'TTFT ms':>9}{'e2e ms':>9}{'req/s':>8}"
         f"  {'e2e ratio':<20}{'throughput ratio':<20}{'CPU time ratio':<20}",
     ]
@@ -171,10 +169,16 @@ def table(title: str, measured: Rounds, arms: Sequence[Arm]) -> str:
 
 def _overhead(measured: Rounds) -> str:
     spread = Spread.of(measured.ratios("off", "vllm", "e2el_s"))
+    interval = "95 % interval" if spread.rounds >= MIN_ROUNDS_FOR_INTERVAL else "range of so few rounds"
     return (
         f"plugin loaded and off: end-to-end latency {spread.median - 1:+.1%} "
-        f"(95 % interval {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
+        f"({interval} {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
     )
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """What JSON can hold: what a server does not report, or a clock did not resolve, is null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _median(measured: Rounds, label: str, metric: str) -> float | None:

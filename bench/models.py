@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models to measure with: the demo model, a decoder-bound random one, LLaVA-1.5-7B's architecture without weights.
+"""Models to measure with: the demo model, a decoder-bound random one, LLaVA-1.5-7B's shape without weights.
 
-Speed does not depend on what the weights say, so random ones do. Which tokens the inflection rule keeps does:
-on random towers its counts mean nothing, and comparisons there fix the share (`X-VTPrune-Keep-Ratio`) instead.
+Speed does not depend on what the weights say, so random ones do. Which tokens the inflection rule keeps
+does: on random towers its counts mean nothing, and comparisons there fix the share (`X-VTPrune-Keep-Ratio`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,11 +74,12 @@ class BenchModel:
     prune_layer: int
 
 
-#: 154 million parameters. The tower below is to it what CLIP-L is to LLaVA-1.5-7B: about 5 % of the prefill's work.
+#: 154 million parameters; `SMALL_TOWER` is to it what CLIP-L is to LLaVA-1.5-7B: about 5 % of the work.
 DECODER_150M = Decoder(hidden=1024, intermediate=2816, layers=12, heads=16, vocab=512)
-#: 14 million parameters, for measurements with many tokens on few cores.
-DECODER_15M = Decoder(hidden=512, intermediate=1408, layers=4, heads=8, vocab=512)
 SMALL_TOWER = Tower(hidden=256, intermediate=1024, layers=8, heads=4)
+#: 13 million parameters and a tower to match, for measurements with many tokens on few cores.
+DECODER_13M = Decoder(hidden=512, intermediate=1408, layers=4, heads=8, vocab=512)
+TINY_TOWER = Tower(hidden=128, intermediate=512, layers=4, heads=2)
 #: CLIP ViT-L/14 at 336 pixels and Vicuna-7B, as LLaVA-1.5-7B combines them (arXiv 2310.03744).
 LLAVA_7B = Decoder(hidden=4096, intermediate=11008, layers=32, heads=32, vocab=32064)
 CLIP_L = Tower(hidden=1024, intermediate=4096, layers=24, heads=16)
@@ -124,32 +126,36 @@ def decoder_bound(model_dir: Path) -> BenchModel:
     """The decoder-bound model: 576 vision tokens and a decoder of 154 million parameters, float32."""
     flags = (*_EAGER, "--max-model-len", "2048")
     folder = decoder_150m(model_dir / "decoder-150m")
+    # 16 unpruned requests of six blocks each
     return BenchModel("decoder-150m", folder, flags, kv_cache_gb=2, prune_layer=4)
+
+
+def many_patches(model_dir: Path, patches: int) -> BenchModel:
+    """A model small enough for prompts of thousands of vision tokens: `patches`, a square, per image."""
+    tower = replace(TINY_TOWER, image=math.isqrt(patches) * TINY_TOWER.patch)
+    name = f"decoder-13m-{patches}"
+    folder = _once(model_dir / name, lambda path: random_llava(path, DECODER_13M, tower))
+    flags = (*_EAGER, "--max-model-len", "8192", "--limit-mm-per-prompt", '{"image": 8}')
+    return BenchModel(name, folder, flags, kv_cache_gb=1, prune_layer=1)
 
 
 def llava_7b(model_dir: Path) -> BenchModel:
     """LLaVA-1.5-7B's architecture with dummy weights, for an accelerator."""
     folder = _once(model_dir / "llava-1.5-7b", lambda path: write_config(path, LLAVA_7B, CLIP_L, "bfloat16"))
-    flags = (
-        "--load-format",
-        "dummy",
-        "--dtype",
-        "bfloat16",
-        "--max-num-seqs",
-        "128",
-        "--max-model-len",
-        "4096",
-    )
+    # two servers share the accelerator's memory
+    engine = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-num-seqs", "128")
+    memory = ("--max-model-len", "4096", "--gpu-memory-utilization", "0.42")
+    flags = (*engine, *memory)
     return BenchModel("llava-1.5-7b", folder, flags, kv_cache_gb=0, prune_layer=8)
 
 
 def decoder_150m(folder: Path) -> Path:
-    """Write the decoder-bound random LLaVA into `folder` (0.65 GB), unless it is there; returns the folder."""
+    """Write the decoder-bound random LLaVA (0.65 GB), unless it is there; returns the folder."""
     return _once(folder, lambda path: random_llava(path, DECODER_150M, SMALL_TOWER))
 
 
 def random_llava(folder: Path, decoder: Decoder, tower: Tower, seed: int = 0) -> None:
-    """Write a random LLaVA-1.5 checkpoint in float32: a CLIP tower with CLS, a two-layer projector, a Llama."""
+    """Write a random LLaVA-1.5 checkpoint in float32: CLIP tower with CLS, two-layer projector, Llama."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
@@ -197,7 +203,7 @@ def write_config(folder: Path, decoder: Decoder, tower: Tower, dtype: str) -> Ll
             eos_token_id=_EOS,
             pad_token_id=_PAD,
         ),
-        image_token_id=_IMAGE,
+        image_token_index=_IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         dtype=dtype,
@@ -253,7 +259,7 @@ def _public_name(name: str) -> str:
 
 
 def _once(folder: Path, build: Callable[[Path], object]) -> Path:
-    """Build into a folder beside it and rename, so that an interrupted or parallel build leaves nothing half done."""
+    """Build beside the folder and rename, so that an interrupted build leaves nothing half done."""
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "-"))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paired measurements: in each round every arm gets one block of requests, in a fresh random order.
 
-All servers stay up, and blocks last a second or so. Whatever else the machine does in that time hits all arms of a
-round alike, so ratios are taken within rounds and their median over rounds is reported (a randomised complete
-block design). Every request carries a picture never sent before, so no cache answers for a server.
+All servers stay up, and blocks last a second or so. Whatever else the machine does in that time hits all arms
+of a round alike, so ratios are taken within rounds and their median over rounds is reported (a randomised
+complete block design). Every request carries a picture never sent before, so no cache answers for a server.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .load.runner import PhaseRunner
 from .load.workload import IntRange, Workload, WorkloadSpec
 from .servers import RunningServer
 
+#: With fewer rounds even the whole range covers the median with less than 95 % probability.
+MIN_ROUNDS_FOR_INTERVAL = 6
 _REQUEST_TIMEOUT_S = 900.0
 _MIN_BLOCK_S = 0.5  # shorter blocks would measure the client's timer and the scheduler's slices
 _MAX_PER_SLOT = 8
@@ -58,6 +60,7 @@ class Block:
     Attributes:
         e2el_s: from sending a request to its last token.
         ttft_s: from sending a request to its first token.
+        tpot_s: time per output token after the first.
         requests_per_s: requests over the block's duration.
         cpu_s: processor time of all of the server's processes per request.
         prompt_tokens: given to the language model, per request.
@@ -67,6 +70,7 @@ class Block:
 
     e2el_s: float
     ttft_s: float
+    tpot_s: float
     requests_per_s: float
     cpu_s: float
     prompt_tokens: float
@@ -105,7 +109,7 @@ class Spread:
 
     @staticmethod
     def of(ratios: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> Spread:
-        """The interval is that of order statistics, free of assumptions; below six rounds it is the whole range."""
+        """The interval is that of order statistics; below six rounds it is the whole range."""
         values = np.sort(np.asarray(ratios, dtype=np.float64))
         q1, median, q3 = np.percentile(values, [25, 50, 75])
         rank = _interval_rank(len(values))
@@ -115,7 +119,7 @@ class Spread:
 
 
 def _interval_rank(n: int) -> int:
-    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median with probability 0.95 or more.
+    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median in 95 of 100 cases.
 
     The number of values below the median is binomial (David and Nagaraja 2003, "Order Statistics", 7.1).
     """
@@ -126,7 +130,10 @@ def _interval_rank(n: int) -> int:
 
 
 class Comparison:
-    """Sends blocks to running servers. Use `connected` to make one."""
+    """Sends blocks to running servers. Use `connected` to make one.
+
+    Its pictures are distinct over all of its runs. Another comparison on the same servers needs another seed.
+    """
 
     def __init__(
         self,
@@ -171,14 +178,12 @@ class Comparison:
             for name, client in clients.items()
         }
 
-    async def warm_up(self, concurrency: int) -> float:
-        """Two blocks per arm, the second timed; returns the seconds per request slot of the fastest arm."""
+    async def warm_up(self) -> float:
+        """Two requests per arm; returns the seconds that the faster second one of all arms took."""
         fastest = math.inf
-        for turn in range(2):
-            for index in range(len(self.arms)):
-                block = await self._block(index, concurrency, concurrency, turn)
-                if turn:
-                    fastest = min(fastest, concurrency / block.requests_per_s)
+        for index in range(len(self.arms)):
+            await self._block(index, 1, 1, 0)
+            fastest = min(fastest, (await self._block(index, 1, 1, 0)).e2el_s)
         return fastest
 
     async def run(
@@ -195,8 +200,7 @@ class Comparison:
         Raises:
             LoadTestError: a request failed.
         """
-        slot_s = await self.warm_up(concurrency)
-        per_slot = min(_MAX_PER_SLOT, max(1, math.ceil(_MIN_BLOCK_S / slot_s)))
+        per_slot = min(_MAX_PER_SLOT, max(1, math.ceil(_MIN_BLOCK_S / await self.warm_up())))
         requests = concurrency * per_slot
         labels = [arm.label for arm in self.arms]
         rounds = Rounds(concurrency, requests, labels, {label: [] for label in labels})
@@ -254,6 +258,7 @@ def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) 
     return Block(
         e2el_s=float(np.mean([r.e2el_s for r in records])),
         ttft_s=float(np.mean([r.ttft_s for r in records])),
+        tpot_s=float(np.mean([r.tpot_s or 0.0 for r in records])),
         requests_per_s=len(records) / duration_s,
         cpu_s=cpu_s / len(records),
         prompt_tokens=float(np.mean([r.prompt_tokens or math.nan for r in records])),

@@ -75,6 +75,9 @@ def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> It
     """
     servers: list[RunningServer] = []
     with contextlib.ExitStack() as stack:
+        # in sessions of their own the servers would outlive a terminated benchmark
+        before = signal.signal(signal.SIGTERM, _exit)
+        stack.callback(signal.signal, signal.SIGTERM, before)
         for spec in specs:
             servers.append(stack.enter_context(_running(spec, model, log_dir)))
         yield servers
@@ -116,7 +119,7 @@ def command(spec: ServerSpec, model: BenchModel) -> list[str]:
 
 
 def environment(spec: ServerSpec, model: BenchModel) -> dict[str, str]:
-    """The same for both, but for the plugin; vLLM's engine gets the OpenMP library that `vtprune serve` sets."""
+    """The same but for the plugin; plain vLLM gets the OpenMP library that our server sets itself."""
     env = {
         **os.environ,
         "VLLM_PLUGINS": "vtprune" if spec.plugin else "",
@@ -157,6 +160,10 @@ def _wait_until_healthy(server: RunningServer, log: Path) -> None:
         time.sleep(_POLL_S)
     tail = log.read_text(errors="replace")[-_LOG_TAIL:]
     raise LoadTestError(f"The server {server.spec.name} did not start; its log {log} ends with:\n{tail}")
+
+
+def _exit(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

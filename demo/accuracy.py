@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from .packing import answer_logits, pack
-from .questions import KINDS, ask_each
+from .questions import KINDS, Question, ask_each
 from .scenes import HELD_OUT_PAIRS, Scene
 
 Keep = Callable[[int, Tensor], Tensor]
@@ -22,11 +22,29 @@ Keep = Callable[[int, Tensor], Tensor]
 
 @dataclass
 class Accuracy:
-    """Right and asked questions by kind; `held_out` counts those about a colour-shape pair never seen in
-    training."""
+    """Right and asked questions by kind.
+
+    `held_out` counts those about a colour-shape pair never seen in training.
+    """
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
+
+    def count(self, question: Question, correct: bool) -> None:
+        """Add one answered question."""
+        held_out = ["held_out"] if HELD_OUT_PAIRS.intersection(question.pairs) else []
+        for name in (question.kind, *held_out):
+            self.asked[name] += 1
+            self.right[name] += correct
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "overall": self.overall,
+            "by_kind": self.by_kind,
+            "held_out_pairs": self.held_out,
+            "asked": dict(self.asked),
+        }
 
     @property
     def overall(self) -> float:
@@ -52,21 +70,21 @@ def measure(
     keep: Keep | None = None,
     seed: int = 0,
 ) -> Accuracy:
-    """Ask every scene one question of each kind; an answer counts when its word and the end after it are
-    both right.
+    """Ask every scene one question of each kind; its word and the end after it must both be right.
 
     `states` [N, 1 + P, width] are the feature layer's, CLS first; without `keep` all patches are shown.
     """
-    accuracy = Accuracy()
-    for number, (scene, state) in enumerate(zip(scenes, states, strict=True)):
-        questions = ask_each(scene, random.Random(f"{seed} {scene.index}"))
-        patches = state[1:] if keep is None else state[1:][keep(number, state)]
-        projected = model.model.multi_modal_projector(patches[None].to(model.device, model.dtype))
-        packed = pack([questions], patches.shape[0], model.device)
+    accuracy, batch = Accuracy(), 20 if keep is None else 1  # kept counts differ, all patches do not
+    for first in range(0, len(scenes), batch):
+        group = scenes[first : first + batch]
+        asked = [ask_each(scene, random.Random(f"{seed} {scene.index}")) for scene in group]
+        patches = states[first : first + batch, 1:]
+        if keep is not None:
+            patches = patches[:, keep(first, states[first])]
+        projected = model.model.multi_modal_projector(patches.to(model.device, model.dtype))
+        packed = pack(asked, patches.shape[1], model.device)
         right = answer_logits(model, projected, packed).argmax(-1) == packed.targets
+        questions = [question for per_scene in asked for question in per_scene]
         for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
-            held_out = ["held_out"] if HELD_OUT_PAIRS.intersection(question.pairs) else []
-            for name in (question.kind, *held_out):
-                accuracy.asked[name] += 1
-                accuracy.right[name] += correct
+            accuracy.count(question, correct)
     return accuracy

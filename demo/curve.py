@@ -63,8 +63,7 @@ def before_the_cut(scores: Tensor, aggressiveness: float = 0.5) -> Tensor:
 
 
 def describe_knee(scenes: list[Scene], states: Tensor, aggressiveness: float = 0.5) -> Knee:
-    """Measure the curve and its cut on scenes with the feature layer's states [N, 1 + P, width], CLS
-    first."""
+    """Measure the curve and its cut, given the feature layer's states [N, 1 + P, width], CLS first."""
     scores = similarity(states)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     for row, picture in zip(kept, scores, strict=True):

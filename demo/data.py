@@ -33,9 +33,9 @@ _WORD_NUMBER = {name: 1 + number for number, name in enumerate(PRINTED)}
 class Batch:
     """`B` pictures of side `S` with `P` patches each.
 
-    `pixels` uint8 [B, S, S, 3]; `prominence` float [B, P] and `owner` int64 [B, P] as `Scene.owner`; `objects` int64 [B, MAX_OBJECTS,
-    attributes], rows of zeros where there are fewer; `labels` int64 [B, P, attributes], `IGNORE` on barely
-    touched patches.
+    `pixels` uint8 [B, S, S, 3]; `owner` int64 and `prominence` float [B, P] as in `Scene`; `objects` int64
+    [B, MAX_OBJECTS, attributes], rows of zeros where there are fewer; `labels` int64 [B, P, attributes],
+    `IGNORE` on barely touched patches.
     """
 
     pixels: Tensor
@@ -46,8 +46,7 @@ class Batch:
 
 
 def objects_of(scene: Scene) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """The scene's objects as rows of attribute classes, shape [MAX_OBJECTS, attributes]; the text comes
-    last."""
+    """The scene's objects as rows of classes, shape [MAX_OBJECTS, attributes]; the text comes last."""
     table = np.zeros((MAX_OBJECTS, len(ATTRIBUTES)), np.int64)
     for row, shape in enumerate(scene.shapes):
         cell = 1 + 3 * shape.row + shape.column

@@ -21,18 +21,16 @@ from .scenes import PATCH
 
 LIMIT_BYTES = 16_000_000
 """Largest `model.safetensors` that may be shipped."""
+_TEXT_PARTS = "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+_IMAGE_PARTS = "{% for part in content if part['type'] in ('image', 'image_url') %}<image>\n{% endfor %}"
 CHAT_TEMPLATE = (
-    "<s>{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}</s>{% else %}{% if message['role'] == 'user' %}USER: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] in ('image', 'image_url') %}<image>\n{% endif %}"
-    "{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "<s>{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: {% elif message['role'] == 'user' %}USER: {% endif %}"
+    "{% if content is string %}{{ content }}{% else %}" + _IMAGE_PARTS + _TEXT_PARTS + "{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %}{{ ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""LLaVA-1.5's own form, `USER: <image>\\n question ASSISTANT:`: pictures come before the text of their
-message."""
+"""LLaVA-1.5's own form, `USER: <image>\\n question ASSISTANT:`; pictures come before their message's text."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -73,8 +71,7 @@ def processor(size: Size) -> LlavaProcessor:
 
 
 def public_name(name: str) -> str:
-    """The key of a weight in public LLaVA checkpoints: transformers 5 writes the tower without
-    `vision_model.`."""
+    """The key of a weight in public LLaVA checkpoints; transformers 5 leaves `vision_model.` out."""
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return "vision_tower.vision_model." + name.removeprefix("vision_tower.")
     return name

@@ -40,10 +40,10 @@ class LanguageSettings:
     """Training scenes whose features are kept in memory in the end."""
     first_scenes: int = 2500
     """Those computed before the first step; each step adds five."""
-    validation_scenes: int = 150
-    batch: int = 16
+    validation_scenes: int = 100
+    batch: int = 8
     questions: int = 16
-    align_steps: int = 400
+    align_steps: int = 300
     """Steps of the projector and the word embeddings alone before the language model starts."""
     lr: float = 2e-3
     weight_decay: float = 0.02
@@ -110,8 +110,10 @@ def patch_words(scenes: list[Scene]) -> Tensor:
 
 
 def word_loss(projected: Tensor, words: Tensor, embedding: Tensor) -> Tensor:
-    """How far projected patches [N, width] are from naming their words [N, 4] by embedding [vocabulary,
-    width]."""
+    """How far projected patches [N, width] are from naming their words [N, 4].
+
+    `embedding` [vocabulary, width] are the language model's word embeddings.
+    """
     scores = F.log_softmax(F.normalize(projected, dim=-1) @ F.normalize(embedding, dim=-1).T * 20, dim=-1)
     known = words != IGNORE
     picked = scores.gather(1, words.clamp(min=0)) * known
@@ -132,8 +134,7 @@ def start_on_matches(model: LlavaForConditionalGeneration) -> None:
 
 
 def keep_some(patches: int, least: float, batch: int, rng: random.Random) -> Tensor:
-    """A uniformly random subset per picture, of one size for the batch: int64 [batch, kept] in raster
-    order."""
+    """A uniformly random subset per picture, of one size: int64 [batch, kept] in raster order."""
     count = max(1, round(patches * rng.uniform(least, 1)))
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     return torch.rand(batch, patches, generator=generator).topk(count, 1).indices.sort(1).values
@@ -174,8 +175,7 @@ class Trainer:
         save(self.path, {"step": self.step, "best": self.best, **parts})
 
     def train_step(self, data: Features) -> dict[str, float]:
-        """One update on one batch of scenes with freshly drawn questions; the first ones only align the
-        projector."""
+        """One update on freshly drawn questions; the first ones only align the projector."""
         rng = random.Random(f"{self.seed} {self.step}")
         settings, device = self.settings, self.model.device
         chosen = rng.sample(range(len(data.scenes)), settings.batch)
@@ -209,8 +209,10 @@ def train_language(
     seed: int,
     log: Log,
 ) -> Accuracy:
-    """Train in place, going on from the state file; `folder`/best.pt holds the best weights by validation
-    accuracy."""
+    """Train in place, going on from the state file.
+
+    The best weights by validation accuracy are in `folder`/best.pt and, exported, in `folder`/export.
+    """
     model.model.vision_tower.eval().requires_grad_(False)
     trainer = Trainer(model, size, settings, folder, seed)
     tower = model.model.vision_tower
@@ -220,7 +222,7 @@ def train_language(
     data.grow(settings.first_scenes + 5 * trainer.step)
     log(phase="features", validation=len(held_out.scenes), train=len(data.scenes))
     recent: list[dict[str, float]] = []
-    saved_at, accuracy = time.monotonic(), measure(model, held_out.scenes, held_out.states)
+    saved_at, accuracy = time.monotonic(), Accuracy()
     while trainer.step < settings.steps:
         data.grow(5)  # so that training need not wait for all features
         recent.append(trainer.train_step(data))
@@ -228,7 +230,8 @@ def train_language(
             means = {name: sum(r[name] for r in recent) / len(recent) for name in recent[0]}
             log(phase="language", step=trainer.step, **means)
             recent.clear()
-        if trainer.step % 100 == 0 or trainer.step == settings.steps:
+        due = trainer.step % 200 == 0 and trainer.step > settings.align_steps
+        if due or trainer.step == settings.steps:
             accuracy = measure(model, held_out.scenes, held_out.states)
             log(phase="validation", step=trainer.step, overall=accuracy.overall, **accuracy.by_kind)
             if accuracy.overall > trainer.best:

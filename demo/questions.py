@@ -34,8 +34,7 @@ def ask_each(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def ask_many(scene: Scene, count: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
-    """`count` questions whose kinds are drawn evenly from `kinds`, those that the scene does not allow left
-    out."""
+    """`count` questions, kinds drawn evenly from those of `kinds` that the scene allows."""
     possible = [kind for kind in kinds if ask(scene, kind, random.Random(0)) is not None]
     asked = (ask(scene, rng.choice(possible), rng) for _ in range(count))
     return [question for question in asked if question is not None]

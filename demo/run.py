@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both training phases share: optimisers, the learning-rate schedule, progress lines and resumable
-state."""
+"""What both phases share: optimisers, learning-rate schedule, progress lines, resumable state."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ SAVE_EVERY_S = 120.0
 
 
 def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.35) -> float:
-    """Share of the full learning rate: linear warm-up, constant, then linear to 2 % over the last `decay`
-    of the run."""
+    """Share of the full learning rate: linear rise, constant, linear fall over the last `decay` of it."""
     rise = (step + 1) / warmup
     fall = (steps - step) / max(1.0, decay * steps)
     return max(0.02, min(1.0, rise, fall))

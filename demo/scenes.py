@@ -85,8 +85,7 @@ MIN_INK = 12
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape: its words, its size class (0 small, 1 medium, 2 large) and its cell of the 3x3
-    grid."""
+    """One drawn shape: its words, size class (0 small, 1 medium, 2 large) and cell of the 3x3 grid."""
 
     colour: str
     shape: str
@@ -130,8 +129,8 @@ class Scene:
     the number of the object that covers most of it: its index in `shapes`, or `len(shapes)` for the
     text."""
     prominence: npt.NDArray[np.float32]
-    """Per patch, shape [patches]: the object's pixels in it, relative to the patch that shows most of that object;
-    0 on the background."""
+    """Per patch, shape [patches]: the object's pixels in it relative to the patch that shows most of that
+    object; 0 on the background."""
     shapes: tuple[Shape, ...]
     text: Text | None
 

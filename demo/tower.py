@@ -77,8 +77,7 @@ def encode(tower: CLIPVisionModel, pixels: Tensor, keep: Tensor | None = None) -
 
 
 class Heads(nn.Module):
-    """What only pretraining needs: patch classifiers, a caption encoder and the two contrastive
-    projections."""
+    """What only pretraining needs: patch classifiers, a caption encoder, two contrastive projections."""
 
     def __init__(self, width: int, shared: int = 64) -> None:
         super().__init__()
@@ -99,8 +98,10 @@ class Heads(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     def name_patches(self, patches: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Patch-label loss of [B, K, width] against [B, K, attributes], and the share of object patches
-        named right."""
+        """Patch-label loss of patches [B, K, width] against labels [B, K, attributes].
+
+        Also returns, per attribute, the share of object patches that are named right.
+        """
         total, right = patches.new_zeros(()), {}
         known = labels[..., 0] != IGNORE
         shown = known & (labels[..., -1] > 0)
@@ -116,10 +117,10 @@ class Heads(nn.Module):
 
 
 def align(states: Tensor, prominence: Tensor) -> Tensor:
-    """CLS alignment: squared error of the cosine between CLS and each patch, objects and background alike.
+    """CLS alignment: squared error of the cosine of CLS and each patch, objects weighing as much as the rest.
 
-    The target rises from 0.1 at an object's edge to 0.9 at the patch that shows most of it, and is 0 elsewhere:
-    a long tail instead of a step, so that every aggressiveness has a cut of its own.
+    The target rises from 0.1 at an object's edge to 0.9 at the patch that shows most of it, and is 0
+    elsewhere: a long tail instead of a step, so that every aggressiveness has a cut of its own.
     """
     cosine = F.cosine_similarity(states[:, :1], states[:, 1:], dim=-1)
     shown = prominence > 0
@@ -128,8 +129,7 @@ def align(states: Tensor, prominence: Tensor) -> Tensor:
 
 
 def visible_patches(owner: Tensor, count: int) -> Tensor:
-    """Which patches a masked step shows, [B, count] in raster order: everything touched first, then at
-    random."""
+    """The patches that a masked step shows, [B, count] in raster order: all touched ones, then any."""
     order = torch.rand(owner.shape, device=owner.device) + (owner != -1).float()
     return order.topk(count, 1).indices.sort(1).values
 

@@ -38,10 +38,7 @@ def report(folder: Path, size: Size, count: int, log: Log, device: torch.device)
     everything = measure(model, data.scenes, data.states)
     return {
         "scenes": count,
-        "overall": everything.overall,
-        "by_kind": everything.by_kind,
-        "asked": dict(everything.asked),
-        "held_out_pairs": everything.held_out,
+        **everything.as_dict(),
         "knee": describe_knee(data.scenes, data.states).as_dict(),
         "pruned": {f"a={a}": _pruned(model, data, a) for a in (0.3, 0.5, 0.7)},
     }

@@ -88,7 +88,7 @@ class QuietErrors:
                 exc_info=error if self.log_tracebacks else None,
             )
             if started:
-                raise ConnectionAbortedError("the response was cut short") from None
+                return  # uvicorn closes the connection of an answer that was not finished
             body = ErrorResponse(
                 error=ErrorInfo(
                     message="The server failed to answer this request; its log names the error.",
@@ -99,8 +99,12 @@ class QuietErrors:
             await JSONResponse(body.model_dump(), status_code=500)(scope, receive, send)
 
 
+#: A client's own id is used up to this length; it goes into every answer and log line.
+_LONGEST_ID = 128
+
+
 class RequestIds:
-    """Gives a request without an `X-Request-Id` one, and returns it.
+    """Gives a request without a usable `X-Request-Id` one, and returns it.
 
     vLLM makes its own id from this header where it is there, so response, log line and engine share one.
 
@@ -119,10 +123,11 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         request_id = Headers(scope=scope).get("x-request-id")
-        if request_id is None:
+        if request_id is None or len(request_id) > _LONGEST_ID:
             request_id = uuid.uuid4().hex
             # in place: vLLM's middleware further out reads the same list
-            scope["headers"].append((b"x-request-id", request_id.encode()))
+            kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+            scope["headers"][:] = [*kept, (b"x-request-id", request_id.encode())]
 
         async def answered(message: Message) -> None:
             if self.answer and message["type"] == "http.response.start":

@@ -7,6 +7,7 @@ adds the embedded model, the policy's flags, and errors as sentences.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ usage: vtprune COMMAND [options]
 commands:
   serve [MODEL]   start the OpenAI-compatible server; without MODEL the embedded demo model
   loadtest        load-test an OpenAI-compatible server
+  eval            measure what pruning costs in answers
   version         print the versions
 
 `vtprune COMMAND --help` lists a command's options.
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "serve": _serve,
         "loadtest": _loadtest,
+        "eval": _eval,
         "version": _version,
     }
     if command in ("-h", "--help", "help"):
@@ -70,13 +73,18 @@ def _loadtest(rest: list[str]) -> int:
     return main(rest)
 
 
+def _eval(rest: list[str]) -> int:
+    main: Callable[[list[str]], int] = import_module("vtprune_demo.evaluate").main
+    return main(rest)
+
+
 def _serve(rest: list[str]) -> int:
+    _prepare_environment()
     try:
         check_vllm_version()
         check_front_end()
     except UnsupportedError as error:
         return _refuse(error)
-    _prepare_environment()
 
     from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -85,6 +93,7 @@ def _serve(rest: list[str]) -> int:
     from vllm.logger import init_logger
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_vtprune.policy import CONFIG_KEY
     from vtprune_server.limits import apply_to_vllm
     from vtprune_server.options import add_policy_options, policy_from_options
 
@@ -99,7 +108,7 @@ def _serve(rest: list[str]) -> int:
         if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
             _use_demo_model(args, rest)
         policy, limits = policy_from_options(args, os.environ, args.additional_config)
-        args.additional_config = {**(args.additional_config or {}), "vtprune": policy.to_config()}
+        args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy.to_config()}
         limits.export(os.environ)
         apply_to_vllm(limits, args, _flags(rest), os.environ)
         command = ServeSubcommand()
@@ -118,6 +127,7 @@ def _serve(rest: list[str]) -> int:
 def _use_demo_model(args: Any, rest: list[str]) -> None:
     """The embedded model, with settings that suit it on a machine without an accelerator."""
     import vllm_vtprune
+    from vllm_vtprune.policy import CONFIG_KEY
 
     args.model = args.model_tag = str(Path(vllm_vtprune.__file__).parent / "demo_model")
     defaults = {
@@ -132,9 +142,21 @@ def _use_demo_model(args: Any, rest: list[str]) -> None:
         if not _given(rest, "--" + name.replace("_", "-")):
             setattr(args, name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # the weakest source of the policy: flag, environment and file win
+    given = (args.additional_config or {}).get(CONFIG_KEY) or {}
+    policy = {"prune_layer": _demo_prune_layer(Path(args.model)), **given}
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy}
     announce_when_ready(
         args.host, args.port, args.served_model_name[0], Path(args.model) / "example.png", _QUESTION
     )
+
+
+def _demo_prune_layer(folder: Path) -> int:
+    """The recommended prune layer for the embedded model's depth."""
+    from vllm_vtprune.kv_drop.config import recommended_prune_layer
+
+    config = json.loads((folder / "config.json").read_text())
+    return recommended_prune_layer(int(config["text_config"]["num_hidden_layers"]))
 
 
 def _prepare_environment() -> None:
@@ -144,6 +166,9 @@ def _prepare_environment() -> None:
     os.environ["VLLM_PLUGINS"] = ",".join([*names, *(["vtprune"] if "vtprune" not in names else [])])
     if not _cpu_build():
         return
+    # The tower's threads shall sleep while they wait for each other: spinning, they take the cores that the
+    # engine decodes on. libgomp reads this when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     preload = os.environ.get("LD_PRELOAD", "")

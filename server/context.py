@@ -9,9 +9,11 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_vtprune.kv_drop.budget import PromptPlan
 from vllm_vtprune.settings import HEADERS, KWARG, Controls, PruneSettings, SettingsError
 from vtprune_server import metrics
 from vtprune_server.counts import TokenCounts
+from vtprune_server.second_stage import SecondStage
 
 
 @dataclass(slots=True)
@@ -24,7 +26,9 @@ class RequestContext:
         model: the body's model name, on routes that hide it from the handler.
         settings: what they were resolved to; None until a prompt was rendered.
         counts: what rendering its prompts came to; None until one was rendered.
-        unpruned: why the second stage served a prompt whole that asked for less; None otherwise.
+        second_stage: the server's; None without a prune layer.
+        plans: what it does to each prompt.
+        image_hashes: of the images that were processed, as vLLM's caches name them.
     """
 
     headers: Controls = field(default_factory=Controls)
@@ -32,7 +36,14 @@ class RequestContext:
     model: str | None = None
     settings: PruneSettings | None = None
     counts: TokenCounts | None = None
-    unpruned: str | None = None
+    second_stage: SecondStage | None = None
+    plans: list[PromptPlan] = field(default_factory=list)
+    image_hashes: list[str] = field(default_factory=list)
+
+    @property
+    def unpruned(self) -> str | None:
+        """Why the second stage served a prompt whole that asked for less; None otherwise."""
+        return next((plan.unpruned for plan in self.plans if plan.unpruned is not None), None)
 
     def add(self, counts: TokenCounts) -> None:
         """Record one rendered prompt."""

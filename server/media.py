@@ -9,6 +9,7 @@ the socket is made, so neither a second DNS answer nor a redirect gets round the
 from __future__ import annotations
 
 import asyncio
+import binascii
 import ipaddress
 import os
 import socket
@@ -176,16 +177,17 @@ def _blaming_the_client() -> Iterator[None]:
         ) from None
     except Image.DecompressionBombError:
         raise VLLMValidationError("The image has too many pixels.", parameter="image_url") from None
-    except NotImplementedError:
+    except (NotImplementedError, binascii.Error):
         raise VLLMValidationError("A data: URL must hold base64.", parameter="image_url") from None
     except RuntimeError:
         raise VLLMValidationError(
             "The server does not read local files: send an http(s) or data: URL.", parameter="image_url"
         ) from None
-    except ValueError as error:
-        # vLLM's own sentences (too many pixels, domain not allowed, Pillow cannot read it) name no secrets
-        raise VLLMValidationError(str(error), parameter="image_url") from None
-    except Exception:
-        raise VLLMValidationError(
-            "The image could not be decoded: send a whole PNG, JPEG, WebP or GIF.", parameter="image_url"
-        ) from None
+    except Exception as error:
+        sentence = str(error) if str(error).startswith(_VLLMS_SENTENCES) else _UNREADABLE
+        raise VLLMValidationError(sentence, parameter="image_url") from None
+
+
+#: Refusals of vLLM's that help and tell nothing: too many pixels, a scheme or domain that is not allowed.
+_VLLMS_SENTENCES = ("Image dimensions", "The URL must be", "Invalid data URL")
+_UNREADABLE = "The image could not be decoded: send a whole PNG, JPEG, WebP or GIF."

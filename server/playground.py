@@ -23,7 +23,7 @@ _MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 _HEADERS = {
-    # a picture that the user chose is shown from a blob: or data: URL; nothing else leaves or enters the origin
+    # pictures may come from blob: and data: URLs; everything else from this server alone
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
         "form-action 'none'; frame-ancestors 'none'"

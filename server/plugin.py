@@ -31,6 +31,7 @@ class VTPruneEndpointPlugin:
         from vtprune_server import media  # noqa: F401  (registers the media connector)
         from vtprune_server.access import EveryRouteAuthentication, QuietErrors, RequestIds
         from vtprune_server.body_limit import BodyLimitMiddleware
+        from vtprune_server.drain import DrainMiddleware, RequestsInFlight
         from vtprune_server.inspection import attach_inspection_routes
         from vtprune_server.limits import ServerLimits
         from vtprune_server.playground import attach_playground
@@ -45,6 +46,8 @@ class VTPruneEndpointPlugin:
         app.add_middleware(QuietErrors, log_tracebacks=args.log_error_stack)
         if limits.max_body_mb:
             app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
+        app.state.vtprune_in_flight = RequestsInFlight()
+        app.add_middleware(DrainMiddleware, in_flight=app.state.vtprune_in_flight)
         app.add_middleware(RequestIds, answer=not args.enable_request_id_headers)
         # the same keys as vLLM's `init_entrypoints_middleware`
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
@@ -56,19 +59,21 @@ class VTPruneEndpointPlugin:
         if engine_client is None:
             return
         from vllm_vtprune.engine_config import plugin_context
-        from vllm_vtprune.kv_drop.config import kv_drop_config
         from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+        from vtprune_server.drain import drain_before_shutdown
         from vtprune_server.metrics import observe_tower_pass
         from vtprune_server.model_presets import add_preset_models
         from vtprune_server.prefetch import install_prefetch
         from vtprune_server.renderer import PrunedOnlineRenderer
+        from vtprune_server.second_stage import SecondStage
 
+        drain_before_shutdown(engine_client, state.vtprune_in_flight)
         context = plugin_context(engine_client.model_config)
-        kv_config = None
+        second_stage = None
         if context.policy.prune_layer is not None:
-            kv_config = kv_drop_config(engine_client.vllm_config)
+            second_stage = SecondStage.of(engine_client.vllm_config)
         model_presets = add_preset_models(state.openai_serving_models, context.policy)
-        PrunedOnlineRenderer.install(state.online_renderer, context, kv_config, model_presets)
+        PrunedOnlineRenderer.install(state.online_renderer, context, second_stage, model_presets)
         renderer: Any = engine_client.renderer
         if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
             tower = await asyncio.to_thread(getattr, renderer.mm_processor, "tower")

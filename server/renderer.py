@@ -18,17 +18,17 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_vtprune.engine_config import PluginContext
-from vllm_vtprune.kv_drop.budget import KVDropConfig, plan_prompt
 from vllm_vtprune.settings import KWARG, Controls, PruneSettings, SettingsError
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
+from vtprune_server.second_stage import SecondStage
 
 
 class PrunedOnlineRenderer(OnlineRenderer):
     """vLLM's renderer with pruning settings resolved and injected per request."""
 
     vtprune_context: PluginContext
-    kv_config: KVDropConfig | None
+    second_stage: SecondStage | None
     model_presets: Mapping[str, str]
     client_mm_kwargs_trusted: bool
 
@@ -36,7 +36,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
     def install(
         renderer: OnlineRenderer,
         context: PluginContext,
-        kv_config: KVDropConfig | None,
+        second_stage: SecondStage | None,
         model_presets: Mapping[str, str],
     ) -> PrunedOnlineRenderer:
         """Turn vLLM's renderer into this class, in place.
@@ -47,7 +47,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         Args:
             renderer: vLLM's.
             context: the operator's policy and the model's facts.
-            kv_config: the second stage's, as scheduler and worker read it; None without a prune layer.
+            second_stage: None without a prune layer.
             model_presets: the preset of each model name that names one.
         """
         if not isinstance(renderer, PrunedOnlineRenderer):
@@ -56,7 +56,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             renderer.client_mm_kwargs_trusted = renderer.trust_request_mm_kwargs
             renderer.trust_request_mm_kwargs = True
         renderer.vtprune_context = context
-        renderer.kv_config = kv_config
+        renderer.second_stage = second_stage
         renderer.model_presets = model_presets
         return renderer
 
@@ -113,6 +113,15 @@ class PrunedOnlineRenderer(OnlineRenderer):
         request.mm_processor_kwargs = {**(client_kwargs or {}), KWARG: settings.vision.canonical()}
         try:
             yield settings
+        except AssertionError as error:
+            # vLLM truncates before it looks for the images' places (`_apply_prompt_updates` then finds none)
+            if getattr(request, "truncate_prompt_tokens", None) is None:
+                raise
+            raise VLLMValidationError(
+                "truncate_prompt_tokens cuts off the place of an image in the prompt: leave it out, or send "
+                "fewer images.",
+                parameter="truncate_prompt_tokens",
+            ) from error
         finally:
             request.mm_processor_kwargs = client_kwargs
 
@@ -120,6 +129,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         context = current_request.get()
         if context is None:
             return
+        context.second_stage = self.second_stage
         for engine_input in engine_inputs:
             ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
             token_ids = engine_input.get("prompt_token_ids")
@@ -129,17 +139,11 @@ class PrunedOnlineRenderer(OnlineRenderer):
                 kv_tokens=len(token_ids or ()),
                 kv_tokens_kept=len(token_ids or ()),
             )
-            if self.kv_config is not None:
-                plan = plan_prompt(
-                    token_ids,
-                    [(r.offset, r.length) for r in ranges],
-                    settings.kv,
-                    self.kv_config,
-                    prompt_logprobs=getattr(request, "prompt_logprobs", None),
-                    has_prompt_embeds="prompt_embeds" in engine_input,
-                )
+            if self.second_stage is not None:
+                logprobs = getattr(request, "prompt_logprobs", None)
+                plan = self.second_stage.plan(engine_input, settings.kv, logprobs)
                 counts.kv_tokens_kept = plan.kept
-                context.unpruned = context.unpruned or plan.unpruned
+                context.plans.append(plan)
             context.add(counts)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON line per request: its id, settings, counts and outcome, and nothing of what it said or showed.
+"""The end of a request: counted, logged, and its traces removed where it failed.
 
-The lines go to the logger ``vtprune.requests``, by default to standard error; a logging configuration
+The log has one JSON line per request: its id, settings, counts and outcome, and nothing of what it said or
+showed. The lines go to the logger ``vtprune.requests``, by default to standard error; a logging configuration
 (`VLLM_LOGGING_CONFIG_PATH`) that names this logger takes over.
 """
 
@@ -61,19 +62,39 @@ class RequestRecord:
             return
         settings = self._context.settings
         metrics.count_response(settings.preset if settings is not None else "off", counts)
+        second_stage = self._context.second_stage
+        if second_stage is not None:
+            for plan in self._context.plans:
+                second_stage.count(plan)
         reason = self._unpruned_because(counts)
         if reason is not None:
             metrics.UNPRUNED.labels(reason).inc()
 
     def answered(self, status: int | None, **extra: Any) -> None:
         """The answer is complete; no status means that the client went away before it."""
+        if status is None or status >= 400:
+            self._forget_images()
         self._log(status=status, **extra)
 
     def failed(self, error: BaseException) -> None:
         """The handler raised; logged is the status vLLM's exception handlers make of it, and its type."""
+        self._forget_images()
         cut = isinstance(error, asyncio.CancelledError)
         status = create_error_response(error).error.code if isinstance(error, Exception) else None
         self._log(status=status, **({"cut": True} if cut else {"error": type(error).__name__}))
+
+    def _forget_images(self) -> None:
+        """Drop the images from the front end's half of vLLM's processor cache.
+
+        That half counts an image as known to the engine once it was processed. Where the request failed
+        before it was sent, the engine has never seen it, and the next request for it would be answered with
+        a 500.
+        """
+        if self._raw_request is None or not self._context.image_hashes:
+            return
+        cache = self._raw_request.app.state.engine_client.renderer.mm_processor_cache
+        for image_hash in self._context.image_hashes if cache is not None else ():
+            cache.invalidate(image_hash)
 
     @property
     def _route(self) -> str:

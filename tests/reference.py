@@ -53,7 +53,13 @@ class Answer:
 class Reference:
     """The method on one checkpoint, in float32."""
 
-    def __init__(self, checkpoint: Path | str, prune_layer: int | None = None, window: int = 8) -> None:
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        prune_layer: int | None = None,
+        window: int = 8,
+        relevance: str = "attention",
+    ) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -61,6 +67,7 @@ class Reference:
         self.tokenizer = self.processor.tokenizer
         self.prune_layer = prune_layer
         self.window = window
+        self.relevance = relevance
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:
@@ -88,6 +95,27 @@ class Reference:
         embeddings = torch.cat([embeddings, self._embed_tokens(list(token_ids[:-1]))])
         best = self._logprobs(embeddings, len(prompt_ids), kept)[-len(token_ids) :].max(-1)
         return Answer(prompt_ids, kept, best.indices.tolist(), best.values.tolist())
+
+    @torch.inference_mode()
+    def is_tie(self, request: Request, token_ids: Sequence[int], tolerance: float) -> bool:
+        """Whether rounding decides: a token is as likely as the best, or the cut runs between equals.
+
+        Only the first token that is not the best counts; what follows it follows from it.
+        """
+        prompt_ids, embeddings, is_image = self._prompt(request)
+        kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
+        embeddings_all = torch.cat([embeddings, self._embed_tokens(list(token_ids[:-1]))])
+        logprobs = self._logprobs(embeddings_all, len(prompt_ids), kept)[-len(token_ids) :]
+        for row, token in zip(logprobs, token_ids, strict=True):
+            if int(row.argmax()) != token:
+                if float(row.max() - row[token]) < tolerance:
+                    return True
+                break
+        if len(kept) == len(prompt_ids):
+            return False
+        relevance = self._relevance(embeddings)
+        left = [relevance[i] for i in set(range(len(prompt_ids))) - set(kept)]
+        return any(abs(relevance[i] - max(left)) < 1e-5 * max(left) for i in kept)
 
     # stage 1 -----------------------------------------------------------------------------------------------
 
@@ -166,10 +194,12 @@ class Reference:
         x = layer.input_layernorm(below[None])
         q = attention.q_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
         k = attention.k_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *self._decoder.rotary_emb(x, positions[None]))
+        if self.relevance != "no_rope":
+            q, k = apply_rotary_pos_emb(q, k, *self._decoder.rotary_emb(x, positions[None]))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         logits = q @ k.transpose(-1, -2) / attention.head_dim**0.5 + _causal_mask(n)
-        return logits.softmax(-1)[0, :, -self.window :].mean((0, 1)).tolist()
+        queries = 1 if self.relevance == "last_token" else self.window
+        return logits.softmax(-1)[0, :, -queries:].mean((0, 1)).tolist()
 
     def _logprobs(self, embeddings: Tensor, prompt_tokens: int, kept: list[int]) -> Tensor:
         """Log-probabilities after each token that stays, the sequence's last included, [m, vocabulary]."""

@@ -47,7 +47,12 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input")
 
-PACKAGES = {"vllm_vtprune": "vllm_vtprune", "vtprune_server": "server", "vtprune_bench": "bench"}
+PACKAGES = {
+    "vllm_vtprune": "vllm_vtprune",
+    "vtprune_server": "server",
+    "vtprune_bench": "bench",
+    "vtprune_demo": "demo",
+}
 
 
 def fail(message: str) -> NoReturn:

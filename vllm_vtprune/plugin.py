@@ -13,7 +13,7 @@ _LLAVA = "LlavaForConditionalGeneration"
 
 
 def register_with_vllm() -> None:
-    """Register model class, configuration check and KV-cache specs. vLLM calls this in every process, maybe repeatedly.
+    """Register model class and configuration check. vLLM calls this in every process, maybe repeatedly.
 
     Hooks: `vllm.ModelRegistry.register_model` (replaces the built-in class of the architecture) and
     `vllm.model_executor.models.config.MODELS_CONFIG_MAP` (`VllmConfig.try_verify_and_update_config` runs

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from vllm_vtprune.selection.registry import METHODS
+from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
 from vllm_vtprune.settings import (
     PRESETS,
     SCORES,
@@ -48,7 +48,8 @@ class PrunePolicy:
         min_keep_ratio: the smallest fixed share a client may ask for.
         min_kv_keep: the smallest share of the prompt a client may keep above the prune layer.
         client_controls: whether clients may choose at all.
-        methods: the selection methods clients may name.
+        methods: the selection methods clients may name; the first stands in for `inflection` where that is
+            not among them.
         encoder_device: where tower and projector run: `auto`, `cpu`, `cuda:0`, ...
         encoder_dtype: their precision: `auto` (the model's), `float32`, `bfloat16`, `float16`.
         encoder_threads: CPU threads of the tower; 0 leaves torch's choice.
@@ -167,7 +168,7 @@ class PrunePolicy:
             )
         preset_name = controls.get("preset", self.default_preset)
         preset = PRESETS[preset_name]
-        method = controls.get("method", "inflection")
+        method = controls.get("method", DEFAULT_METHOD if DEFAULT_METHOD in self.methods else self.methods[0])
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")
             raise SettingsError(

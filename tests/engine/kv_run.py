@@ -3,13 +3,12 @@
 
     python -m tests.engine.kv_run SCENARIO CHECKPOINT OUT
 
-The engine core runs in this process, so that its block pool can be looked at, and each scenario has a process of
-its own, since a plugin cannot be unloaded.
+The engine core runs in this process, so that its block pool can be looked at, and each scenario has a process
+of its own, since a plugin cannot be unloaded.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,55 +16,28 @@ from typing import Any
 
 import torch
 
-from tests.pictures import noise, scene
+from tests.engine.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.pictures import noise
 from tests.reference import Request
-
-QUESTION = "<s>USER: <image>\nwhat color is the circle ? ASSISTANT:"
-TWO = "<s>USER: <image>\n<image> compare</s> the two. ASSISTANT:"
-TEXT = "<s>USER: " + "a story that goes on and on. " * 9 + "ASSISTANT:"
-
-
-def grid() -> list[Request]:
-    """Both stages, both scopes, shares from all to the minimum, no, one and two images."""
-    cases = [
-        Request(QUESTION, (noise(0),), kv_keep=keep, kv_scope=scope)
-        for keep, scope in itertools.product((1.0, 0.75, 0.5, 0.25, 0.001), ("all", "vision"))
-    ]
-    return [
-        *cases,
-        Request(QUESTION, (scene(),), aggressiveness=0.5, kv_keep=0.4),
-        Request(TWO, (noise(1), noise(2)), kv_keep=0.3, max_tokens=40),
-        Request(TWO, (noise(1), scene(9)), aggressiveness=0.4, kv_keep=0.6, kv_scope="vision"),
-        Request(TWO, (noise(3), scene(9)), keep_ratio=0.25, kv_keep=0.25),
-        Request(TEXT, kv_keep=0.4, max_tokens=70),
-        Request(TEXT, kv_keep=0.001),
-    ]
-
-
-def crowd() -> list[Request]:
-    """Ten requests that together outgrow a small cache."""
-    shares = (0.25, 0.5, 1.0, 0.3, 0.75, 0.001, 0.4, 1.0, 0.6, 0.2)
-    return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=90) for i, k in enumerate(shares)]
-
-
-def unpruned() -> list[Request]:
-    """Requests that every engine must answer alike."""
-    texts = [Request(TEXT.replace("story", word)) for word in ("story", "tale", "poem")]
-    images = [Request(QUESTION, (noise(i),)) for i in range(3)]
-    return [*texts, *images, Request(TWO, (noise(0), noise(1)))]
 
 
 class Engine:
     """vLLM's `LLM` on a small checkpoint, with what the scenarios ask of it."""
 
     def __init__(
-        self, checkpoint: str, *, prune_layer: int | None = None, plugin: bool = True, **kwargs: Any
+        self,
+        checkpoint: str,
+        *,
+        prune_layer: int | None = None,
+        relevance: str = "attention",
+        plugin: bool = True,
+        **kwargs: Any,
     ):
         from vllm import LLM
 
         from vllm_vtprune import engine_kwargs
 
-        policy = {"prune_layer": prune_layer} if prune_layer else {}
+        policy = {"prune_layer": prune_layer, "relevance": relevance}
         self.llm = LLM(
             checkpoint,
             dtype="float32",
@@ -139,7 +111,7 @@ class Engine:
         self.llm.llm_engine.add_request(request_id, self.prompt(request), self.params(request, **kwargs))
 
     def internal_id(self, request_id: str) -> str:
-        """vLLM appends to the ids it is given."""
+        """The id the engine made of it: vLLM appends to the ids it is given."""
         return next(i for i in self.scheduler.requests if i.startswith(request_id))
 
 
@@ -159,9 +131,11 @@ def answer(output: Any, index: int = 0) -> dict[str, Any]:
 
 def scenario_grid(checkpoint: str) -> dict[str, Any]:
     """The grid in one batch and one at a time; then everything else an engine with K = 2 must do."""
-    engine = Engine(checkpoint, prune_layer=2)
+    engine = Engine(checkpoint, prune_layer=2, block_size=32)
     free = engine.pool.get_num_free_blocks()
-    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in grid()]}
+    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
+    result["traffic"] = traffic(engine, (0.25,))
+    engine.llm.reset_prefix_cache()
     result["unpruned"] = engine.run(unpruned())
     result["pool"] = pool_during(engine)
     result |= behaviours(engine)
@@ -198,9 +172,9 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     """Aborts, n > 1, structured output, prompt log-probabilities, unreadable settings, long prompts."""
     from vllm.sampling_params import StructuredOutputsParams
 
-    pruned = Request(QUESTION, (noise(0),), kv_keep=0.5)
+    pruned = Request(QUESTION, (noise(0),), kv_keep=0.25)  # grid()[6]
     found: dict[str, Any] = {}
-    prompt, params = engine.prompt(pruned), engine.params(pruned, n=3)
+    prompt, params = engine.prompt(pruned), engine.params(pruned, n=3, temperature=1.0, top_k=1)
     found["n3"] = [answer(engine.llm.generate(prompt, params, use_tqdm=False)[0], i) for i in range(3)]
     found["choice"] = engine.run(
         [pruned], structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), ignore_eos=False
@@ -228,6 +202,7 @@ def scenario_preemption(checkpoint: str) -> dict[str, Any]:
     engine = Engine(
         checkpoint,
         prune_layer=1,
+        relevance="last_token",
         block_size=32,
         num_gpu_blocks_override=250,
         max_model_len=448,
@@ -242,10 +217,38 @@ def scenario_preemption(checkpoint: str) -> dict[str, Any]:
     }
 
 
+def scenario_capacity(checkpoint: str) -> dict[str, Any]:
+    """How many requests run at once in a cache of 150 blocks, by kv_keep. Rates without rotary embedding."""
+    engine = Engine(
+        checkpoint,
+        prune_layer=2,
+        relevance="no_rope",
+        block_size=32,
+        num_gpu_blocks_override=150,
+        max_model_len=256,
+        max_num_batched_tokens=8192,
+        max_num_seqs=64,
+        enable_prefix_caching=False,  # else equal prompts share blocks
+    )
+    running = {}
+    for keep in (1.0, 0.5, 0.25):
+        for i in range(40):
+            engine.add(Request(QUESTION, (noise(0),), kv_keep=keep, max_tokens=2), f"{keep}-{i}")
+        running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
+    small = [r for r in corners() if len(r.images) == 1]
+    return {"free": engine.pool.get_num_free_blocks(), "running": running, "answers": engine.run(small)}
+
+
 def scenario_top(checkpoint: str) -> dict[str, Any]:
     """K at the top end, the two halves traced by torch.compile."""
     engine = Engine(checkpoint, prune_layer=5, enforce_eager=False)
-    return {"batch": engine.run(grid()), "compiled": engine.core.vllm_config.compilation_config.mode.name}
+    return {"batch": engine.run(corners()), "compiled": engine.core.vllm_config.compilation_config.mode.name}
+
+
+def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
+    """Two ranks, each with half of the heads: they must keep the same tokens."""
+    engine = Engine(checkpoint, prune_layer=2, tensor_parallel_size=2)
+    return {"batch": engine.run(corners())}
 
 
 def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
@@ -260,32 +263,25 @@ def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
 
 
 def scenario_plain(checkpoint: str) -> dict[str, Any]:
-    """vLLM without the plugin."""
-    engine = Engine(checkpoint, plugin=False)
+    """Plain vLLM, without the plugin."""
+    engine = Engine(checkpoint, plugin=False, block_size=32)
     return {"unpruned": engine.run(unpruned()), "traffic": traffic(engine, ())}
 
 
-def scenario_traffic(checkpoint: str) -> dict[str, Any]:
-    """Unpruned traffic with pruned requests in between, which must neither use nor fill the prefix cache."""
-    engine = Engine(checkpoint, prune_layer=3)
-    return {"traffic": traffic(engine, (0.25, 0.5))}
-
-
 def traffic(engine: Engine, shares: Sequence[float]) -> dict[str, Any]:
-    """Seven unpruned requests twice over, two pruned ones after each; vLLM's own prefix-cache counters."""
+    """Seven unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
+    engine.llm.reset_prefix_cache()
+    names = ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
+    before = [engine.metric(name) for name in names]
     cached = []
     for request in [*unpruned(), *unpruned()]:
-        cached.append(engine.run([request])[0]["cached"])
+        cached.append(engine.run([request], max_tokens=2)[0]["cached"])
         for keep in shares:
             pruned = Request(request.prompt, request.images, kv_keep=keep)
-            cached_pruned = engine.run([pruned])[0]["cached"]
-            if cached_pruned:
+            if engine.run([pruned], max_tokens=2)[0]["cached"]:
                 raise RuntimeError("a pruned request read the prefix cache")
-    return {
-        "cached": cached,
-        "hits": engine.metric("vllm:prefix_cache_hits"),
-        "queries": engine.metric("vllm:prefix_cache_queries"),
-    }
+    hits, queries = (engine.metric(name) - value for name, value in zip(names, before, strict=True))
+    return {"cached": cached, "hits": hits, "queries": queries}
 
 
 def _decoder_module(model: Any) -> str:
@@ -295,10 +291,11 @@ def _decoder_module(model: Any) -> str:
 SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "grid": scenario_grid,
     "preemption": scenario_preemption,
+    "capacity": scenario_capacity,
     "top": scenario_top,
+    "tensor_parallel": scenario_tensor_parallel,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,
-    "traffic": scenario_traffic,
 }
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from vllm_vtprune.kv_drop.budget import (
     kv_tokens_kept,
     plan_prompt,
     protected_positions,
-    refuse_prompt_logprobs,
     settings_of,
     tokens_kept,
 )
-from vllm_vtprune.settings import KVSettings, SettingsError
+from vllm_vtprune.settings import KVSettings
 
 SPECIAL = frozenset({0, 1, 2})
 IMAGE = 3
@@ -93,7 +92,9 @@ def test_text_that_spells_the_placeholder_is_text():
     assert mask[1] and not mask[3]
 
 
-@pytest.mark.parametrize(("share", "tokens", "kept"), [(0.07, 100, 7), (0.1, 30, 3), (0.3, 10, 3), (0.29, 100, 29)])
+@pytest.mark.parametrize(
+    ("share", "tokens", "kept"), [(0.07, 100, 7), (0.1, 30, 3), (0.3, 10, 3), (0.29, 100, 29)]
+)
 def test_a_share_is_the_decimal_it_is_written_as(share, tokens, kept):
     assert tokens_kept(tokens, 0, KVSettings(share)) == kept
 
@@ -132,14 +133,10 @@ def test_an_unreadable_entry_is_served_whole(entry):
 def test_no_entry_means_the_operators_default():
     assert settings_of(None, KVSettings(0.5)) == (KVSettings(0.5), None)
     assert settings_of({"other": 1}, KVSettings(0.5)) == (KVSettings(0.5), None)
-    assert settings_of(KVSettings(0.25, "vision").extra_args(), KVSettings()) == (KVSettings(0.25, "vision"), None)
-
-
-def test_prompt_logprobs_are_refused_only_with_dropping():
-    refuse_prompt_logprobs(KVSettings(1.0), 5)
-    refuse_prompt_logprobs(KVSettings(0.5), None)
-    with pytest.raises(SettingsError, match="prompt_logprobs cannot be answered together with X-KV below 1"):
-        refuse_prompt_logprobs(KVSettings(0.5), 0, "X-KV")
+    assert settings_of(KVSettings(0.25, "vision").extra_args(), KVSettings()) == (
+        KVSettings(0.25, "vision"),
+        None,
+    )
 
 
 @given(st.integers(1, 5000), st.data(), st.sampled_from([16, 32, 128]), st.integers(1, 5))

@@ -9,13 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vtprune.kv_drop.relevance import Bucket, PrunedPrompts, attention_received, kept_rows, make_buckets
+from vllm_vtprune.kv_drop.relevance import (
+    RELEVANCE,
+    Bucket,
+    PrunedPrompts,
+    attention_received,
+    kept_rows,
+    make_buckets,
+)
+from vllm_vtprune.policy import RELEVANCES
 
 SIZE = 8
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def plain_scores(q: torch.Tensor, k: torch.Tensor, queries: int) -> torch.Tensor:
-    """Mean attention of the last `queries` tokens to all n, [n]; q [n, heads, size], k [n, kv_heads, size]."""
+    """Mean attention of the last tokens to all n, [n]; q is [n, heads, size], k [n, kv_heads, size]."""
     n, heads = q.shape[:2]
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     logits = torch.einsum("qhd,nhd->hqn", q, k).float() / SIZE**0.5
@@ -80,11 +93,9 @@ def test_scores_are_attention_and_sum_to_one():
 
 
 def test_equal_scores_go_to_the_earlier_position():
-    # equal keys receive equal attention; causality hides none of them from the last token's query
-    q, k = torch.randn(50, 2, SIZE), torch.ones(50, 2, SIZE)
-    rows = kept_rows(
-        q, k, batch([(0, 50)], [False] * 50, [20]), queries=1, total_heads=2, scale=SIZE**-0.5
-    )
+    # small integers, so that every logit is exact; causality hides nothing from the last token's query
+    q, k = torch.ones(50, 2, SIZE), torch.ones(50, 2, SIZE)
+    rows = kept_rows(q, k, batch([(0, 50)], [False] * 50, [20]), queries=1, total_heads=2, scale=SIZE**-0.5)
     assert rows.tolist() == list(range(20))
 
 
@@ -133,3 +144,7 @@ def test_buckets_hold_each_prompt_once_and_pad_by_two_at_most(lengths):
     for padded, (_, length, _) in buckets:
         assert padded == length.max()
         assert padded <= 64 or (padded < 2 * length).all()
+
+
+def test_the_operators_names_are_those_of_the_ratings():
+    assert tuple(RELEVANCE) == RELEVANCES

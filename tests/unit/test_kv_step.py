@@ -85,7 +85,9 @@ def test_a_step_of_untouched_requests_leaves_vllms_batch_alone():
 
 def test_buffers_keep_their_addresses():
     state = KVDropState(4, 100, torch.device("cpu"))
-    addresses = [t.data_ptr() for t in (state.dropped, state.seq_lens, state.query_start_loc, state.positions)]
+    addresses = [
+        t.data_ptr() for t in (state.dropped, state.seq_lens, state.query_start_loc, state.positions)
+    ]
     drop = RequestDrop(20, 8, np.ones(20, dtype=bool))
     state.begin([drop, None], np.array([20, 1], dtype=np.int32), np.array([0, 7], dtype=np.int32))
     assert state.dropped.tolist() == [8, 0, 0, 0]
@@ -102,7 +104,9 @@ def test_a_preempted_request_loses_the_same_tokens():
     drop = RequestDrop(80, 50, np.zeros(80, dtype=bool))
 
     def prefill(generated: int) -> list[int]:
-        state.begin([None, drop], np.array([3, 80 + generated], dtype=np.int32), np.array([9, 0], dtype=np.int32))
+        state.begin(
+            [None, drop], np.array([3, 80 + generated], dtype=np.int32), np.array([9, 0], dtype=np.int32)
+        )
         n = 83 + generated
         # other queries and keys each time: only memory can give the same positions
         rows = kept_rows(
@@ -112,7 +116,7 @@ def test_a_preempted_request_loses_the_same_tokens():
         return rows.tolist()
 
     first, again = prefill(0), prefill(5)
-    assert len(first) == 33 and again == first + [83, 84, 85, 86, 87]
+    assert len(first) == 33 and again == [*first, 83, 84, 85, 86, 87]
 
 
 def test_geometry_of_a_mixed_step():

@@ -46,7 +46,7 @@ def test_an_index_outside_the_split_is_refused(index: int) -> None:
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+    with pytest.raises(ValueError, match=r"'dev'.*train, validation, test"):
         make_scene("dev", 0)
 
 
@@ -83,7 +83,7 @@ def test_held_out_pairs_are_drawn_in_the_test_split_only() -> None:
     drawn = {split: set().union(*(pairs_of(make_scene(split, i)) for i in range(400))) for split in SPLITS}
     assert drawn["train"] == drawn["validation"] == set(SEEN_PAIRS)
     assert drawn["test"] == set(ALL_PAIRS)
-    assert HELD_OUT_PAIRS == set(ALL_PAIRS) - set(SEEN_PAIRS)
+    assert set(ALL_PAIRS) - set(SEEN_PAIRS) == HELD_OUT_PAIRS
 
 
 def test_every_colour_and_every_shape_is_seen_in_training() -> None:
@@ -116,6 +116,17 @@ def test_the_middle_of_a_shape_has_its_colour_and_its_patch_is_its_own(index: in
         x, y = round(shape.x), round(shape.y)
         assert np.abs(scene.pixels[y, x].astype(int) - COLOURS[shape.colour]).max() <= 10
         assert scene.owner[(y // PATCH) * (168 // PATCH) + x // PATCH] == number
+
+
+@settings(max_examples=20, deadline=None)
+@given(splits, indices)
+def test_prominence_is_one_where_an_object_shows_most_and_zero_on_the_background(
+    split: str, index: int
+) -> None:
+    scene = make_scene(split, index)
+    assert ((scene.prominence > 0) == (scene.owner != -1)).all()
+    for number in range(len(scene.shapes)):
+        assert scene.prominence[scene.owner == number].max() == 1
 
 
 def test_a_size_class_says_which_of_two_shapes_is_larger() -> None:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions: the answer follows from the scene alone, is one word the model knows, and the subject is
-unambiguous."""
+"""Questions: the answer follows from the scene alone, is one known word, and is the only one possible."""
 
 from __future__ import annotations
 

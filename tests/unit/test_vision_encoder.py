@@ -15,6 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.checkpoints import edit_config, random_llava
 from tests.conftest import DEMO_MODEL
+from vllm_vtprune.vision import tower_service
 from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput, VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
@@ -157,10 +158,13 @@ def test_the_cache_is_bounded_in_bytes_and_forgets_the_least_recently_used() -> 
 
 
 class CountingEncoder:
-    """Stands in for the tower: counts passes, can be held back, can fail."""
+    """Stands in for the tower: counts passes and their threads, can be held back, can fail."""
+
+    work_per_image = 10**8
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.threads: list[int] = []
         self.go = threading.Event()
         self.go.set()
         self.error: Exception | None = None
@@ -170,6 +174,7 @@ class CountingEncoder:
         if self.error is not None:
             raise self.error
         self.batches.append(len(values))
+        self.threads.append(torch.get_num_threads())
         return [TowerOutput(patches=v.reshape(1, -1), cls=v.reshape(-1)) for v in values]
 
 
@@ -204,7 +209,7 @@ def test_concurrent_callers_share_a_pass() -> None:
     threads = [threading.Thread(target=ask, args=(name,)) for name in names]
     for thread in threads:
         thread.start()
-    while tower._jobs.qsize() < 8:
+    while len(tower._waiting) < 8:
         pass
     encoder.go.set()
     for thread in threads:
@@ -218,6 +223,20 @@ def test_a_pass_holds_at_most_max_batch() -> None:
     keys = [f"k{i}" for i in range(10)]
     assert len(tower.encode(keys, numbers(keys))) == 10
     assert sum(encoder.batches) == 10 and max(encoder.batches) <= 4
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(0, [1, 3]), (2, [2, 2])])
+def test_threads_of_a_pass(threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small pass runs on one thread, a large one on torch's choice; the caller's own number is restored."""
+    monkeypatch.setattr(tower_service, "_TORCH_THREADS", 3)
+    encoder = CountingEncoder()
+    tower = TowerService(encoder, FeatureCache(1 << 20), threads=threads)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    tower.encode(["k0"], numbers(["k0"]))
+    keys = [f"k{i}" for i in range(1, 11)]
+    tower.encode(keys, numbers(keys))
+    assert encoder.threads == expected
+    assert torch.get_num_threads() == before
 
 
 def test_a_failure_reaches_the_caller_and_the_next_request_works() -> None:

@@ -189,22 +189,3 @@ def settings_of(
         return KVSettings.from_extra_args(extra_args, default), None
     except SettingsError:
         return KVSettings(), "bad_settings"
-
-
-def refuse_prompt_logprobs(settings: KVSettings, prompt_logprobs: int | None, param: str = "kv_keep") -> None:
-    """For front ends, before the engine sees the request.
-
-    Args:
-        settings: the request's.
-        prompt_logprobs: `SamplingParams.prompt_logprobs`.
-        param: the name to blame, as the client wrote it.
-
-    Raises:
-        SettingsError: log-probabilities of the prompt are asked for together with dropping.
-    """
-    if settings.drops and prompt_logprobs is not None:
-        raise SettingsError(
-            f"prompt_logprobs cannot be answered together with {param} below 1, since dropped tokens have no "
-            f"log-probabilities: leave out prompt_logprobs (or echo with logprobs), or set {param} to 1.",
-            param,
-        )

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _SCHEDULER = "vllm_vtprune.kv_drop.scheduler.build_scheduler"
 _WORKER = "vllm_vtprune.kv_drop.worker.KVDropWorker"
-#: Decoders whose layers the plugin can run in two halves.
-DECODERS = ("LlamaForCausalLM",)
+#: `model_type` of the decoders whose layers the plugin can run in two halves.
+DECODERS = ("llama",)
 
 
 class UnsupportedConfigError(ValueError):
@@ -48,6 +48,12 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     Raises:
         UnsupportedConfigError: a bad prune layer, or a feature stage 2 does not work with.
     """
+    layers, layer = vllm_config.model_config.hf_text_config.num_hidden_layers, policy.prune_layer or 0
+    if not 1 <= layer < layers:
+        raise UnsupportedConfigError(
+            f"vtprune: prune_layer must be 1 to {layers - 1} for this model's {layers} decoder layers, "
+            f"not {layer}; {recommended_prune_layer(layers)} is recommended."
+        )
     problem = _problem(vllm_config, policy)
     if problem is not None:
         raise UnsupportedConfigError(f"vtprune: prune_layer cannot be used with {problem}.")
@@ -112,16 +118,8 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     text = model.hf_text_config
-    layers = text.num_hidden_layers
-    layer = policy.prune_layer or 0
-    if not 1 <= layer < layers:
-        return (
-            f"a value of {layer}: the decoder has {layers} layers, so it must be 1 to {layers - 1}; "
-            f"{recommended_prune_layer(layers)} is recommended"
-        )
-    decoder = (getattr(text, "architectures", None) or [_DECODER_OF.get(text.model_type, text.model_type)])[0]
-    if decoder not in DECODERS:
-        return f"a {decoder} decoder; the supported ones are {', '.join(DECODERS)}"
+    if text.model_type not in DECODERS:
+        return f"a {text.model_type} decoder; the supported ones are {', '.join(DECODERS)}"
     from vllm.platforms import current_platform
 
     wrong = {
@@ -151,6 +149,3 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
         ),
     }
     return next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None)
-
-
-_DECODER_OF = {"llama": "LlamaForCausalLM"}

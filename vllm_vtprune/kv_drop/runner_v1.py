@@ -60,21 +60,12 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
             self, *args: Any, **kwargs: Any
         ) -> tuple[dict[int, Tensor] | None, dict[str, Tensor] | list[dict[str, Tensor]] | None]:
             by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
-            state = self._kv_drop
-            step = state.step
-            if step is None or by_group is None or not isinstance(by_layer, dict):
-                return by_group, by_layer
-            groups = self.kv_cache_config.kv_cache_groups
-            requests = len(step.dropped)
-            for group_id in groups_above([g.kv_cache_spec for g in groups]):
-                # in place: a captured CUDA graph reads this very buffer
-                table = self.input_batch.block_table[group_id]
-                table.compute_slot_mapping(
-                    requests, state.query_start_loc[: requests + 1], state.positions[: step.rows]
-                )
-                if state.prompts is not None:
-                    by_group[group_id] = table.slot_mapping.gpu[: step.rows]
-                    by_layer |= dict.fromkeys(groups[group_id].layer_names, by_group[group_id])
+            if by_group is not None:
+                for group_id in groups_above([g.kv_cache_spec for g in self.kv_cache_config.kv_cache_groups]):
+                    table = self.input_batch.block_table[group_id]
+                    rows = table.get_device_tensor(self.input_batch.num_reqs)
+                    # the tensors by layer are the same
+                    self._kv_drop.write_slots(rows, table.block_size, by_group[group_id])
             return by_group, by_layer
 
         def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:

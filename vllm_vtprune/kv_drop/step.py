@@ -31,14 +31,14 @@ class RequestDrop:
         tokens: length of the prompt, n.
         dropped: how many leave.
         protected: mask of the positions that stay in any case, [n].
-        kept: positions that stayed when the prompt was first pruned, [n - dropped]; a preempted request is
-            prefilled again with exactly these.
+        kept: rows that stayed when the prompt was first pruned, [n - dropped], and the row of its first token
+            in that step; a preempted request is prefilled again with exactly these.
     """
 
     tokens: int
     dropped: int
     protected: NDArray[np.bool_]
-    kept: Tensor | None = None
+    kept: tuple[Tensor, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class StepGeometry:
     Attributes:
         dropped: tokens each request has lost once the step is done, [R].
         query_start_loc: first row of each request, [R + 1].
+        requests: which request each row is of, [M].
         positions: place of each row among its request's kept tokens, [M].
         max_query_len: most rows of one request.
         pruned: indices of the requests whose prompt loses tokens in this step.
@@ -56,6 +57,7 @@ class StepGeometry:
 
     dropped: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
+    requests: NDArray[np.int64]
     positions: NDArray[np.int64]
     max_query_len: int
     pruned: NDArray[np.int64]
@@ -83,12 +85,14 @@ def step_geometry(
     ends = np.cumsum(rows)
     query_start_loc = np.concatenate([[0], ends]).astype(np.int32)
     first_place = np.where(now, 0, computed - dropped)
-    positions = np.arange(ends[-1]) - np.repeat(query_start_loc[:-1] - first_place, rows)
+    requests = np.repeat(np.arange(len(rows)), rows)
+    positions = np.arange(ends[-1]) - (query_start_loc[:-1] - first_place)[requests]
     pruned = np.flatnonzero(now)
     starts = (np.cumsum(scheduled) - scheduled)[pruned]
     return StepGeometry(
         dropped=dropped,
         query_start_loc=query_start_loc,
+        requests=requests,
         positions=positions.astype(np.int64),
         max_query_len=int(rows.max()),
         pruned=pruned.astype(np.int64),
@@ -108,6 +112,7 @@ class KVDropState:
             self.dropped = torch.zeros(max_requests, dtype=torch.int32, device=device)
             self.seq_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
             self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
+            self.requests = torch.zeros(max_tokens, dtype=torch.int64, device=device)
             self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.device = device
         self.step: StepGeometry | None = None
@@ -144,8 +149,25 @@ class KVDropState:
         self.dropped.zero_()
         self._copy(self.dropped, dropped)
         self._copy(self.query_start_loc, step.query_start_loc)
+        self._copy(self.requests, step.requests)
         self._copy(self.positions, step.positions)
         self.prompts = self._prompts(drops, step, int(scheduled.sum())) if len(step.pruned) else None
+
+    def write_slots(self, block_table: Tensor, block_size: int, slots: Tensor) -> None:
+        """Write where the step's rows go above the prune layer, in place: a CUDA graph reads this buffer.
+
+        Args:
+            block_table: the group's, one row per request of the batch, [>= R, blocks].
+            block_size: tokens of a block.
+            slots: the group's slot mapping, [>= M]; -1 past the rows, which tells kernels to write nothing.
+        """
+        if self.step is None:
+            return
+        n = self.step.rows
+        positions = self.positions[:n]
+        blocks = block_table[self.requests[:n], positions // block_size]
+        slots[:n] = blocks.to(slots.dtype) * block_size + positions % block_size
+        slots[n:] = -1
 
     def remember(self, rows: Tensor) -> None:
         """Note which positions stayed, for requests that are preempted and prefilled again.
@@ -160,7 +182,7 @@ class KVDropState:
             drop = self._drops[index]
             if drop is not None and drop.kept is None:
                 first = int(step.query_start_loc[index])
-                drop.kept = rows[first : first + drop.tokens - drop.dropped] - int(start)
+                drop.kept = rows[first : first + drop.tokens - drop.dropped], int(start)
 
     def compact(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The batch's metadata as the layers above see it; `metadata` itself is left alone."""
@@ -195,7 +217,8 @@ class KVDropState:
             if drop is None:
                 raise RuntimeError("A prompt without a plan was taken as pruned.")
             if drop.kept is not None:
-                known.append((start, drop.tokens, drop.kept))
+                rows_then, start_then = drop.kept
+                known.append((start, drop.tokens, rows_then - start_then))
                 continue
             protected[start : start + drop.tokens] = drop.protected
             facts.append((start, drop.tokens, drop.tokens - drop.dropped))

@@ -18,7 +18,7 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
-from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import (
@@ -37,7 +37,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_vtprune.kv_drop.attention import adopt_layer
 from vllm_vtprune.kv_drop.config import kv_drop_config
-from vllm_vtprune.kv_drop.relevance import RELEVANCE, kept_rows
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState
 
 
@@ -171,8 +171,15 @@ class KVDropLlamaModel(nn.Module):
         scheduler = vllm_config.scheduler_config
         device = cast(torch.device, vllm_config.device_config.device)
         self.kv_drop = KVDropState(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
-        for above in self.layers[drop.prune_layer :]:
-            adopt_layer(cast(LlamaAttention, above.self_attn).attn, self.kv_drop)
+        self.bridge: Tensor | None = None
+        if device.type == "cuda" and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            shape = (2, scheduler.max_num_batched_tokens, config.hidden_size)
+            dtype = cast(torch.dtype, vllm_config.model_config.dtype)
+            self.bridge = torch.zeros(shape, dtype=dtype, device=device)
+        attention = [cast(LlamaAttention, layer.self_attn).attn for layer in self.layers[drop.prune_layer :]]
+        for layer_above in attention:
+            adopt_layer(layer_above, self.kv_drop)
+        self.names_above = [layer_above.layer_name for layer_above in attention]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token embeddings, [rows, hidden]."""
@@ -195,24 +202,44 @@ class KVDropLlamaModel(nn.Module):
                 raise ValueError("A forward pass needs input_ids or inputs_embeds.")
             inputs_embeds = self.embed_input_ids(input_ids)
         hidden_states, residual, q, k = self.below(positions, inputs_embeds)
-        if self.kv_drop.prompts is None:
+        hidden_states, residual = self._cross(hidden_states, residual)
+        context = get_forward_context()
+        prompts = self.kv_drop.prompts
+        # without attention metadata it is a dummy run, and the present step is the last one's
+        if prompts is None or not context.attn_metadata:
             normed: Tensor = self.above(positions, hidden_states, residual)
             return normed
 
-        rows = self._kept_rows(q, k)
-        # graphs were captured for the batch as it was below
-        context = dataclasses.replace(
-            get_forward_context(), cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None
-        )
-        with override_forward_context(context):
+        rows = self._kept_rows(q, k, prompts)
+        with override_forward_context(self._context_above(context, len(rows))):
             kept = self.above(positions[rows], hidden_states[rows], residual[rows])
         output: Tensor = kept.new_zeros(hidden_states.shape).index_copy_(0, rows, kept)
         return output
 
-    def _kept_rows(self, q: Tensor, k: Tensor) -> Tensor:
-        attention, prompts = self.rating, self.kv_drop.prompts
-        if prompts is None:
-            raise RuntimeError("No prompt is pruned in this step.")
+    def _cross(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """With CUDA graphs, copies in buffers of fixed address, which the graphs of the layers above read.
+
+        The outputs of the last graph below lie in memory that vLLM gives to the next graph captured
+        (`weak_ref_tensors` in `vllm.compilation.cuda_graph`); Gemma3n bridges its halves likewise.
+        """
+        if self.bridge is None:
+            return hidden_states, residual
+        n = len(hidden_states)
+        return self.bridge[0, :n].copy_(hidden_states), self.bridge[1, :n].copy_(residual)
+
+    def _context_above(self, context: ForwardContext, rows: int) -> ForwardContext:
+        """The forward context of a batch that lost rows: no graph was captured for it."""
+        slots = cast(dict[str, Tensor], context.slot_mapping)
+        above = {name: slots[name][:rows] for name in self.names_above if name in slots}
+        return dataclasses.replace(
+            context,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=None,
+            slot_mapping={**slots, **above},
+        )
+
+    def _kept_rows(self, q: Tensor, k: Tensor, prompts: PrunedPrompts) -> Tensor:
+        attention = self.rating
         parallel = get_tensor_model_parallel_world_size() > 1
         rows = kept_rows(
             q.view(-1, attention.num_heads, attention.head_dim),

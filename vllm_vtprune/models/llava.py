@@ -25,6 +25,7 @@ from vllm_vtprune.engine_config import plugin_context
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 if TYPE_CHECKING:
+    from vllm_vtprune.kv_drop.runner_v2 import KVDropModelState
     from vllm_vtprune.kv_drop.step import KVDropState
     from vllm_vtprune.models.llama import KVDropLlamaModel
 
@@ -56,6 +57,9 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 prefix=maybe_prefix(prefix, "language_model"),
                 model_class=_decoder_class(vllm_config),
             )
+        if plugin_context(vllm_config.model_config).policy.prune_layer is not None:
+            # on the instance: vLLM takes the attribute's presence for a model with a state of its own
+            self.get_model_state_cls = _model_state_class
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     @property
@@ -87,3 +91,10 @@ def _decoder_class(vllm_config: VllmConfig) -> type[nn.Module] | None:
     from vllm_vtprune.models.llama import KVDropLlamaForCausalLM
 
     return KVDropLlamaForCausalLM
+
+
+def _model_state_class() -> type[KVDropModelState]:
+    """The seam in Model Runner V2 (`vllm.v1.worker.gpu.model_states.resolve_model_state_cls`)."""
+    from vllm_vtprune.kv_drop.runner_v2 import KVDropModelState
+
+    return KVDropModelState

@@ -131,6 +131,8 @@ class VisionEncoder:
         self.grid = patch_grid(config)
         # "full" hands CLS to the language model too, ahead of the patches
         self.with_cls = config.vision_feature_select_strategy == "full"
+        # multiply-adds of the tower's matrix products, for one image
+        self.work_per_image = (1 + self.grid[0] * self.grid[1]) * sum(p.numel() for p in tower.parameters())
         self._heads = clip_config(config).num_attention_heads
         self._lock = threading.Lock()
 

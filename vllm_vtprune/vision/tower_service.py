@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tower outputs on demand: cached per image, computed once, batched over concurrent callers.
 
-One thread runs the tower. While it works, other callers' images queue up and form the next pass, so batches
-grow with the load and a lone request never waits for company.
+The callers' own threads run the tower, one pass at a time. While a pass is under way, other callers' images
+queue up and form the next one, so batches grow with the load and a lone request waits neither for company nor
+for another thread to wake up.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,12 @@ from torch import Tensor
 
 from vllm_vtprune.vision.encoder import TowerOutput, VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
+
+# torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
+_TORCH_THREADS = torch.get_num_threads()
+#: Multiply-adds of a pass, about 20 ms of one core, below which its threads would wait for each other for
+#: longer than they save, and the engine wants the other cores.
+_WORK_FOR_THREADS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class TowerService:
         encoder: tower and projector.
         cache: where outputs are kept.
         max_batch: most images in one pass.
-        threads: CPU threads of the tower's thread; 0 leaves torch's choice.
+        threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         observer: called after each pass with (images in it, seconds); for metrics.
     """
 
@@ -54,10 +62,11 @@ class TowerService:
         self.observer = observer
         self._max_batch = max_batch
         self._threads = threads
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._waiting: deque[_Job] = deque()
         self._in_flight: dict[str, _Job] = {}
+        self._running = False
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._pass_done = threading.Condition(self._lock)
 
     def encode(
         self,
@@ -90,6 +99,7 @@ class TowerService:
             for i, value in zip(missing, values, strict=True):
                 submitted[keys[i]] = self._submit(keys[i], value, outputs)
             found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
+        self._run_until_done([entry for entry in found if isinstance(entry, Future)])
         return [
             entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None
         ]
@@ -110,24 +120,32 @@ class TowerService:
                 return job.future
             job = _Job(key, pixel_values, outputs, Future())
             self._in_flight[key] = job
-            if self._thread is None:
-                # started on first use, so that a forked process starts its own
-                self._thread = threading.Thread(target=self._run, name="vtprune-tower", daemon=True)
-                self._thread.start()
-        self._jobs.put(job)
+            self._waiting.append(job)
         return job.future
 
-    def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+    def _run_until_done(self, futures: Sequence[Future[TowerOutput]]) -> None:
+        """Run passes, whoever's images are in them, or wait for another caller's, until these are done."""
         while True:
-            batch = [self._jobs.get()]
-            while len(batch) < self._max_batch:
-                try:
-                    batch.append(self._jobs.get_nowait())
-                except queue.Empty:
-                    break
-            self._run_batch(batch)
+            with self._pass_done:
+                # no pass under way: what is not done is waiting, so there is a batch to run
+                self._pass_done.wait_for(lambda: not self._running or all(f.done() for f in futures))
+                if all(f.done() for f in futures):
+                    return
+                self._running = True
+                count = min(self._max_batch, len(self._waiting))
+                batch = [self._waiting.popleft() for _ in range(count)]
+            try:
+                with _torch_threads(self._threads_for(len(batch))):
+                    self._run_batch(batch)
+            finally:
+                with self._pass_done:
+                    self._running = False
+                    self._pass_done.notify_all()
+
+    def _threads_for(self, images: int) -> int:
+        if self._threads:
+            return self._threads
+        return _TORCH_THREADS if images * self.encoder.work_per_image >= _WORK_FOR_THREADS else 1
 
     def _run_batch(self, batch: list[_Job]) -> None:
         started = time.perf_counter()
@@ -152,3 +170,17 @@ class TowerService:
             for job in batch:
                 if self._in_flight.get(job.key) is job:
                     del self._in_flight[job.key]
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """A pass may use more threads than the one that vLLM gives its renderer (`BaseRenderer`)."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -30,6 +30,7 @@ const cards = { pruned: new AnswerCard(id("pruned")), full: new AnswerCard(id("f
 
 async function connect() {
   try {
+    // the models' route is under the API key wherever there is one: a missing key shows here, not at the first question
     const [models, config] = await Promise.all([getModels(), getConfig()]);
     state.model = config.model?.id ?? models.data[0].id;
     showError("page-error", null);
@@ -204,8 +205,8 @@ async function askBoth() {
   for (let run = 0; run < runs && !signal.aborted; run++) {
     for (const side of sides) if (side.runs.length === run) await askOne(side, common);
   }
-  const [pruned, full] = sides.map((side) => median(side.runs));
-  if (pruned && full && !signal.aborted) {
+  if (sides.every((side) => side.runs.length === runs)) {
+    const [pruned, full] = sides.map((side) => median(side.runs));
     cards.pruned.showMetrics(pruned, full);
     cards.full.showMetrics(full, pruned);
     showVerdict(pruned, full, runs);

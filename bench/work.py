@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations and bytes that one request needs, from the model's configuration and the settings.
+
+Counted as in Kaplan et al. 2020 (arXiv 2001.08361, table 1), a multiply-add as two floating-point operations:
+matrix products and attention scores; norms, activations and sampling are left out (under 1 %). Bytes are what
+must move between memory and processor at least once: weights once per engine step, shared by the requests in
+it, and keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a LLaVA's configuration decides its cost.
+
+    Attributes:
+        patches: vision tokens per image before pruning.
+        tower_layers: up to the feature layer.
+        kv_width: key heads times head size.
+        q_width: query heads times head size.
+        element: bytes per weight and per cached value.
+    """
+
+    patches: int
+    patch_inputs: int
+    tower_hidden: int
+    tower_intermediate: int
+    tower_layers: int
+    hidden: int
+    intermediate: int
+    layers: int
+    q_width: int
+    kv_width: int
+    vocab: int
+    element: int
+
+    @staticmethod
+    def of(folder: Path) -> Shape:
+        """Read a checkpoint's config.json."""
+        config = json.loads((folder / "config.json").read_text())
+        vision, text = config["vision_config"], config["text_config"]
+        heads = text["num_attention_heads"]
+        head = text.get("head_dim") or text["hidden_size"] // heads
+        layer = config.get("vision_feature_layer", -2)
+        depth = vision["num_hidden_layers"]
+        return Shape(
+            patches=(vision["image_size"] // vision["patch_size"]) ** 2,
+            patch_inputs=3 * vision["patch_size"] ** 2,
+            tower_hidden=vision["hidden_size"],
+            tower_intermediate=vision["intermediate_size"],
+            tower_layers=layer if layer >= 0 else depth + 1 + layer,
+            hidden=text["hidden_size"],
+            intermediate=text["intermediate_size"],
+            layers=text["num_hidden_layers"],
+            q_width=heads * head,
+            kv_width=text.get("num_key_value_heads", heads) * head,
+            vocab=text["vocab_size"],
+            element=_BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"],
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one decoder layer."""
+        attention = self.hidden * (2 * self.q_width + 2 * self.kv_width)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def tower_weights(self) -> int:
+        """Weights of the tower up to the feature layer."""
+        layer = 4 * self.tower_hidden**2 + 2 * self.tower_hidden * self.tower_intermediate
+        return self.tower_layers * layer + self.patch_inputs * self.tower_hidden
+
+    @property
+    def projector_weights(self) -> int:
+        """Weights of LLaVA's two-layer projector."""
+        return self.tower_hidden * self.hidden + self.hidden**2
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """What of one request decides its cost.
+
+    Attributes:
+        text_tokens: prompt tokens that are not vision tokens.
+        kept: vision tokens per image after the first stage.
+        output: tokens generated.
+        kv_kept: prompt tokens above the prune layer; None where there is no second stage.
+        prune_layer: K; None where there is no second stage.
+    """
+
+    images: int
+    text_tokens: int
+    kept: float
+    output: int
+    kv_kept: float | None = None
+    prune_layer: int | None = None
+
+    @property
+    def prompt(self) -> float:
+        """Prompt tokens given to the language model."""
+        return self.text_tokens + self.images * self.kept
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, and bytes moved."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, peak_flops: float, bandwidth: float) -> float:
+        """The roofline's lower bound (Williams et al. 2009): limited by arithmetic or by memory."""
+        return max(self.flops / peak_flops, self.bytes / bandwidth)
+
+
+def request_work(shape: Shape, request: RequestShape, batch: int = 1) -> Mapping[str, Work]:
+    """Work of one request by phase: `tower`, `projector`, `prefill`, `decode`.
+
+    Args:
+        shape: the model's.
+        request: the request's.
+        batch: requests that decode together and so share each reading of the weights. Prefill and tower are
+            charged a reading of their own: they are bound by arithmetic anyway.
+    """
+    return {
+        "tower": _tower(shape, request.images),
+        "projector": _projector(shape, request.images * request.kept),
+        "prefill": _prefill(shape, request),
+        "decode": _decode(shape, request, batch),
+    }
+
+
+def _tower(shape: Shape, images: int) -> Work:
+    tokens, width = shape.patches + 1, shape.tower_hidden
+    attention = 4 * tokens**2 * width * shape.tower_layers
+    return Work(images * (2 * tokens * shape.tower_weights + attention), shape.tower_weights * shape.element)
+
+
+def _projector(shape: Shape, tokens: float) -> Work:
+    return Work(2 * tokens * shape.projector_weights, shape.projector_weights * shape.element)
+
+
+def _prefill(shape: Shape, request: RequestShape) -> Work:
+    flops = moved = 0.0
+    for layers, tokens in _halves(shape, request):
+        causal = 4 * shape.q_width * tokens * (tokens + 1) / 2
+        flops += layers * (2 * tokens * shape.layer_weights + causal)
+        moved += layers * (shape.layer_weights + 2 * tokens * shape.kv_width) * shape.element
+    head = shape.hidden * shape.vocab
+    return Work(flops + 2 * head, moved + head * shape.element)
+
+
+def _decode(shape: Shape, request: RequestShape, batch: int) -> Work:
+    """The prefill yields the first token; `output - 1` steps the rest."""
+    steps = request.output - 1
+    weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
+    flops, moved = 2.0 * weights * steps, weights * shape.element * steps / batch
+    for layers, tokens in _halves(shape, request):
+        # step i attends to the prompt and i tokens generated so far
+        context = steps * tokens + steps * (steps + 1) / 2
+        flops += layers * 4 * shape.q_width * context
+        moved += layers * 2 * shape.kv_width * shape.element * (context + steps)
+    return Work(flops, moved)
+
+
+def _halves(shape: Shape, request: RequestShape) -> list[tuple[int, float]]:
+    """(layers, prompt tokens) below and above the prune layer."""
+    if request.kv_kept is None or request.prune_layer is None:
+        return [(shape.layers, request.prompt)]
+    return [(request.prune_layer, request.prompt), (shape.layers - request.prune_layer, request.kv_kept)]
+
+
+def as_dict(work: Mapping[str, Work]) -> dict[str, Any]:
+    """JSON form, in GFLOP and MB."""
+    return {name: {"gflop": w.flops / 1e9, "mbyte": w.bytes / 1e6} for name, w in work.items()}

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row of an evaluation: how the pictures' tokens and the prompt's tokens are pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm_vtprune.selection import Budget
+from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+
+#: The rules that every method is compared with at its own counts.
+BASELINES = ("random", "uniform")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one run prunes.
+
+    Attributes:
+        vision: stage 1.
+        kv: stage 2's keep share and scope.
+        prune_layer: K of stage 2. None leaves it to a server's operator; the transformers runner needs it
+            where `kv` drops anything.
+        window: last prompt tokens that rate the others and stay.
+        relevance: how stage 2 rates tokens; a name of `decoder.RATINGS`.
+        like: of a baseline, the stage 1 whose count it keeps, picture by picture.
+        draw: of `random`, which of several draws.
+    """
+
+    vision: VisionSettings = field(default_factory=VisionSettings)
+    kv: KVSettings = field(default_factory=KVSettings)
+    prune_layer: int | None = None
+    window: int = 8
+    relevance: str = "attention"
+    like: VisionSettings | None = None
+    draw: int = 0
+
+    @staticmethod
+    def preset(name: str, prune_layer: int | None = None) -> Setting:
+        """What the preset of that name asks for.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        preset = PRESETS[name]
+        return Setting(
+            VisionSettings(aggressiveness=preset.aggressiveness), KVSettings(preset.kv_keep), prune_layer
+        )
+
+    def baseline(self, name: str, draw: int = 0) -> Setting:
+        """The same counts and the same stage 2, the tokens chosen by a baseline."""
+        return replace(self, vision=replace(self.vision, method=name), like=self.vision, draw=draw)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything may be dropped."""
+        return not self.vision.keeps_all or self.kv.drops
+
+    @property
+    def label(self) -> str:
+        """One line that tells this setting from others."""
+        parts = []
+        if not self.vision.keeps_all:
+            amount = (
+                f"keep_ratio={self.vision.keep_ratio:g}"
+                if self.vision.keep_ratio is not None
+                else f"aggressiveness={self.vision.aggressiveness:g}"
+            )
+            parts = [self.vision.method, amount]
+            parts += [self.vision.score] if self.vision.score != "cosine" else []
+        if self.kv.drops:
+            parts += [f"kv_keep={self.kv.keep:g}", f"scope={self.kv.scope}"]
+            if self.prune_layer is not None:
+                parts += [f"K={self.prune_layer}", f"window={self.window}", self.relevance]
+        return " ".join(parts) or "unpruned"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contract's names and the operator's, for JSON."""
+        return {
+            "method": self.vision.method,
+            "aggressiveness": self.vision.aggressiveness,
+            "keep_ratio": self.vision.keep_ratio,
+            "score": self.vision.score,
+            "kv_keep": self.kv.keep,
+            "kv_scope": self.kv.scope,
+            "prune_layer": self.prune_layer if self.kv.drops else None,
+            "window": self.window if self.kv.drops else None,
+            "relevance": self.relevance if self.kv.drops else None,
+        }
+
+
+def budget_of(vision: VisionSettings) -> Budget:
+    """Stage 1's settings as selection takes them."""
+    return Budget(
+        aggressiveness=vision.aggressiveness,
+        keep_ratio=vision.keep_ratio,
+        min_tokens=vision.min_tokens,
+        score=vision.score,
+    )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server without an engine that serves the real page; API key, prune layer and failures on request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from vtprune_server.playground import attach_playground
+
+TOKENS = 16  # a grid of 4 x 4
+
+
+@dataclass
+class StandIn:
+    """Answers the page's requests in the shape of the contract.
+
+    Attributes:
+        api_key: what requests must carry; None asks for nothing.
+        policy: `policy` of `/vtprune/config`.
+        prune_layer: its `model.prune_layer`.
+        explain_seconds: how long `/vtprune/explain` takes.
+        word_seconds: how long a stream takes from its first word to its second.
+        break_stream: whether a stream ends in an error after its first word.
+        explained: the settings of each `/vtprune/explain` request.
+        at_once: the most explain requests that were open at one time.
+    """
+
+    api_key: str | None = None
+    policy: dict[str, Any] = field(default_factory=dict)
+    prune_layer: int | None = None
+    explain_seconds: float = 0.0
+    word_seconds: float = 0.0
+    break_stream: bool = False
+    explained: list[dict[str, Any]] = field(default_factory=list)
+    at_once: int = 0
+    url: str = ""
+    _open: int = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Serve on a free port until the block ends."""
+        server = uvicorn.Server(uvicorn.Config(self._app(), port=0, log_level="error"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        yield
+        server.should_exit = True
+        thread.join(10)
+
+    def _app(self) -> FastAPI:
+        app = FastAPI()
+        attach_playground(app)
+
+        @app.middleware("http")
+        async def check_key(request: Request, call_next: Any) -> Any:
+            given = request.headers.get("authorization")
+            if self.api_key and request.url.path.startswith("/v1") and given != f"Bearer {self.api_key}":
+                return JSONResponse({"error": "Unauthorized"}, 401)
+            return await call_next(request)
+
+        app.get("/v1/models")(lambda: {"data": [{"id": "stand-in"}]})
+        app.get("/vtprune/config")(self._config)
+        app.post("/vtprune/explain")(self._explain)
+        app.post("/v1/chat/completions")(self._chat)
+        return app
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "policy": {"default_preset": "off", **self.policy},
+            "model": {"prune_layer": self.prune_layer},
+            "presets": {
+                "off": {"aggressiveness": 0.0, "kv_keep": 1.0},
+                "balanced": {"aggressiveness": 0.5, "kv_keep": 0.5},
+            },
+            "methods": ["inflection", "random"],
+            "versions": {},
+        }
+
+    async def _explain(self, request: Request) -> dict[str, Any]:
+        settings = (await request.json())["vtprune"]
+        self.explained.append(settings)
+        self._open += 1
+        self.at_once = max(self.at_once, self._open)
+        await asyncio.sleep(self.explain_seconds)
+        self._open -= 1
+        kept = kept_at(settings.get("aggressiveness", 0.0))
+        return {
+            "grid": [4, 4],
+            "crop": {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0},
+            "image_size": [336, 336],
+            "score": "cosine",
+            "scores": [1 - i / TOKENS for i in range(TOKENS)],
+            "order": list(range(TOKENS)),
+            "curve": [1 - i / (TOKENS - 1) for i in range(TOKENS)],
+            "cut": kept,
+            "kept": [i < kept for i in range(TOKENS)],
+            "vision_tokens": TOKENS,
+            "vision_tokens_kept": kept,
+            "settings": {"aggressiveness": settings.get("aggressiveness", 0.0)},
+        }
+
+    def _chat(self, request: Request) -> StreamingResponse:
+        kept = TOKENS if request.headers.get("x-vtprune-preset") == "off" else 4
+
+        async def events() -> AsyncIterator[str]:
+            yield _event({"choices": [{"delta": {"content": " one"}}]})
+            if self.break_stream:
+                yield _event({"error": {"message": "The engine is on strike.", "param": None, "code": 500}})
+                return
+            await asyncio.sleep(self.word_seconds)
+            yield _event({"choices": [{"delta": {"content": " two"}}]})
+            vision = {"vision_tokens": TOKENS, "vision_tokens_kept": kept}
+            counts = {**vision, "kv_tokens": 20, "kv_tokens_kept": 10}
+            yield _event({"choices": [], "usage": {"prompt_tokens": 20, "vtprune": counts}})
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def kept_at(aggressiveness: float) -> int:
+    """The count the stand-in answers with: it names the aggressiveness it was asked with."""
+    return max(1, round(TOKENS * (1 - aggressiveness)))
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

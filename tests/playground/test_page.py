@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real browser, against a stand-in that does what the live server cannot be made to do."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.playground.stand_in import TOKENS, StandIn, kept_at
+
+if TYPE_CHECKING:
+    from tests.playground.browser import Page
+
+pytestmark = pytest.mark.browser
+
+CHAT = "/v1/chat/completions"
+
+
+def test_key_is_asked_for_and_sent_and_kept_nowhere(page: Page, stand_in: StandIn) -> None:
+    stand_in.api_key = "open sesame"
+    page.open(stand_in.url)
+    assert page.text("#page-error") == "Unauthorized: enter the server's API key at the top of the page."
+    page.fill("#key", "open sesame")
+    page.find("#key-form button").click()
+    page.wait(lambda: page.text("#kept").isdigit())
+    assert page.text("#page-error") == ""
+    page.ask()
+    assert page.requests(CHAT)[-1]["headers"]["Authorization"] == "Bearer open sesame"
+    script = "return JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
+    assert "sesame" not in page.driver.execute_script(script)
+
+
+def test_prune_layer_gives_the_kv_slider(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    stand_in.prune_layer = 8
+    stand_in.policy = {"min_kv_keep": 0.25}
+    page.open(stand_in.url)
+    assert page.text("#kv-keep-value") == "0.50"  # of the preset `balanced`
+    assert "decoder layer 7" in page.text("#kv-hint")
+    page.slide("#kv-keep", Keys.HOME)
+    page.select("#kv-scope", "visual tokens only")
+    page.ask()
+    headers = page.requests(CHAT)[-2]["headers"]
+    assert (headers["X-VTPrune-KV-Keep"], headers["X-VTPrune-KV-Scope"]) == ("0.25", "vision")
+    assert page.requests(CHAT)[-1]["headers"]["X-VTPrune-Preset"] == "off"
+    assert page.metrics("pruned")["kv_tokens"] == 10
+
+
+def test_operator_may_keep_the_controls(page: Page, stand_in: StandIn) -> None:
+    stand_in.policy = {"client_controls": False}
+    page.open(stand_in.url)
+    assert not page.find("#aggressiveness").is_enabled()
+    assert page.text("#controls-note").startswith("The operator decides")
+    page.ask()
+    sent = page.requests(CHAT)[-2]["headers"]
+    assert [name for name in sent if name.lower().startswith("x-vtprune-")] == []
+
+
+def test_cap_bounds_the_slider(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    stand_in.policy = {"max_aggressiveness": 0.6}
+    page.open(stand_in.url)
+    page.slide("#aggressiveness", Keys.END)
+    assert page.kept == kept_at(0.6)
+    assert stand_in.explained[-1]["aggressiveness"] == 0.6
+
+
+def test_slow_answers_come_one_at_a_time_and_the_last_one_stays(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(stand_in.url)
+    stand_in.explain_seconds = 0.4
+    stand_in.explained.clear()
+    page.slide("#aggressiveness", Keys.HOME, *[Keys.ARROW_RIGHT] * 25)
+    assert page.kept == kept_at(0.25)
+    assert stand_in.explained[-1]["aggressiveness"] == 0.25
+    assert stand_in.at_once == 1
+    assert len(stand_in.explained) <= 6  # 26 presses
+
+
+def test_answer_about_a_picture_that_is_gone_is_dropped(page: Page, stand_in: StandIn) -> None:
+    page.open(stand_in.url)
+    stand_in.explain_seconds = 0.6
+    page.driver.execute_script(
+        """
+        window.seen = [];
+        const watch = () => seen.push(document.getElementById("overlay").getAttribute("aria-label"));
+        new MutationObserver(watch).observe(document.getElementById("kept"), {childList: true});
+        const samples = document.querySelectorAll(".sample");
+        samples[1].click();
+        setTimeout(() => samples[2].click(), 300);
+        """
+    )
+    page.wait(lambda: "Four shapes: " in (page.find("#overlay").get_attribute("aria-label") or ""))
+    page.settle()
+    rated = [label for label in page.driver.execute_script("return seen") if "patches kept" in label]
+    assert rated == [f"Four shapes: {kept_at(0.5)} of {TOKENS} patches kept"]
+
+
+def test_answers_can_be_stopped(page: Page, stand_in: StandIn) -> None:
+    stand_in.word_seconds = 60
+    page.open(stand_in.url)
+    page.find("#ask-button").click()
+    page.wait(lambda: page.text("#pruned .answer-text") == "one")
+    page.find("#ask-button").click()
+    page.wait(lambda: page.text("#ask-button") == "Ask pruned and full")
+    assert page.text("#pruned .error") == page.text("#full .error") == "Stopped."
+    assert page.text("#pruned .answer-text") == "one"
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_picture_can_be_dropped_and_pasted(page: Page, stand_in: StandIn, way: str) -> None:
+    page.open(stand_in.url)
+    page.driver.execute_script(
+        """
+        const canvas = Object.assign(document.createElement("canvas"), {width: 40, height: 20});
+        canvas.toBlob((blob) => {
+          const files = new DataTransfer();
+          files.items.add(new File([blob], "mine.png", {type: "image/png"}));
+          const event = arguments[0] === "drop"
+            ? new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: files, bubbles: true});
+          document.body.dispatchEvent(event);
+        });
+        """,
+        way,
+    )
+    page.wait(lambda: "mine.png: " in (page.find("#overlay").get_attribute("aria-label") or ""))
+    kept = page.kept
+    overlay = page.find("#overlay")
+    assert overlay.get_attribute("aria-label") == f"mine.png: {kept} of {TOKENS} patches kept"
+    assert overlay.size["width"] == pytest.approx(2 * overlay.size["height"], abs=1)
+
+
+def test_error_inside_a_stream_keeps_what_came_before_it(page: Page, stand_in: StandIn) -> None:
+    stand_in.break_stream = True
+    page.open(stand_in.url)
+    page.ask()
+    assert page.text("#pruned .answer-text") == "one"
+    assert page.text("#pruned .error") == "The engine is on strike."
+    assert page.text("#verdict") == ""
+
+
+def test_several_runs_are_taken_in_turn_past_the_prefix_cache(page: Page, stand_in: StandIn) -> None:
+    page.open(stand_in.url)
+    page.select("#runs", "3")
+    page.ask()
+    sent = page.requests(CHAT)[-6:]
+    assert ["X-VTPrune-Preset" in request["headers"] for request in sent] == [False, True] * 3
+    assert len({request["body"]["cache_salt"] for request in sent}) == 6
+    assert page.text("#verdict").startswith("The same answer with 75 % fewer vision tokens; first token")
+    assert "Median of 3 runs of each" in page.text("#verdict")
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1360])
+def test_page_fits_the_screen(page: Page, stand_in: StandIn, width: int) -> None:
+    page.open(stand_in.url, size=(width, 800))
+    page.ask()
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page: Page, stand_in: StandIn) -> None:
+    stand_in.prune_layer = 8
+    page.open(stand_in.url)
+    nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {"button", "slider", "textbox", "combobox", "radio", "spinbutton", "image", "DisclosureTriangle"}
+    controls = [n for n in nodes if not n.get("ignored") and n["role"]["value"] in roles]
+    assert len(controls) > 15
+    assert [n["role"]["value"] for n in controls if not n.get("name", {}).get("value")] == []
+
+    reached = {page.tab() for _ in range(40)}
+    assert {"overlay", "file", "aggressiveness", "kv-keep", "method", "question", "ask-button"} <= reached
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_stands_out_from_what_is_behind_it(page: Page, stand_in: StandIn, dark: bool) -> None:
+    """WCAG 2's contrast of at least 4.5 for text, by the colours the page computes."""
+    page.open(stand_in.url, dark=dark)
+    page.ask()
+    colours = page.driver.execute_script(
+        """
+        const kinds = "h1 span, h2, p, label, li, dt, dd, small, button, output, summary";
+        const opaque = (element) => {
+          for (let e = element; e; e = e.parentElement) {
+            const colour = getComputedStyle(e).backgroundColor;
+            if (!colour.startsWith("rgba(0, 0, 0, 0")) return colour;
+          }
+        };
+        const texts = [...document.querySelectorAll(kinds)].filter((e) => e.textContent.trim());
+        const shown = texts.filter((e) => e.checkVisibility() && !e.closest(":disabled"));
+        return shown.map((e) => [e.textContent.trim().slice(0, 30), getComputedStyle(e).color, opaque(e)]);
+        """
+    )
+    assert len(colours) > 30
+    assert [text for text, front, back in colours if _contrast(front, back) < 4.5] == []
+
+
+def _contrast(front: str, back: str) -> float:
+    light, dark = sorted((_luminance(front), _luminance(back)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation against a server: what it sends, what it reads back, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from demo.evaluation.measure import evaluate
+from demo.evaluation.questions import Question, Questions
+from demo.evaluation.remote import RemoteRunner
+from demo.evaluation.runner import RunnerError
+from demo.evaluation.setting import Setting
+from vllm_vtprune.selection import share_count
+from vllm_vtprune.settings import Controls, KVSettings, VisionSettings
+
+N = 144
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Reads headers as the real one does; keeps the share asked for, or as many tokens as the text has."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.prunes = True
+        self.status = 200
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "some-llava"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        controls = Controls.from_headers(list(self.headers.items()))
+        fields = {name: value for name, (value, _) in controls.fields.items()}
+        self.server.seen.append((body, fields))
+        if self.server.status != 200:
+            self._send(self.server.status, {"error": {"message": "beyond the cap"}})
+            return
+        text = body["messages"][0]["content"][1]["text"]
+        kept = N
+        if fields.get("keep_ratio"):
+            kept = share_count(fields["keep_ratio"], N)
+        elif fields.get("aggressiveness"):
+            kept = len(text)
+        usage: dict[str, Any] = {"prompt_tokens": kept + 10}
+        if self.server.prunes:
+            usage["vtprune"] = {"vision_tokens": N, "vision_tokens_kept": kept, "kv_tokens_kept": kept + 10}
+        answer = "wrong" if fields.get("method") == "random" else " right\n"
+        self._send(200, {"choices": [{"message": {"content": answer}}], "usage": usage})
+
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as made:
+        thread = Thread(target=made.serve_forever)
+        thread.start()
+        try:
+            yield made
+        finally:
+            made.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def questions() -> Questions:
+    texts = [[f"{'w' * (3 * at + 1)}?" for at in range(picture, picture + 1)] for picture in range(40)]
+    asked = [Question(number, "any", text, ("right",)) for number, row in enumerate(texts) for text in row]
+    return Questions("forty", [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(40)], asked)
+
+
+def test_a_setting_travels_as_headers(server: FakeServer, questions: Questions) -> None:
+    runner = RemoteRunner(server.url + "/v1/", questions)
+    assert runner.name == "some-llava"
+    replies = runner.answer(
+        Setting(VisionSettings(method="divprune", aggressiveness=0.5), KVSettings(0.5, "vision"))
+    )
+    assert [reply.text for reply in replies] == ["right"] * 40
+    assert [reply.vision_tokens_kept for reply in replies] == [len(q.text) for q in questions.asked]
+    body, fields = server.seen[0]
+    assert fields == {"method": "divprune", "aggressiveness": 0.5, "kv_keep": 0.5, "kv_scope": "vision"}
+    assert body["temperature"] == 0
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_server_without_a_prune_layer_is_not_asked_to_drop(
+    server: FakeServer, questions: Questions
+) -> None:
+    RemoteRunner(server.url, questions, model="x").answer(Setting())
+    assert server.seen[0][1] == {"method": "inflection", "aggressiveness": 0.0}
+
+
+def test_baselines_keep_exactly_as_many_tokens(server: FakeServer, questions: Questions) -> None:
+    setting = Setting(VisionSettings(aggressiveness=0.5))
+    runner = RemoteRunner(server.url, questions, model="x")
+    counts = [reply.vision_tokens_kept for reply in runner.answer(setting)]
+    assert len(set(counts)) == 40
+    assert [r.vision_tokens_kept for r in runner.answer(setting.baseline("uniform"))] == counts
+    row = evaluate(runner, [setting], lambda line: None)["rows"][1]
+    assert row["versus"]["random"]["difference"]["value"] == 1
+    assert row["versus"]["uniform"]["difference"]["value"] == 0
+
+
+def test_a_setting_is_asked_for_once(server: FakeServer, questions: Questions) -> None:
+    runner = RemoteRunner(server.url, questions, model="x")
+    runner.answer(Setting())
+    runner.answer(Setting())
+    assert len(server.seen) == 40
+
+
+def test_refusals_are_sentences(server: FakeServer, questions: Questions) -> None:
+    runner = RemoteRunner(server.url, questions, model="x")
+    with pytest.raises(RunnerError, match="server's"):
+        runner.answer(Setting(kv=KVSettings(0.5), prune_layer=2))
+    with pytest.raises(RunnerError, match="score"):
+        runner.answer(Setting(VisionSettings(aggressiveness=0.5, score="received")))
+    server.status = 400
+    with pytest.raises(RunnerError, match="400: beyond the cap"):
+        runner.answer(Setting())
+    server.status, server.prunes = 200, False
+    with pytest.raises(RunnerError, match="plugin"):
+        runner.answer(Setting())
+    with pytest.raises(RunnerError, match="does not list a model"):
+        RemoteRunner("http://127.0.0.1:9", questions)
