@@ -17,7 +17,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def compare(
     *,
     min_rounds: int = 3,
     max_rounds: int | None = None,
+    only: Mapping[int, Collection[str]] | None = None,
     logs: Path | None = None,
 ) -> dict[str, Any]:
     """Measure one model at each concurrency, print a table for each.
@@ -87,6 +88,7 @@ def compare(
         traffic: what is asked.
         min_rounds: even if the time is over.
         max_rounds: even if there is time left.
+        only: labels of the arms that take part, by concurrency; all where nothing is said.
         logs: folder for the servers' logs; None throws them away.
 
     Returns:
@@ -102,10 +104,15 @@ def compare(
         async with connected(arms, servers, model.name, traffic) as comparison:
             for concurrency, limit in seconds.items():
                 measured = await comparison.run(
-                    concurrency, seconds=limit, min_rounds=min_rounds, max_rounds=max_rounds
+                    concurrency,
+                    seconds=limit,
+                    min_rounds=min_rounds,
+                    max_rounds=max_rounds,
+                    only=(only or {}).get(concurrency),
                 )
-                results[str(concurrency)] = as_json(measured, arms)
-                print(table(model.name, measured, arms), flush=True)
+                present = [arm for arm in arms if arm.label in measured.labels]
+                results[str(concurrency)] = as_json(measured, present)
+                print(table(model.name, measured, present), flush=True)
 
     with (
         tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,

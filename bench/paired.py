@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,7 @@ class Comparison:
         self.arms = list(arms)
         self._servers = servers
         self._rng = np.random.default_rng([traffic.seed, 3])
+        self._fastest_s: float | None = None
         spec = WorkloadSpec(
             base={
                 "model": model,
@@ -178,7 +179,7 @@ class Comparison:
             for name, client in clients.items()
         }
 
-    async def warm_up(self) -> float:
+    async def _warm_up(self) -> float:
         """Two requests per arm; returns the seconds that the faster second one of all arms took."""
         fastest = math.inf
         for index in range(len(self.arms)):
@@ -193,29 +194,35 @@ class Comparison:
         seconds: float,
         max_rounds: int | None = None,
         min_rounds: int = 3,
-        on_round: Callable[[int], None] = lambda _: None,
+        only: Collection[str] | None = None,
     ) -> Rounds:
         """Rounds at one concurrency, as many as fit into the time, `min_rounds` at least.
+
+        Args:
+            concurrency: requests in flight at once.
+            seconds: the time; the first run's warm-up is not in it.
+            max_rounds: even if there is time left.
+            min_rounds: even if the time is over.
+            only: labels of the arms that take part; None is all.
 
         Raises:
             LoadTestError: a request failed.
         """
-        per_slot = min(_MAX_PER_SLOT, max(1, math.ceil(_MIN_BLOCK_S / await self.warm_up())))
-        requests = concurrency * per_slot
-        labels = [arm.label for arm in self.arms]
+        if self._fastest_s is None:
+            self._fastest_s = await self._warm_up()
+        requests = concurrency * min(_MAX_PER_SLOT, max(1, math.ceil(_MIN_BLOCK_S / self._fastest_s)))
+        taking_part = [i for i, arm in enumerate(self.arms) if only is None or arm.label in only]
+        labels = [self.arms[i].label for i in taking_part]
         rounds = Rounds(concurrency, requests, labels, {label: [] for label in labels})
         start, done = time.monotonic(), 0
         while done < (max_rounds or math.inf):
             elapsed = time.monotonic() - start
             if done >= min_rounds and elapsed * (done + 1) / done > seconds:
                 break
-            await self._workload.prepare([requests] * len(self.arms))
-            for index in self._rng.permutation(len(self.arms)):
-                rounds.blocks[labels[index]].append(
-                    await self._block(int(index), concurrency, requests, done)
-                )
+            for index in self._rng.permutation(taking_part):
+                block = await self._block(int(index), concurrency, requests, done)
+                rounds.blocks[self.arms[index].label].append(block)
             done += 1
-            on_round(done)
         return rounds
 
     async def _block(self, index: int, concurrency: int, requests: int, turn: int) -> Block:

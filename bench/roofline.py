@@ -6,9 +6,9 @@
 The bound: each phase (tower, projector, prefill, decode) takes at least its operations over the machine's
 peak or its bytes over the memory's bandwidth, whichever is longer (Williams, Waterman and Patterson 2009,
 "Roofline"). Peak and bandwidth are measured here with a large matrix product and a large copy. The bound on
-speed-up is the ratio of those times, unpruned over pruned: what a server reaches whose every kernel is equally
-close to the roofline. HTTP, image decoding, tokenisation and scheduling are not in it and keep a server below;
-attention over long prompts, further from the roofline than matrix products are, can carry it beyond.
+speed-up is the ratio of those times, unpruned over pruned: what a server reaches when all of its kernels are
+equally close to the roofline. HTTP, image decoding, tokenisation and scheduling are not in it and keep it
+below; attention over long prompts, further from the roofline than matrix products are, can carry it beyond.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Small caches are full when the warm-up is over, so that what grows afterwards is a leak. vLLM's processor
-    # cache is off: while it evicts, its two halves drift apart now and then, which vLLM answers with a 500.
+    # Small caches are full when the warm-up is over, so that what grows afterwards is a leak. vLLM's
+    # processor cache is off: while it evicts, its two halves drift apart now and then, and vLLM answers 500.
     flags = ["--vtprune-feature-cache-gb", "0.01", "--mm-processor-cache-gb", "0"]
     flags += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "vtprune_server.cli", "serve", *flags]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from tests.fake_chat import serve_fake_chat
+from vtprune_bench import __main__ as short_version
 from vtprune_bench import compare, growth, models, roofline
 from vtprune_bench.arms import parse_arms
 from vtprune_bench.load.errors import LoadTestError
@@ -204,6 +205,18 @@ def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
         measured(both, runs=2, min_rounds=2, max_rounds=2)
         pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in chat.bodies]
     assert len(pictures) > 8 and len(set(pictures)) == len(pictures)
+
+
+def test_some_arms_may_sit_out(servers: list[RunningServer]) -> None:
+    rounds = measured(servers, only=("vllm",), min_rounds=1, max_rounds=1)
+    assert list(rounds.blocks) == rounds.labels == ["vllm"]
+
+
+def test_the_short_version_names_arms_that_it_has() -> None:
+    for part in short_version.PARTS:
+        labels = {arm.label for arm in parse_arms(part.arms)}
+        for concurrency, only in part.only.items():
+            assert concurrency in part.seconds and set(only) <= labels
 
 
 def test_a_failing_request_ends_the_comparison(servers: list[RunningServer]) -> None:
