@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="soak_http", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--warm-up", type=float, default=0.3, help="share of the time left out of the fit")
+    parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time left out of the fit")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the samples and the verdict here")
