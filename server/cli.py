@@ -172,7 +172,8 @@ def _prepare_environment() -> None:
     # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     preload = os.environ.get("LD_PRELOAD", "")
-    if openmp.is_file() and "libiomp5" not in preload:
+    # one OpenMP library is enough; with two of them vLLM refuses to start
+    if openmp.is_file() and not any(name in preload for name in ("libiomp", "libomp", "libgomp")):
         os.environ["LD_PRELOAD"] = f"{openmp}:{preload}".rstrip(":")
 
 

@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+#: Servers start from this: an engine configuration made in the test process changes variables of its own.
+_ENVIRONMENT = dict(os.environ)
 
 import httpx
 import pytest
@@ -59,7 +61,7 @@ def start_server(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**_ENVIRONMENT, **(env or {})},
             cwd=log.parent,  # not the repository: its folders must not shadow installed packages
             start_new_session=True,
         )

@@ -3,6 +3,7 @@
 
     VLLM_PLUGINS=vtprune python -m tests.engine.offline_run OUT   (the plugin)
     VLLM_PLUGINS= python -m tests.engine.offline_run OUT          (vLLM alone)
+    VLLM_PLUGINS= python -m tests.engine.offline_run OUT MODEL    (vLLM alone, MODEL's image embeddings only)
 
 A process of its own for each, since a plugin cannot be unloaded.
 """
@@ -70,6 +71,10 @@ def main() -> None:
     from tests.engine import offline_run as importable
 
     pruning = "vtprune" in os.environ.get("VLLM_PLUGINS", "").split(",")
+    if len(sys.argv) > 2:
+        llm = LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_num_seqs=1, max_model_len=512)
+        torch.save(llm.apply_model(importable.embeddings)[0], sys.argv[1])
+        return
     llm = LLM(
         str(DEMO_MODEL),
         dtype="float32",

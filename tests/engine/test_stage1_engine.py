@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
 
+from tests.checkpoints import random_llava
 from tests.conftest import DEMO_MODEL, REPOSITORY
 from tests.engine.offline_run import PRUNED, UNPRUNED, pixel_values
 from vllm_vtprune.vision.encoder import VisionEncoder
@@ -20,37 +22,56 @@ from vllm_vtprune.vision.encoder import VisionEncoder
 pytestmark = pytest.mark.engine
 
 
-def offline(plugins: str, out: Path) -> dict[str, Any]:
+def offline(plugins: str, out: Path, *arguments: str) -> Any:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.offline_run", str(out)],
+        [sys.executable, "-m", "tests.engine.offline_run", str(out), *arguments],
         env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         cwd=REPOSITORY,
         capture_output=True,
         timeout=280,
     )
     assert run.returncode == 0, run.stderr.decode(errors="replace")[-4000:]
-    result: dict[str, Any] = torch.load(out, weights_only=False)
-    return result
+    return torch.load(out, weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return offline("", tmp_path_factory.mktemp("plain") / "out.pt")
+    outputs: dict[str, Any] = offline("", tmp_path_factory.mktemp("plain") / "out.pt")
+    return outputs
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return offline("vtprune", tmp_path_factory.mktemp("plugin") / "out.pt")
+    outputs: dict[str, Any] = offline("vtprune", tmp_path_factory.mktemp("plugin") / "out.pt")
+    return outputs
+
+
+def encoded(model: Path) -> list[torch.Tensor]:
+    """Our embeddings of the fixed pixels."""
+    config = LlavaConfig.from_pretrained(model)
+    encoder = VisionEncoder.load(config, str(model), device=torch.device("cpu"), dtype=torch.float32)
+    return encoder.project([(o.patches, o.cls) for o in encoder.encode(pixel_values())])
 
 
 def test_unpruned_embeddings_equal_vllms_own(plain: dict[str, Any]) -> None:
-    """To 1e-5 of their scale (the demo model's reach 10, where float32 itself steps by 1e-6)."""
-    config = LlavaConfig.from_pretrained(DEMO_MODEL)
-    encoder = VisionEncoder.load(config, str(DEMO_MODEL), device=torch.device("cpu"), dtype=torch.float32)
-    ours = encoder.project([(o.patches, o.cls) for o in encoder.encode(pixel_values())])
-    for mine, theirs in zip(ours, plain["embeddings"], strict=True):
+    """To 1e-5 of their scale: the demo model's embeddings reach 10, where float32 itself steps by 1e-6."""
+    for mine, theirs in zip(encoded(DEMO_MODEL), plain["embeddings"], strict=True):
         assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
         assert (mine - theirs).abs().mean() < 1e-6
+
+
+def test_unpruned_embeddings_of_unit_scale_equal_vllms_own(tmp_path: Path) -> None:
+    """To 1e-5, on random weights whose embeddings are of the order of 1, as LLaVA's are."""
+    model = random_llava(tmp_path / "model", layers=1, hidden=64, heads=2, kv_heads=2)
+    weights = load_file(model / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.startswith("multi_modal_projector"):
+            weights[name] = tensor * 6
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    reference = offline("", tmp_path / "out.pt", str(model))
+    for mine, theirs in zip(encoded(model), reference, strict=True):
+        assert 0.5 < theirs.abs().max() < 5
+        assert (mine - theirs).abs().max() < 1e-5
 
 
 def test_unpruned_answers_equal_vllms_own(plain: dict[str, Any], plugin: dict[str, Any]) -> None:
