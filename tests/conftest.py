@@ -19,8 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-#: Servers start from this: an engine configuration made in the test process changes variables of its own.
-_ENVIRONMENT = dict(os.environ)
 
 import httpx
 import pytest
@@ -29,6 +27,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = REPOSITORY / "vllm_vtprune" / "demo_model"
 MODEL_NAME = "vtprune-demo"
 _START_SECONDS = 240
+#: Servers start from this: an engine configuration made in the test process changes variables of its own.
+_ENVIRONMENT = dict(os.environ)
 
 
 @dataclass(frozen=True)
