@@ -159,7 +159,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
             plane.minorticks_off()
             plane.grid(alpha=0.3)
             if row == column == 0:
-                plane.legend()
+                plane.legend(fontsize="small", loc="lower left")
     figure.suptitle(machine.one_line(document["machine"]), fontsize="small")
     figure.savefig(path, dpi=110)
 
