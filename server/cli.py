@@ -19,7 +19,7 @@ from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_ve
 from vtprune_server.hint import announce_when_ready
 
 #: What the demo model is asked about its example picture.
-_QUESTION = "what color is the circle ?"
+_QUESTION = "how many objects ?"
 
 _USAGE = """\
 usage: vtprune COMMAND [options]
