@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,30 +13,13 @@ from PIL import Image
 
 from tests.conftest import MODEL_NAME, LiveServer
 from tests.pictures import data_url, encoded, noise, scene
+from tests.server.client import QUESTION, chat_body, metric, post
 
 pytestmark = pytest.mark.engine
 
-QUESTION = "what color is the circle ?"
 N = 144
 #: Tokens of the prompt that are not the picture's.
 TEXT = 9
-
-
-def chat_body(*images: Image.Image | str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:
-    urls = [image if isinstance(image, str) else data_url(image) for image in images]
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    content.append({"type": "text", "text": question})
-    return {
-        "model": MODEL_NAME,
-        "max_tokens": 4,
-        "temperature": 0,
-        "messages": [{"role": "user", "content": content}],
-        **fields,
-    }
-
-
-def post(server: str, body: Any, headers: Any = None, path: str = "/v1/chat/completions") -> httpx.Response:
-    return httpx.post(server + path, json=body, headers=headers, timeout=120)
 
 
 def counts(response: httpx.Response) -> dict[str, int]:
@@ -56,11 +38,6 @@ def counts(response: httpx.Response) -> dict[str, int]:
 
 def answer(response: httpx.Response) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
-
-
-def metric(server: str, name: str) -> float:
-    text = httpx.get(f"{server}/metrics", timeout=30).text
-    return sum(float(v) for v in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M))
 
 
 def test_without_headers_nothing_is_pruned(server: str) -> None:

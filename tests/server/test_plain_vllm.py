@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import DEMO_MODEL, MODEL_NAME, LiveServer, start_server, stop_server
 from tests.pictures import scene
-from tests.server.test_contract import N, answer, chat_body, counts, post
+from tests.server.client import chat_body, post
+from tests.server.test_contract import N, answer, counts
 
 pytestmark = pytest.mark.engine
 
