@@ -22,9 +22,9 @@ from .load.errors import LoadTestError
 if TYPE_CHECKING:
     from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-_BOS, _EOS, _IMAGE, _PAD = range(1, 5)
-_CHAT_TEMPLATE = (
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+BOS, EOS, IMAGE, PAD = range(1, 5)
+CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | upper }}: "
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
@@ -199,11 +199,11 @@ def write_config(folder: Path, decoder: Decoder, tower: Tower, dtype: str) -> Ll
             num_attention_heads=decoder.heads,
             num_key_value_heads=decoder.heads,
             max_position_embeddings=16384,
-            bos_token_id=_BOS,
-            eos_token_id=_EOS,
-            pad_token_id=_PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
         ),
-        image_token_index=_IMAGE,
+        image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         dtype=dtype,
@@ -213,23 +213,23 @@ def write_config(folder: Path, decoder: Decoder, tower: Tower, dtype: str) -> Ll
     edge = {"height": tower.image, "width": tower.image}
     LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": tower.image}, crop_size=edge),
-        _byte_tokenizer(),
+        byte_tokenizer(),
         patch_size=tower.patch,
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return config
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte: needs no vocabulary file, and a prompt's length does not hang on a merge table."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*_SPECIAL_TOKENS, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -240,7 +240,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -21,18 +20,11 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-BOS, EOS, IMAGE, PAD = 1, 2, 3, 4
+from vtprune_bench.models import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, byte_tokenizer
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: "
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
-    "{% endfor %}ASSISTANT:"
-)
+__all__ = ["BOS", "CHAT_TEMPLATE", "EOS", "IMAGE", "PAD", "edit_config", "random_llava"]
 
 
 def random_llava(
@@ -83,7 +75,7 @@ def random_llava(
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     text = {
         "vocab_size": vocab_size or len(tokenizer),
         "hidden_size": hidden,
@@ -146,24 +138,6 @@ def _text_config(fields: Mapping[str, object], sliding_window: int | None) -> ob
     from transformers import MistralConfig
 
     return MistralConfig(**fields, sliding_window=sliding_window)
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    # initial_alphabet's order is not fixed between runs; sorted, ids are
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def _rename_tower(path: Path) -> None:

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "vtprune_context"
 
 
-class UnsupportedModelError(ValueError):
-    """A model or engine configuration the plugin does not fit; the message says what is supported."""
-
-
 @dataclass(frozen=True)
 class PluginContext:
     """What travels with `ModelConfig` to whoever needs it (pickled to the engine's processes).

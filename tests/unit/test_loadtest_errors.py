@@ -7,26 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fake_chat import Failure, FakeChat, serve_fake_chat
+from tests.fake_chat import Failure, FakeChat
 from tests.loadtest_runs import run
 from vtprune_bench.loadtest import main
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeChat]:
-    with serve_fake_chat() as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(running: FakeChat) -> FakeChat:
-    running.reset()
-    return running
 
 
 def test_errors_are_counted_by_kind(

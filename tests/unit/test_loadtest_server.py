@@ -3,28 +3,15 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.fake_chat import KEPT, PROMPT_TOKENS, FakeChat, serve_fake_chat
+from tests.fake_chat import KEPT, PROMPT_TOKENS, FakeChat
 from tests.loadtest_runs import pictures, presets, run
 from vtprune_bench.loadtest import main
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeChat]:
-    with serve_fake_chat() as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(running: FakeChat) -> FakeChat:
-    running.reset()
-    return running
 
 
 def test_sweep_is_balanced_and_reads_pruning_from_the_usage(fake: FakeChat, tmp_path: Path) -> None:
