@@ -77,6 +77,7 @@ class Soak:
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    resent: float = 0.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,9 +109,9 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Small caches are full when the warm-up is over, so that what grows afterwards is a leak. vLLM's
-    # processor cache is off: while it evicts, its two halves drift apart now and then, and vLLM answers 500.
-    flags = ["--vtprune-feature-cache-gb", "0.01", "--mm-processor-cache-gb", "0"]
+    # Small caches are full when the warm-up is over, so that what grows afterwards is a leak; and vLLM's
+    # processor cache evicts all the time, so that its halves drift apart (`vtprune_server.resend`).
+    flags = ["--vtprune-feature-cache-gb", "0.01", "--mm-processor-cache-gb", "0.0005"]
     flags += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "vtprune_server.cli", "serve", *flags]
     # oneDNN keeps a compiled kernel per matrix shape, 1024 of them by default, which takes long to fill
@@ -160,6 +161,7 @@ async def run(url: str, process: subprocess.Popen[bytes], options: argparse.Name
                 await asyncio.sleep(2)
 
         await asyncio.gather(watcher(), *(worker(i) for i in range(options.concurrency)))
+        soak.resent = await resent(client)
     if process.poll() is not None:
         soak.failures.append("the server died")
     return soak
@@ -183,6 +185,8 @@ async def one_request(client: httpx.AsyncClient, chooser: random.Random) -> str:
                 await response.aread()
             expect(response, 200, kind)
             async for line in response.aiter_lines():
+                if line.startswith('data: {"error"'):
+                    raise RuntimeError(f"{kind}: {line[:300]}")
                 if kind == "dropped stream" and line:
                     return kind
         return kind
@@ -222,6 +226,12 @@ async def known_answer(client: httpx.AsyncClient) -> Any:
     return answer["choices"][0]["message"]["content"], answer["usage"]
 
 
+async def resent(client: httpx.AsyncClient) -> float:
+    """Requests that were sent to the engine again because its cache had lost their image."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    return float(next(line for line in lines if line.startswith("vtprune_images_resent_total")).split()[-1])
+
+
 def sample(process: subprocess.Popen[bytes], seconds: float) -> Sample:
     """Anonymous and shared memory, and descriptors, of the server and the processes it started.
 
@@ -257,6 +267,7 @@ def report(soak: Soak, options: argparse.Namespace) -> int:
     )
     print(f"memory after warm-up: {kept[0].mib:.0f} to {kept[-1].mib:.0f} MiB, slope {memory:+.1f} MiB/h")
     print(f"file descriptors: {kept[0].descriptors} to {kept[-1].descriptors}, slope {files:+.1f}/h")
+    print(f"sent to the engine again with their images: {soak.resent:.0f}")
     print(f"failures: {len(soak.failures)}", *soak.failures[:10], sep="\n  ")
     flat = memory <= FLAT_MIB_PER_HOUR and files <= FLAT_FDS_PER_HOUR
     if options.json is not None:

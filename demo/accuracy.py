@@ -82,7 +82,7 @@ def measure(
         if keep is not None:
             patches = patches[:, keep(first, states[first])]
         projected = model.model.multi_modal_projector(patches.to(model.device, model.dtype))
-        packed = pack(asked, patches.shape[1], model.device)
+        packed = pack(asked, torch.full((len(group),), patches.shape[1]), model.device)
         right = answer_logits(model, projected, packed).argmax(-1) == packed.targets
         questions = [question for per_scene in asked for question in per_scene]
         for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):

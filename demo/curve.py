@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_vtprune.selection import inflection_counts
+
 from .scenes import Scene
 
 
@@ -47,19 +49,10 @@ def similarity(states: Tensor) -> Tensor:
 def before_the_cut(scores: Tensor, aggressiveness: float = 0.5) -> Tensor:
     """Patches before the inflection point of one picture's curve, in raster order: float [P] to int64 [kept].
 
-    The curve y over x, both scaled to [0, 1], is cut where y + lambda x is least, lambda = a / (1 - a); a =
-    0.5 is the knee. A constant curve keeps everything. Written out here so that training needs torch alone.
+    The rule that serving cuts by.
     """
-    ordered, order = scores.sort(descending=True, stable=True)
-    count = len(scores)
-    spread = ordered[0] - ordered[-1]
-    if count == 1 or spread <= 0 or aggressiveness <= 0:
-        return torch.arange(count)
-    if aggressiveness >= 1:
-        return order[:1]
-    steepness = aggressiveness / (1 - aggressiveness)
-    cost = (ordered - ordered[-1]) / spread + steepness * torch.arange(count) / (count - 1)
-    return order[: int(cost.argmin()) + 1].sort().values
+    order = scores.argsort(descending=True, stable=True)
+    return order[: int(inflection_counts(scores[None], aggressiveness))].sort().values
 
 
 def describe_knee(scenes: list[Scene], states: Tensor, aggressiveness: float = 0.5) -> Knee:

@@ -18,16 +18,17 @@ from .questions import Question
 
 PREFIX = (START, USER)
 """Tokens before the picture."""
+_PADDING = -2
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of packed prompts; the picture's `kept` tokens stand between `PREFIX` and the questions.
+    """A batch of packed prompts; the picture's tokens stand between `PREFIX` and the questions.
 
     `tokens` int64 [B, T] of the questions and answers; `positions` int64 [B, L] and `visible` bool [B, 1,
-    L, L] over the whole sequence, L = len(PREFIX) + kept + T; `asking` bool [B, L]: where an answer's token
-    is predicted; `targets` int64 [asked] the tokens to predict there; `first` bool [asked]: the answer's
-    word, not the end after it.
+    L, L] over the whole sequence, L = len(PREFIX) + most kept + T; `asking` bool [B, L]: where an answer's
+    token is predicted; `targets` int64 [asked] the tokens to predict there; `first` bool [asked]: the
+    answer's word, not the end after it.
     """
 
     tokens: Tensor
@@ -38,8 +39,8 @@ class Packed:
     first: Tensor
 
 
-def pack(questions: list[list[Question]], kept: int, device: torch.device) -> Packed:
-    """Pack each picture's questions behind its `kept` tokens."""
+def pack(questions: list[list[Question]], kept: Tensor, device: torch.device) -> Packed:
+    """Pack each picture's questions behind its `kept` tokens, int64 [B]; shorter ones are padded."""
     rows: list[list[tuple[int, int, int, int]]] = []  # token, segment, position, target
     for asked in questions:
         row: list[tuple[int, int, int, int]] = []
@@ -53,11 +54,13 @@ def pack(questions: list[list[Question]], kept: int, device: torch.device) -> Pa
                 for place, (token, target) in enumerate(zip(tokens, targets, strict=True))
             ]
         rows.append(row)
-    longest, before = max(map(len, rows)), len(PREFIX) + kept
+    longest, before = max(map(len, rows)), len(PREFIX) + int(kept.max())
     filled = torch.tensor([row + [(PAD, -1, 0, IGNORE)] * (longest - len(row)) for row in rows])
     batch = len(rows)
-    segments = torch.cat([torch.zeros(batch, before, dtype=torch.long), filled[..., 1]], 1)
-    positions = torch.cat([torch.arange(before).expand(batch, -1), before + filled[..., 2]], 1)
+    place = torch.arange(before).expand(batch, -1)
+    end = len(PREFIX) + kept[:, None]
+    segments = torch.cat([torch.where(place < end, 0, _PADDING), filled[..., 1]], 1)
+    positions = torch.cat([place, end + filled[..., 2]], 1)
     wanted = torch.cat([torch.full((batch, before), IGNORE), filled[..., 3]], 1)
     same = segments[:, :, None] == segments[:, None, :]
     causal = torch.ones(same.shape[-2:], dtype=torch.bool).tril()

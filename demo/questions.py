@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .scenes import Scene, Shape
 
 KINDS = ("colour", "shape", "count", "where", "yes_no", "read", "compare")
+EVENLY: Mapping[str, float] = MappingProxyType(dict.fromkeys(KINDS, 1.0))
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ def ask_each(scene: Scene, rng: random.Random) -> list[Question]:
     return [question for question in asked if question is not None]
 
 
-def ask_many(scene: Scene, count: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
-    """`count` questions, kinds drawn evenly from those of `kinds` that the scene allows."""
+def ask_many(
+    scene: Scene, count: int, rng: random.Random, kinds: Mapping[str, float] = EVENLY
+) -> list[Question]:
+    """`count` questions, drawn by weight from those of `kinds` (name to weight) that the scene allows."""
     possible = [kind for kind in kinds if ask(scene, kind, random.Random(0)) is not None]
-    asked = (ask(scene, rng.choice(possible), rng) for _ in range(count))
+    drawn = rng.choices(possible, [kinds[kind] for kind in possible], k=count)
+    asked = (ask(scene, kind, rng) for kind in drawn)
     return [question for question in asked if question is not None]
 
 

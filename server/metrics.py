@@ -51,6 +51,10 @@ CACHE_MISSES = Counter("vtprune_tower_cache_misses", "Distinct images of a reque
 CACHE_BYTES = Gauge(
     "vtprune_tower_cache_bytes", "Bytes of cached tower outputs.", multiprocess_mode="livesum"
 )
+RESENT = Counter(
+    "vtprune_images_resent",
+    "Requests sent to the engine again, with their images: vLLM's processor cache had lost one.",
+)
 
 
 def count_response(preset: str, counts: TokenCounts) -> None:

@@ -65,6 +65,7 @@ class VTPruneEndpointPlugin:
         from vtprune_server.model_presets import add_preset_models
         from vtprune_server.prefetch import install_prefetch
         from vtprune_server.renderer import PrunedOnlineRenderer
+        from vtprune_server.resend import install_resend
         from vtprune_server.second_stage import SecondStage
 
         drain_before_shutdown(engine_client, state.vtprune_in_flight)
@@ -79,6 +80,7 @@ class VTPruneEndpointPlugin:
             tower = await asyncio.to_thread(getattr, renderer.mm_processor, "tower")
             tower.observer = observe_tower_pass
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
+            install_resend(engine_client)
 
 
 def create_plugin() -> VTPruneEndpointPlugin:

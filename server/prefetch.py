@@ -20,6 +20,7 @@ from vllm.utils.async_utils import make_async
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 from vtprune_server import metrics
 from vtprune_server.context import current_request
+from vtprune_server.resend import Resendable
 
 
 def install_prefetch(renderer: Any, workers: int) -> None:
@@ -71,6 +72,6 @@ def install_prefetch(renderer: Any, workers: int) -> None:
         metrics.CACHE_HITS.inc(hits)
         metrics.CACHE_MISSES.inc(misses)
         metrics.CACHE_BYTES.set(processor.tower.cache.nbytes)
-        return result
+        return Resendable.of(result, partial(prefetch_and_process, prompt, mm_data, **kwargs))
 
     renderer._process_multimodal_async = prefetch_and_process

@@ -149,7 +149,7 @@ class Reference:
 
     @staticmethod
     def _stage1_count(scores: Tensor, request: Request) -> int:
-        """The inflection point: the k that minimises y_k + lambda x_k on the sorted, normalised curve."""
+        """The k that minimises y_k + lambda x_k on the sorted, normalised curve; the knee's k / lambda past it."""
         n = len(scores)
         if request.keep_ratio is not None:
             return max(1, math.ceil(Decimal(str(request.keep_ratio)) * n))
@@ -161,7 +161,8 @@ class Reference:
         y = (curve - curve[-1]) / (curve[0] - curve[-1])
         x = torch.arange(n, dtype=torch.float64) / (n - 1)
         slope = request.aggressiveness / (1 - request.aggressiveness)
-        return int((y + slope * x).argmin()) + 1
+        cut = int((y + min(slope, 1) * x).argmin()) + 1
+        return math.ceil(round(cut / max(slope, 1), 6))
 
     # stage 2 -----------------------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ def test_curve_and_picture_name_the_same_patch(playground: Page, server: str) ->
     readout = playground.text("#readout")
     assert readout.startswith(f"Patch in row 2, column 2: rank {rank}, ")
     assert readout.endswith(f" {answer['scores'][patch]:.3f}, {fate}.")
-    assert f"inflection point: rank {answer['cut']}" in playground.text("#curve")
+    assert f": rank {answer['cut']}" in playground.text("#curve")
 
 
 def test_server_refusal_is_shown_as_its_sentence(page: Page, server: str) -> None:

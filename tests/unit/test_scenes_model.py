@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from demo.curve import before_the_cut, describe_knee, similarity
 from demo.export import export, processor, tokenizer
+from demo.language import keep_some
 from demo.model import END, IMAGE, START, VOCABULARY, Size, build, words_of
 from demo.packing import answer_logits, pack
 from demo.questions import ask_each, ask_many
@@ -74,7 +75,7 @@ def test_packed_questions_get_the_logits_they_get_when_asked_alone(
     questions = ask_each(scene, random.Random(0))
     states, _ = encode(model.model.vision_tower, normalise(torch.tensor(scene.pixels[None])))
     projected = model.model.multi_modal_projector(states[:, 1:])
-    logits = answer_logits(model, projected, pack([questions], 144, torch.device("cpu")))
+    logits = answer_logits(model, projected, pack([questions], torch.tensor([144]), torch.device("cpu")))
     assert len(logits) == 2 * len(questions), "the answer and the end after it"
     for number, question in enumerate(questions):
         parts = [{"type": "text", "text": question.text}, {"type": "image"}]
@@ -93,13 +94,32 @@ def test_packed_questions_get_the_logits_they_get_when_asked_alone(
 def test_batched_packing_equals_packing_one_by_one(model: LlavaForConditionalGeneration) -> None:
     questions = [ask_many(make_scene("train", index), 3 + index, random.Random(index)) for index in range(3)]
     projected = torch.randn(3, 20, SIZE.text_width)
+    kept = torch.tensor([20, 7, 1])
     with torch.inference_mode():
-        together = answer_logits(model, projected, pack(questions, 20, torch.device("cpu")))
+        together = answer_logits(model, projected, pack(questions, kept, torch.device("cpu")))
         apart = [
-            answer_logits(model, projected[k : k + 1], pack([asked], 20, torch.device("cpu")))
+            answer_logits(
+                model, projected[k : k + 1, : kept[k]], pack([asked], kept[k : k + 1], torch.device("cpu"))
+            )
             for k, asked in enumerate(questions)
         ]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=1e-3)
+
+
+def test_objects_and_background_are_thinned_apart() -> None:
+    shown = torch.zeros(200, 2000, dtype=torch.bool)
+    shown[:, :600] = True
+    keep = keep_some(shown, 0.5, random.Random(0))
+    kept = torch.zeros(200, 2001).scatter_(1, keep.where(keep >= 0, 2000), 1)[:, :2000]
+    objects, background = kept[:, :600].mean(1), kept[:, 600:].mean(1)
+    assert 0.43 < objects.min() < 0.55 < 0.95 < objects.max()
+    assert background.min() < 0.05 < 0.95 < background.max()
+    assert abs(torch.corrcoef(torch.stack([objects, background]))[0, 1]) < 0.2
+    for row in keep:
+        patches = row[row >= 0]
+        assert len(patches), "one stays at least"
+        assert (row[len(patches) :] == -1).all()
+        assert (patches.diff() > 0).all(), "raster order"
 
 
 def test_the_exported_tower_has_the_names_of_public_checkpoints(exported: Path) -> None:

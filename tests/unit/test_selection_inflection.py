@@ -28,17 +28,23 @@ def count(scores: list[float] | list[int], aggressiveness: float, min_tokens: in
 
 
 def exact_count(scores: list[int], hundredth: int) -> int:
-    """The definition in rational arithmetic: argmin over k of (1 - a) y_k + a x_k, the smallest k on ties."""
+    """The definition in rational arithmetic.
+
+    Up to the knee the k that minimises y_k + lambda x_k, the smallest on ties; past it the knee's k / lambda.
+    """
     ranked = sorted(scores, reverse=True)
     tokens = len(ranked)
     if hundredth == 0 or ranked[0] == ranked[-1]:
         return tokens
-    a = Fraction(hundredth, 100)
+    if hundredth == 100:
+        return 1
+    slope = Fraction(hundredth, 100 - hundredth)
     objective = [
-        (1 - a) * Fraction(score - ranked[-1], ranked[0] - ranked[-1]) + a * Fraction(k, tokens - 1)
+        Fraction(score - ranked[-1], ranked[0] - ranked[-1]) + min(slope, 1) * Fraction(k, tokens - 1)
         for k, score in enumerate(ranked)
     ]
-    return objective.index(min(objective)) + 1
+    cut = objective.index(min(objective)) + 1
+    return math.ceil(cut / max(slope, Fraction(1)))
 
 
 @given(integer_scores, hundredths)
@@ -55,7 +61,8 @@ def test_the_cut_equals_brute_force_on_long_tails(tokens: int, aggressiveness: f
     for ranked in -np.sort(-scores.astype(np.float64), axis=1):
         y = (ranked - ranked[-1]) / (ranked[0] - ranked[-1])
         x = np.arange(tokens) / (tokens - 1)
-        expected.append(int(np.argmin(y + slope_of(aggressiveness) * x)) + 1)
+        cut = int(np.argmin(y + min(slope_of(aggressiveness), 1) * x)) + 1
+        expected.append(math.ceil(round(cut / max(slope_of(aggressiveness), 1), 6)))
     assert inflection_counts(torch.from_numpy(scores), aggressiveness).tolist() == expected
 
 

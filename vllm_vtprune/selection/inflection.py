@@ -4,7 +4,7 @@
 After arXiv 2409.01162, which cuts the long-tailed curve of CLS-to-patch similarity at its inflection point
 but publishes neither code nor the exact rule. What stands here is our reading: the point where the normalised
 curve's slope falls to -lambda, found as the minimum of y + lambda x, so that lambda = 1 is the point farthest
-below the chord (the knee).
+below the chord (the knee). Past the knee the tail is gone, and a share 1 / lambda of what is left stays.
 """
 
 import math
@@ -18,6 +18,8 @@ from torch import Tensor
 # at lambda = 1, is cut at the smallest. Because the tolerance is fixed the count stays monotone in
 # aggressiveness.
 _TIE = 1e-12
+# A share of a count within this of a whole number is that number: the share is a rounded quotient.
+_WHOLE = 1e-9
 
 
 class Curve(NamedTuple):
@@ -54,9 +56,11 @@ def slope_of(aggressiveness: float) -> float:
 def inflection_counts(scores: Tensor, aggressiveness: float, min_tokens: int = 1) -> Tensor:
     """Tokens that stay of each image, without waiting for the device.
 
-    k* = argmin_k (y_k + lambda x_k), the smallest k on ties. The count never rises with `aggressiveness`: 0
-    keeps everything, 1 keeps the minimum. Equal scores have no inflection point: everything stays, at any
-    setting.
+    Up to the knee (lambda <= 1) k* = argmin_k (y_k + lambda x_k), the smallest k on ties. Past it k* is the
+    knee's count divided by lambda, rounded up: a picture full of objects has a plateau of high scores before its
+    tail, and there the minimum of a steeper line jumps from the plateau's end to its first token, so that crowded
+    pictures would keep the fewest tokens. The count never rises with `aggressiveness`: 0 keeps everything, 1
+    keeps the minimum. Equal scores have no inflection point: everything stays, at any setting.
 
     Args:
         scores: [B, N], finite (`scores.read_counts` refuses others when the counts are read).
@@ -75,10 +79,12 @@ def inflection_counts(scores: Tensor, aggressiveness: float, min_tokens: int = 1
     if aggressiveness == 0.0:
         return torch.full((images,), tokens, dtype=torch.int64, device=scores.device)
     curve = score_curve(scores)
-    # (1 - a) (y + lambda x): the same minimum without an infinite lambda.
-    objective = (1.0 - aggressiveness) * curve.y + aggressiveness * curve.x
+    objective = curve.y + min(slope_of(aggressiveness), 1.0) * curve.x
     lowest = objective.amin(dim=-1, keepdim=True)
     # argmax returns the first of equal maxima, here the first k that reaches the minimum.
     cut = (objective <= lowest + _TIE).to(torch.int8).argmax(dim=-1) + 1
+    if aggressiveness > 0.5:
+        share = (1.0 - aggressiveness) / aggressiveness
+        cut = (cut * share - _WHOLE).ceil().long()
     constant = curve.scores[:, 0] == curve.scores[:, -1]
     return cut.clamp(min=min(min_tokens, tokens)).masked_fill(constant, tokens)

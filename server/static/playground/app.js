@@ -3,7 +3,7 @@
 
 import { AnswerCard, median, showVerdict } from "./answers.js";
 import { ApiError, ask, explain, getConfig, getModels, setApiKey } from "./api.js";
-import { drawCurve, rankAt, slopeOf } from "./curve.js";
+import { drawCurve, inflectionOf, rankAt } from "./curve.js";
 import { drawOverlay, patchAt, patchBeside } from "./overlay.js";
 import { onFile, pictureFromCanvas, pictureFromFile } from "./picture.js";
 import { SCENES, drawScene } from "./scenes.js";
@@ -94,9 +94,9 @@ function showExplanation() {
   id("kept-of").textContent = explanation
     ? `of ${explanation.vision_tokens} vision tokens kept (${percent(explanation)})`
     : "vision tokens kept";
-  const slope = explanation ? slopeOf(explanation) : null;
-  id("slope-key").hidden = slope === null;
-  if (slope !== null) id("slope").textContent = `slope −${slope.toFixed(2)} at the cut`;
+  const inflection = explanation ? inflectionOf(explanation) : null;
+  id("slope-key").hidden = inflection === null;
+  if (inflection) id("slope").textContent = `slope −${inflection.slope.toFixed(2)} at the inflection point`;
   draw();
 }
 

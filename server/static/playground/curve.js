@@ -14,9 +14,15 @@ const SCORE_NAMES = {
 /** What the scores measure, in words. */
 export const scoreName = (score) => SCORE_NAMES[score] ?? score;
 
-/** Lambda = a / (1 - a), the slope at which the curve was cut; null where no finite slope decided. */
-export function slopeOf({ cut, settings: { aggressiveness } }) {
-  return cut === null || !aggressiveness || aggressiveness === 1 ? null : aggressiveness / (1 - aggressiveness);
+/**
+ * The inflection point { index, slope }: where the curve's slope falls to -slope, slope = a / (1 - a) up to the knee's
+ * 1. Past the knee a share of its count is kept, so the cut comes before it. Null where no finite slope decided.
+ */
+export function inflectionOf({ curve, cut, settings: { aggressiveness } }) {
+  if (cut === null || !aggressiveness || aggressiveness === 1) return null;
+  if (aggressiveness <= 0.5) return { index: cut - 1, slope: aggressiveness / (1 - aggressiveness) };
+  const heights = curve.map((y, i) => y + i / Math.max(curve.length - 1, 1));
+  return { index: heights.indexOf(Math.min(...heights)), slope: 1 };
 }
 
 /** Fill an <svg> at the size it has on the page; `rank` is the one pointed at, from 0, or null. */
@@ -26,7 +32,9 @@ export function drawCurve(svg, explanation, rank) {
   plot.axes(scoreName(score));
   plot.keptRanks(order.map((patch) => kept[patch]), curve);
   plot.line("curve-line", curve.map((y, i) => [plot.x(i), plot.y(y)]));
-  if (cut !== null) plot.cut(cut - 1, curve[cut - 1], slopeOf(explanation));
+  const inflection = inflectionOf(explanation);
+  if (inflection !== null) plot.tangent(inflection.index, curve[inflection.index], inflection.slope);
+  if (cut !== null) plot.cut(cut - 1, curve[cut - 1], inflection?.index === cut - 1 ? "inflection point" : "cut");
   if (rank !== null) plot.pointer(rank, curve[rank]);
 }
 
@@ -109,18 +117,18 @@ class Plot {
     }
   }
 
-  /** The point where the curve's slope falls to -slope, and the line of that slope through it. */
-  cut(index, value, slope) {
+  /** A vertical line where the curve was cut, and what that point is. */
+  cut(index, value, name) {
     const x = this.x(index);
     const y = this.y(value);
     this.add("line", "curve-cut", { x1: x, x2: x, y1: MARGIN.top, y2: this.bottom + STRIP + 4 });
-    if (slope !== null) this.tangent(index, value, slope);
     this.add("circle", "curve-point", { cx: x, cy: y, r: 5 });
     const onLeft = x > (MARGIN.left + this.right) / 2;
     const label = { x: x + (onLeft ? -10 : 10), y: MARGIN.top + 12, "text-anchor": onLeft ? "end" : "start" };
-    this.add("text", "curve-cut-label", label, `inflection point: rank ${index + 1}`);
+    this.add("text", "curve-cut-label", label, `${name}: rank ${index + 1}`);
   }
 
+  /** The line of slope -slope through the inflection point. */
   tangent(index, value, slope) {
     const span = Math.max(this.tokens - 1, 1);
     const at = (height) => Math.min(1, Math.max(0, index / span + (value - height) / slope));

@@ -22,7 +22,7 @@ export function describePicture({ name }, explanation) {
 }
 
 export function describeCurve({ curve, cut, score, vision_tokens_kept: kept }) {
-  const where = cut === null ? "not cut at an inflection point" : `cut at its inflection point, rank ${cut}`;
+  const where = cut === null ? "not cut by its inflection point" : `cut at rank ${cut}`;
   return `${scoreName(score)} of ${curve.length} patches in falling order, ${where}; ${kept} patches kept`;
 }
 

@@ -16,9 +16,10 @@ class InflectionDiverse(SelectionMethod):
 
     The highest-scored token is kept and the scores of tokens like it are lowered, again and again: the
     pattern of ID-Selection (arXiv 2604.05601), with a suppression of our own. A token's score, scaled to [0,
-    1] per image, is multiplied by 1 - max(0, c) at each pick, c the cosine between the two after the image's
-    mean patch is taken
-    away: the direction all patches share would otherwise make every pair look alike.
+    1] per image, is multiplied by 1 - c / 2, c the cosine to the pick most like it, at least 0, after the
+    image's mean patch is taken away: the direction all patches share would otherwise make every pair look
+    alike. Halved at most, and once: a product over all picks drives every token of an object to zero, and what
+    is left to pick is background.
     """
 
     name = "inflection_diverse"
@@ -32,11 +33,13 @@ class InflectionDiverse(SelectionMethod):
         importance = ((scores - lowest) / span).masked_fill(span == 0, 1.0)
         patches = pruning.features.patches.float()
         centred = patches - patches.mean(dim=1, keepdim=True)
-        unlike = 1.0 - cosines(centred, centred).clamp(min=0.0)
+        alike = cosines(centred, centred).clamp(min=0.0)
+        nearest = torch.zeros_like(importance)
         image = torch.arange(scores.shape[0], device=scores.device)
 
-        def lower(values: Tensor, pick: Tensor) -> Tensor:
-            return values * unlike[image, pick]
+        def lower(_values: Tensor, pick: Tensor) -> Tensor:
+            torch.maximum(nearest, alike[image, pick], out=nearest)
+            return importance * (1.0 - nearest / 2)
 
         picks = pick_one_by_one(importance, importance.argmax(dim=-1), lower, max(counts))
         return take_first(picks, counts)
