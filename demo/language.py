@@ -32,7 +32,7 @@ from .scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, make_scene
 from .tower import encode, normalise
 
 # These ask about two things at once and are learnt last.
-_HARD = {"yes_no": 3.0, "compare": 2.0, "count": 2.0}
+_HARD = {"yes_no": 2.0, "compare": 2.0, "count": 4.0}
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,19 @@ def start_on_matches(model: LlavaForConditionalGeneration) -> None:
 def keep_some(shown: Tensor, least: float, rng: random.Random) -> Tensor:
     """A random subset of each picture's patches: int64 [B, kept] in raster order, -1 behind the shorter ones.
 
-    Objects and background are thinned apart, each picture at two rates of its own: what is answered must
-    not hang on how densely either stands, since every selection rule changes that.
+    Objects and background are thinned apart, each picture's objects at a rate of their own and the background
+    at one for all of them: what is answered must not hang on how densely either stands, since every selection
+    rule changes that.
 
     Args:
         shown: whether a patch shows an object, bool [B, P].
-        least: between this share and all of the objects' patches stay, and of the background any share.
+        least: between this share and all of the objects' patches stay; of the background any share, and a
+            third of the time nothing.
         rng: draws the rates and the patches.
     """
     pictures, patches = shown.shape
-    rates = torch.tensor([[rng.uniform(0, 1), rng.uniform(least, 1)] for _ in range(pictures)])
+    background = max(0.0, rng.uniform(-0.5, 1))
+    rates = torch.tensor([[background, rng.uniform(least, 1)] for _ in range(pictures)])
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     drawn = torch.rand(pictures, patches, generator=generator)
     stays = drawn < rates.gather(1, shown.long())

@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from vtprune_server.sentences import FAILED
+
 logger = logging.getLogger(__name__)
 
 #: What anyone may read: probes, metrics, documentation, and the playground's page (which asks for the key).
@@ -91,7 +93,7 @@ class QuietErrors:
                 return  # uvicorn closes the connection of an answer that was not finished
             body = ErrorResponse(
                 error=ErrorInfo(
-                    message="The server failed to answer this request; its log names the error.",
+                    message=FAILED,
                     type="InternalServerError",
                     code=500,
                 )

@@ -67,12 +67,16 @@ class VTPruneEndpointPlugin:
         from vtprune_server.renderer import PrunedOnlineRenderer
         from vtprune_server.resend import install_resend
         from vtprune_server.second_stage import SecondStage
+        from vtprune_server.sentences import tell_messages_too, tell_streams_too
 
         drain_before_shutdown(engine_client, state.vtprune_in_flight)
         context = plugin_context(engine_client.model_config)
         second_stage = None
         if context.policy.prune_layer is not None:
             second_stage = SecondStage.of(engine_client.vllm_config)
+        tell_streams_too(state._state.values())
+        if state.anthropic_serving_messages is not None:
+            tell_messages_too(state.anthropic_serving_messages)
         model_presets = add_preset_models(state.openai_serving_models, context.policy)
         PrunedOnlineRenderer.install(state.online_renderer, context, second_stage, model_presets)
         renderer: Any = engine_client.renderer

@@ -24,6 +24,7 @@ from vllm_vtprune.settings import KV_SCOPES, KWARG, PRESETS, Controls, SettingsE
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.request_log import RequestRecord
 from vtprune_server.responses import annotate
+from vtprune_server.sentences import told
 
 #: The routes that render prompts. `/invocations` dispatches to the handlers itself.
 PROMPT_ROUTES = (
@@ -135,7 +136,9 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             response = await handler(*args, **kwargs)
         except BaseException as error:
             record.failed(error)
-            raise
+            if (answered := told(error)) is error:
+                raise
+            raise answered from error
         return annotate(response, context.counts, record)
 
     parameters = [

@@ -149,7 +149,7 @@ class Reference:
 
     @staticmethod
     def _stage1_count(scores: Tensor, request: Request) -> int:
-        """The k that minimises y_k + lambda x_k on the sorted, normalised curve; the knee's k / lambda past it."""
+        """The k that minimises y_k + lambda x_k on the normalised curve; past the knee, its k / lambda."""
         n = len(scores)
         if request.keep_ratio is not None:
             return max(1, math.ceil(Decimal(str(request.keep_ratio)) * n))

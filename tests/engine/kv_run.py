@@ -179,10 +179,9 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     found["choice"] = engine.run(
         [pruned], structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), ignore_eos=False
     )[0]
-    found["prompt_logprobs"] = engine.run([pruned], prompt_logprobs=1)[0]
-    found["bad_settings"] = [
-        engine.run([pruned], extra_args={"vtprune": bad})[0] for bad in ("0.5", {"kv_keep": -1}, {"x": 1})
-    ]
+    found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
+    for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
+        found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
     # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
     long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
     found["too_long"] = engine.run([long, pruned])
@@ -239,10 +238,21 @@ def scenario_capacity(checkpoint: str) -> dict[str, Any]:
     return {"free": engine.pool.get_num_free_blocks(), "running": running, "answers": engine.run(small)}
 
 
+def refusal(engine: Engine, request: Request, **kwargs: Any) -> str:
+    """What `LLM.generate` raises for a request; empty if it answers."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        engine.run([request], **kwargs)
+    except VLLMValidationError as error:
+        return str(error)
+    return ""
+
+
 def scenario_top(checkpoint: str) -> dict[str, Any]:
     """K at the top end, the two halves traced by torch.compile."""
     engine = Engine(checkpoint, prune_layer=5, enforce_eager=False)
-    return {"batch": engine.run(corners()), "compiled": engine.core.vllm_config.compilation_config.mode.name}
+    return {"batch": engine.run(grid()), "compiled": engine.core.vllm_config.compilation_config.mode.name}
 
 
 def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:

@@ -35,14 +35,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """Runs a scenario of `kv_run` once, in a process of its own."""
+def ungrouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many key-value heads as heads, as LLaVA-1.5 has."""
+    return random_llava(
+        tmp_path_factory.mktemp("ungrouped"), layers=6, heads=4, kv_heads=4, weight_scale=5.0, seed=4
+    )
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, ungrouped: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    """Runs a scenario of `kv_run` once, in a process of its own; `top` on the ungrouped checkpoint."""
 
     @cache
     def scenario(name: str) -> dict[str, Any]:
         out = tmp_path_factory.mktemp(name) / "out.pt"
+        folder = ungrouped if name == "top" else checkpoint
         process = subprocess.run(
-            [sys.executable, "-m", "tests.engine.kv_run", name, str(checkpoint), str(out)],
+            [sys.executable, "-m", "tests.engine.kv_run", name, str(folder), str(out)],
             # the flag makes vLLM compile with torch's eager backend: traced like any other, without inductor
             env={
                 **os.environ,
@@ -109,9 +118,9 @@ def test_dropping_changes_answers(run: Scenario) -> None:
     assert len({tuple(a["tokens"]) for a in answers}) == 9  # kv_keep 1.0 in both scopes is the same request
 
 
-def test_the_layer_at_the_top_and_compiled_halves(run: Scenario, reference: Reference) -> None:
+def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(run: Scenario, ungrouped: Path) -> None:
     assert run("top")["compiled"] != "NONE"
-    check(reference, 5, corners(), run("top")["batch"])
+    check(Reference(ungrouped), 5, grid(), run("top")["batch"])
 
 
 def test_tensor_parallel_ranks_keep_the_same_tokens(run: Scenario, reference: Reference) -> None:
@@ -198,15 +207,20 @@ def test_structured_output(run: Scenario) -> None:
     assert run("grid")["choice"]["text"] in ("yes", "no")
 
 
-def test_what_cannot_be_pruned_is_served_whole_and_counted(run: Scenario) -> None:
+def test_what_cannot_be_served_is_refused_in_a_sentence(run: Scenario) -> None:
+    logprobs, text, number, unknown = run("grid")["refused"]
+    assert "leave prompt_logprobs out, or kv_keep" in logprobs
+    assert "build it with vllm_vtprune.request_kwargs" in text
+    assert "kv_keep must be a number in (0, 1]" in number
+    assert "extra_args.vtprune.x" in unknown
+
+
+def test_a_prompt_too_long_for_a_step_is_served_whole_and_counted(run: Scenario) -> None:
     found = run("grid")
-    whole = found["batch"][0]["tokens"]
-    assert found["prompt_logprobs"]["tokens"] == whole
-    assert [a["tokens"] for a in found["bad_settings"]] == [whole] * 3
     assert found["too_long"][0]["prompt_tokens"] == 1010
     # beside a long prompt that is chunked, a pruned one is still taken whole
     assert found["too_long"][1]["tokens"] == found["batch"][6]["tokens"]
-    assert found["unpruned_reasons"] == {"prompt_logprobs": 1, "bad_settings": 3, "too_long": 1}
+    assert found["unpruned_reasons"] == {"too_long": 1}
 
 
 def test_aborted_requests_leave_no_plan(run: Scenario) -> None:

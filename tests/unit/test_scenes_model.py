@@ -107,19 +107,22 @@ def test_batched_packing_equals_packing_one_by_one(model: LlavaForConditionalGen
 
 
 def test_objects_and_background_are_thinned_apart() -> None:
-    shown = torch.zeros(200, 2000, dtype=torch.bool)
+    shown = torch.zeros(2, 2000, dtype=torch.bool)
     shown[:, :600] = True
-    keep = keep_some(shown, 0.5, random.Random(0))
-    kept = torch.zeros(200, 2001).scatter_(1, keep.where(keep >= 0, 2000), 1)[:, :2000]
-    objects, background = kept[:, :600].mean(1), kept[:, 600:].mean(1)
-    assert 0.43 < objects.min() < 0.55 < 0.95 < objects.max()
-    assert background.min() < 0.05 < 0.95 < background.max()
-    assert abs(torch.corrcoef(torch.stack([objects, background]))[0, 1]) < 0.2
-    for row in keep:
-        patches = row[row >= 0]
-        assert len(patches), "one stays at least"
-        assert (row[len(patches) :] == -1).all()
-        assert (patches.diff() > 0).all(), "raster order"
+    objects, background = [], []
+    for seed in range(100):
+        keep = keep_some(shown, 0.5, random.Random(seed))
+        for row in keep:
+            patches = row[row >= 0]
+            assert len(patches), "one stays at least"
+            assert (row[len(patches) :] == -1).all()
+            assert (patches.diff() > 0).all(), "raster order"
+            objects.append(float((patches < 600).sum()) / 600)
+            background.append(float((patches >= 600).sum()) / 1400)
+    assert 0.43 < min(objects) < 0.55 < 0.95 < max(objects)
+    assert min(background) == 0
+    assert max(background) > 0.95
+    assert abs(np.corrcoef(objects, background)[0, 1]) < 0.2
 
 
 def test_the_exported_tower_has_the_names_of_public_checkpoints(exported: Path) -> None:

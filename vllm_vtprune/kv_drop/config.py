@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.kv_drop.budget import KVDropConfig
+from vllm_vtprune.kv_drop.request_check import install_request_check
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -59,6 +60,7 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
         raise UnsupportedConfigError(f"vtprune: prune_layer cannot be used with {problem}.")
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     vllm_config.parallel_config.worker_cls = _WORKER
+    install_request_check()
 
 
 def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:

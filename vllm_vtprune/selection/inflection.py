@@ -57,10 +57,10 @@ def inflection_counts(scores: Tensor, aggressiveness: float, min_tokens: int = 1
     """Tokens that stay of each image, without waiting for the device.
 
     Up to the knee (lambda <= 1) k* = argmin_k (y_k + lambda x_k), the smallest k on ties. Past it k* is the
-    knee's count divided by lambda, rounded up: a picture full of objects has a plateau of high scores before its
-    tail, and there the minimum of a steeper line jumps from the plateau's end to its first token, so that crowded
-    pictures would keep the fewest tokens. The count never rises with `aggressiveness`: 0 keeps everything, 1
-    keeps the minimum. Equal scores have no inflection point: everything stays, at any setting.
+    knee's count divided by lambda, rounded up: a picture full of objects has a plateau of high scores before
+    its tail, and there the minimum of a steeper line jumps from the plateau's end to its first token, so that
+    crowded pictures would keep the fewest tokens. The count never rises with `aggressiveness`: 0 keeps
+    everything, 1 keeps the minimum. Equal scores have no inflection point: everything stays, at any setting.
 
     Args:
         scores: [B, N], finite (`scores.read_counts` refuses others when the counts are read).

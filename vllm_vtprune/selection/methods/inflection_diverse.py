@@ -18,8 +18,8 @@ class InflectionDiverse(SelectionMethod):
     pattern of ID-Selection (arXiv 2604.05601), with a suppression of our own. A token's score, scaled to [0,
     1] per image, is multiplied by 1 - c / 2, c the cosine to the pick most like it, at least 0, after the
     image's mean patch is taken away: the direction all patches share would otherwise make every pair look
-    alike. Halved at most, and once: a product over all picks drives every token of an object to zero, and what
-    is left to pick is background.
+    alike. Halved at most, and once: a product over all picks drives every token of an object to zero, and
+    what is left to pick is background.
     """
 
     name = "inflection_diverse"

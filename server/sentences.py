@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which errors were written for a client to read.
+
+vLLM answers 400 to every `ValueError`, `TypeError` and `OverflowError`, with the error's text
+(`vllm.entrypoints.serve.exception_handling.error_response`). Some of them are sentences that vLLM raises
+about the request; others come out of a library that it called and tell of the server's inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import logging
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+import pydantic
+from jinja2 import TemplateError
+from vllm.exceptions import VLLMError, VLLMServerError, VLLMValidationError
+
+logger = logging.getLogger(__name__)
+
+_OURS = ("vllm", "vllm_vtprune", "vtprune_server")
+# What vLLM answers 400, with the text (`create_error_response`); other types are 500s without one.
+_ANSWERED = (ValueError, TypeError, OverflowError)
+_TOLD = (VLLMError, pydantic.ValidationError, TemplateError)
+FAILED = "The server failed to answer this request; its log names the error."
+UNTOLD = "The request could not be processed as it is; the server's log names the error by the request's id."
+
+
+def told(error: BaseException) -> BaseException:
+    """The error to answer with: itself where its text was written for a client, else one that tells nothing.
+
+    Written for clients are vLLM's own error types, what pydantic and a chat template say of the request, and
+    what a `raise` statement in vLLM's code or ours says; not what a library raises, or the interpreter.
+    """
+    if not isinstance(error, _ANSWERED) or isinstance(error, _TOLD):
+        return error
+    return error if _raised_on_purpose(error.__traceback__) else VLLMValidationError(UNTOLD)
+
+
+def tell_streams_too(handlers: Any) -> None:
+    """Have what serving handlers write into a stream that fails pass through `told`.
+
+    Hook: `vllm.entrypoints.generate.base.serving.GenerateBaseServing.create_streaming_error_response`.
+
+    Args:
+        handlers: vLLM's serving handlers; what has no such method is passed over.
+    """
+    for handler in handlers:
+        write = getattr(handler, "create_streaming_error_response", None)
+        if write is not None:
+            handler.create_streaming_error_response = _telling(write)
+
+
+def tell_messages_too(handler: Any) -> None:
+    """Have the errors of the messages API pass through `told`; what nobody foresaw is a 500 without text.
+
+    Hook: `vllm.entrypoints.anthropic.api_router`, which logs and answers the text of whatever
+    `AnthropicServingMessages.create_messages` and `.count_tokens` raise, before an exception handler sees it.
+    """
+    for name in ("create_messages", "count_tokens"):
+        setattr(handler, name, _telling_errors(getattr(handler, name), name))
+
+
+def _telling_errors(method: Callable[..., Awaitable[Any]], name: str) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(method)
+    async def telling(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except Exception as error:
+            answered = told(error)
+            if not isinstance(answered, _ANSWERED + _TOLD):
+                logger.error("vtprune: %s in %s", type(error).__name__, name)
+                answered = VLLMServerError(FAILED)
+            if answered is error:
+                raise
+            raise answered from None
+
+    return telling
+
+
+def _telling(write: Any) -> Any:
+    def write_told(message: Any, *args: Any, **kwargs: Any) -> str:
+        answer: str = write(told(message) if isinstance(message, Exception) else message, *args, **kwargs)
+        return answer
+
+    return write_told
+
+
+def _raised_on_purpose(traceback: TracebackType | None) -> bool:
+    """Whether the innermost line is a `raise` statement of vLLM or of this project."""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno)
+    return package in _OURS and line.lstrip().startswith("raise ")

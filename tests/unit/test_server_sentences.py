@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client reads what was written for it, and nothing of the server's inside."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from jinja2 import TemplateError
+from vllm import SamplingParams
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GenerationError, VLLMNotFoundError, VLLMValidationError
+
+from vllm_vtprune.settings import Controls
+from vtprune_server.sentences import FAILED, UNTOLD, tell_messages_too, tell_streams_too, told
+
+
+class Model(pydantic.BaseModel):
+    number: int
+
+
+def raised(action: Callable[[], Any]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: SamplingParams(temperature=-1),
+        lambda: Controls.from_mapping({"kv_keep": 9}),
+        lambda: Model(number="x"),  # type: ignore[arg-type]
+    ],
+)
+def test_sentences_about_the_request_are_told(action: Callable[[], Any]) -> None:
+    error = raised(action)
+    assert isinstance(error, ValueError | VLLMValidationError)
+    assert told(error) is error
+
+
+@pytest.mark.parametrize(
+    "error", [VLLMValidationError("a"), VLLMNotFoundError("b"), GenerationError("c"), TemplateError("d")]
+)
+def test_errors_made_for_clients_are_told(error: Exception) -> None:
+    assert told(error) is error
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: np.zeros(3).reshape(2, 2),
+        lambda: torch.zeros(2) + "secret",  # type: ignore[operator]
+        lambda: int("secret"),
+        lambda: json.loads("secret"),
+        lambda: Controls.from_headers(7),  # type: ignore[arg-type]
+    ],
+)
+def test_a_librarys_words_are_not(action: Callable[[], Any]) -> None:
+    error = told(raised(action))
+    assert isinstance(error, VLLMValidationError)
+    assert str(error) == UNTOLD
+
+
+def test_what_is_no_400_is_left_to_its_handler() -> None:
+    error = raised(lambda: {}["secret"])  # type: ignore[index]
+    assert told(error) is error
+
+
+def test_streams_tell_no_more() -> None:
+    handler = SimpleNamespace(create_streaming_error_response=lambda message, code=400: f"{code} {message}")
+    tell_streams_too([object(), handler])
+    assert handler.create_streaming_error_response(raised(lambda: int("secret"))) == f"400 {UNTOLD}"
+    assert handler.create_streaming_error_response("As it is", code=500) == "500 As it is"
+
+
+@pytest.mark.parametrize(
+    "action,said,status",
+    [
+        (lambda: int("secret"), UNTOLD, 400),
+        (lambda: {}["secret"], FAILED, 500),  # type: ignore[index]
+        (lambda: SamplingParams(temperature=-1), "temperature", 400),
+    ],
+)
+def test_the_messages_api_tells_no_more(action: Callable[[], Any], said: str, status: int) -> None:
+    async def fail(*_: Any) -> None:
+        action()
+
+    handler = SimpleNamespace(create_messages=fail, count_tokens=fail)
+    tell_messages_too(handler)
+    for method in (handler.create_messages, handler.count_tokens):
+        answer = create_error_response(raised(lambda: asyncio.run(method())))  # noqa: B023
+        assert said in answer.error.message
+        assert "secret" not in answer.error.message
+        assert answer.error.code == status
