@@ -158,8 +158,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
             plane.set_xticks(values, [str(value) for value in values])
             plane.minorticks_off()
             plane.grid(alpha=0.3)
-            if row == column == 0:
-                plane.legend(fontsize="small", loc="lower left")
+    lines, titles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, titles, fontsize="small", loc="outside lower center", ncols=2)
     figure.suptitle(machine.one_line(document["machine"]), fontsize="small")
     figure.savefig(path, dpi=110)
 

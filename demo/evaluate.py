@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _study(options: argparse.Namespace) -> None:
     if options.out is None or options.server:
         raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
-    size = StudySize(test=options.scenes, validation=options.validation_scenes)
+    size = StudySize(options.scenes, options.validation_scenes, options.deciding_scenes)
     for path in run_study(_model(options), size, options.out, _progress):
         print(f"wrote {path}")
 
@@ -176,7 +176,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
     what.add_argument("--suffix", default="", help="text added to each question of the file")
     what.add_argument("--split", choices=tuple(SPLITS), default="test", help="of the drawn scenes")
-    what.add_argument("--scenes", type=int, default=500, help="drawn scenes to ask about")
+    what.add_argument("--scenes", type=int, default=300, help="drawn scenes to ask about")
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
     how.add_argument("--method", type=_names(METHODS), default=[DEFAULT_METHOD])
@@ -204,6 +204,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     out.add_argument("--study", action="store_true", help="calibrate and compare everything: docs/evaluation")
     out.add_argument("--validation-scenes", type=int, default=300, help="of the study's calibration")
+    out.add_argument("--deciding-scenes", type=int, default=100, help="of its choice of stage 2's defaults")
     return parser
 
 

@@ -59,7 +59,7 @@ def evaluate(
 def _baselines(runner: Runner, setting: Setting, names: Sequence[str]) -> dict[str, list[Sequence[Reply]]]:
     """Replies of each baseline, one list per draw."""
     if setting.vision.keeps_all:
-        if setting.prune_layer is None or setting.relevance == "random":
+        if setting.prune_layer is None or setting.relevance == "random" or "random" not in names:
             return {}
         return {"random": [runner.answer(replace(setting, relevance="random"))]}
     return {

@@ -19,8 +19,9 @@ def write_page(result: dict[str, Any], path: Path) -> Path:
         f"Made by `vtprune eval --study` on {result['date']} with torch {result['torch']}, model "
         f"`{result['model']['name']}` (weights {result['model']['sha256']}). Test: {scenes['test']} scenes, "
         f"{result['fixed']['questions']['asked']} questions. Validation, for everything that was chosen: "
-        f"{scenes['validation']} scenes. Brackets are 95 % confidence intervals (bootstrap over pictures; "
-        "differences are paired, in percentage points); a star marks a difference whose interval excludes 0.",
+        f"{scenes['validation']} scenes, {scenes['deciding']} for stage 2. Brackets are 95 % confidence "
+        "intervals (bootstrap over pictures; differences are paired, in percentage points); a star marks a "
+        "difference whose interval excludes 0.",
         "## Unpruned, by question kind",
         by_kind(fixed[:1]),
         "## Every method at the same share of every picture",
@@ -45,7 +46,7 @@ def write_page(result: dict[str, Any], path: Path) -> Path:
         "## What decided the defaults (validation)",
         "Mean share kept by aggressiveness:",
         _shares(result),
-        f"Prune layer; chosen: {result['prune_layer']}.",
+        f"Prune layer; chosen: {result['prune_layer']}, the smallest within two points of the best mean.",
         summary(result["deciding"]),
         "Window, relevance and scope:",
         summary(result["rating"]),

@@ -36,14 +36,16 @@ from .vision import outputs_for
 SHARES = {"light": 0.33, "balanced": 0.22, "aggressive": 0.11}
 KV_KEEPS = (0.75, 0.5, 0.25)
 WINDOWS = (2, 4, 8, 16)
+_AS_GOOD = 0.02
 
 
 @dataclass(frozen=True)
 class StudySize:
-    """How many scenes of each split."""
+    """How many scenes of each split; `deciding` of the validation scenes choose stage 2's defaults."""
 
-    test: int = 500
+    test: int = 300
     validation: int = 300
+    deciding: int = 100
 
 
 def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progress) -> list[Path]:
@@ -51,10 +53,9 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     # under a fixed share `inflection` keeps what `topk` keeps; what sets it apart is its own count
     names = [name for name in METHODS if name != "inflection"]
     everything = outputs_for([_fixed(name, 0.5) for name in names])
-    held_out = LocalRunner(
-        model, scene_questions("validation", size.validation, model.image_size), frozenset()
-    )
+    held_out = _validation(model, size.validation)
     calibration = calibrate(held_out.pictures, SHARES.values())
+    held_out = _validation(model, size.deciding)
     presets = {name: calibration.chosen[share] for name, share in SHARES.items()}
     progress(f"calibrated on validation: {presets}")
     balanced = VisionSettings(aggressiveness=presets["balanced"])
@@ -62,7 +63,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     deciding = evaluate(held_out, _stage2_grid(model, balanced), progress)
     layer = choose_prune_layer(deciding["rows"])
     progress(f"prune layer {layer}")
-    rating = evaluate(held_out, _rating_grid(layer, balanced), progress)
+    rating = evaluate(held_out, _rating_grid(layer, balanced), progress, baselines=())
 
     runner = LocalRunner(model, scene_questions("test", size.test, model.image_size), everything)
     fixed = [_fixed(name, share) for share, name in product(SHARES.values(), names)]
@@ -94,12 +95,20 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
 
 
 def choose_prune_layer(rows: Sequence[dict[str, Any]]) -> int:
-    """The K with the best accuracy, averaged over the settings that drop; the smaller one on ties."""
+    """The smallest K within `_AS_GOOD` of the best accuracy, averaged over the settings that drop.
+
+    A larger K rates better and frees less, so the best alone would always be the last.
+    """
     sums: dict[int, list[float]] = {}
     for row in rows:
         if (layer := row["setting"]["prune_layer"]) is not None:
             sums.setdefault(layer, []).append(row["accuracy"]["value"])
-    return max(sorted(sums), key=lambda layer: sum(sums[layer]) / len(sums[layer]))
+    means = {layer: sum(values) / len(values) for layer, values in sums.items()}
+    return min(layer for layer, mean in means.items() if mean >= max(means.values()) - _AS_GOOD)
+
+
+def _validation(model: LocalModel, scenes: int) -> LocalRunner:
+    return LocalRunner(model, scene_questions("validation", scenes, model.image_size), frozenset())
 
 
 def _fixed(method: str, share: float) -> VisionSettings:

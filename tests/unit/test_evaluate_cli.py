@@ -86,9 +86,18 @@ def test_bad_values_are_refused_by_name(command: str, capsys: pytest.CaptureFixt
     assert command.split()[0] in capsys.readouterr().err
 
 
-def test_the_prune_layer_with_the_best_mean_is_chosen_the_smaller_on_ties() -> None:
-    def row(layer: int | None, value: float) -> dict[str, object]:
-        return {"setting": {"prune_layer": layer}, "accuracy": {"value": value}}
-
-    rows = [row(None, 1.0), row(3, 0.9), row(1, 0.2), row(2, 0.8), row(2, 1.0), row(3, 0.9), row(1, 0.9)]
-    assert choose_prune_layer(rows) == 2
+@pytest.mark.parametrize(
+    "means,chosen",
+    [
+        ({1: [0.9, 0.2], 2: [0.8, 1.0], 3: [0.95, 0.95]}, 3),
+        ({1: [0.9, 0.2], 2: [0.95, 0.94], 3: [0.96, 0.96]}, 2),  # nearly as good, and frees more
+        ({3: [0.9], 1: [0.9], 2: [0.5]}, 1),
+    ],
+)
+def test_the_smallest_prune_layer_as_good_as_the_best_is_chosen(
+    means: dict[int, list[float]], chosen: int
+) -> None:
+    rows: list[dict[str, object]] = [{"setting": {"prune_layer": None}, "accuracy": {"value": 1.0}}]
+    for layer, values in means.items():
+        rows += [{"setting": {"prune_layer": layer}, "accuracy": {"value": value}} for value in values]
+    assert choose_prune_layer(rows) == chosen
