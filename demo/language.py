@@ -39,7 +39,7 @@ _HARD = {"yes_no": 2.0, "compare": 2.0, "count": 4.0}
 class LanguageSettings:
     """Length and rates of the language model's training."""
 
-    steps: int = 3000
+    steps: int = 7200
     scenes: int = 10000
     """Training scenes whose features are kept in memory in the end."""
     first_scenes: int = 2500

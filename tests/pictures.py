@@ -15,8 +15,9 @@ def scene(offset: int = 0, size: int = 168) -> Image.Image:
     image = Image.new("RGB", (size, size), (120, 130, 125))
     draw = ImageDraw.Draw(image)
     unit = size / 168
-    draw.ellipse([(20 + offset) * unit, 20 * unit, (60 + offset) * unit, 60 * unit], fill=(220, 40, 40))
-    draw.rectangle([100 * unit, 100 * unit, 140 * unit, 140 * unit], fill=(50, 80, 220))
+    # in the middle of two cells of a 3x3 grid, as the demo model knows shapes
+    draw.ellipse([(10 + offset) * unit, 10 * unit, (46 + offset) * unit, 46 * unit], fill=(220, 40, 40))
+    draw.rectangle([122 * unit, 122 * unit, 158 * unit, 158 * unit], fill=(50, 80, 220))
     return image
 
 

@@ -10,7 +10,11 @@ from typing import Any
 _DPI = 130
 #: Drawn thick and with their confidence band; the others thin, so that a dozen lines can be told apart.
 _MAIN = {"inflection": "#c1121f", "inflection, adaptive": "#c1121f", "random": "#555555", "topk": "#20639b"}
-_COLOURS = ("#e68613", "#2a9d8f", "#8338ec", "#b5838d", "#588157", "#f15bb5", "#774936", "#00b4d8", "#b08900")
+_COLOURS = (
+    *("#e68613", "#2a9d8f", "#8338ec", "#b5838d", "#588157", "#f15bb5"),
+    *("#774936", "#00b4d8", "#b08900", "#1d3557", "#90be6d"),
+)
+ADAPTIVE = ", adaptive"
 _MARKERS = "osD^vP*Xph<>d"
 
 Row = dict[str, Any]
@@ -45,12 +49,12 @@ def plot_accuracy(
     figure, axis = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     axis.axhspan(100 * unpruned["low"], 100 * unpruned["high"], color="black", alpha=0.08, linewidth=0)
     axis.axhline(100 * unpruned["value"], color="black", linewidth=1, label="unpruned")
-    others = [name for name in series if name not in _MAIN]
+    others = list(dict.fromkeys(name.removesuffix(ADAPTIVE) for name in series if name not in _MAIN))
     for name, points in series.items():
         shares = [100 * share for share, _ in points]
         values, low, high = ([100 * entry[key] for _, entry in points] for key in ("value", "low", "high"))
         main = name in _MAIN
-        at = others.index(name) if not main else 0
+        at = others.index(name.removesuffix(ADAPTIVE)) if not main else 0
         colour = _MAIN[name] if main else _COLOURS[at % len(_COLOURS)]
         axis.plot(
             shares,
@@ -59,7 +63,7 @@ def plot_accuracy(
             marker="o" if main else _MARKERS[at % len(_MARKERS)],
             markersize=5,
             linewidth=2.2 if main else 1.1,
-            linestyle="--" if name == "random" else "-",
+            linestyle="--" if name == "random" else ":" if not main and name.endswith(ADAPTIVE) else "-",
             zorder=3 if main else 2,
             label=name,
         )

@@ -27,7 +27,7 @@ from .draw import draw_kept
 from .local import LocalModel, LocalRunner
 from .measure import Progress, evaluate
 from .pages import dump, write_page
-from .plots import Series, plot_accuracy, plot_curve, series_by_method
+from .plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
 from .questions import Questions, scene_questions
 from .setting import Setting
 from .vision import outputs_for
@@ -162,7 +162,7 @@ def _plots(result: dict[str, Any], model: LocalModel, runner: LocalRunner, folde
     unpruned = rows[0]["accuracy"]
     series = series_by_method(rows)
     for name, points in series_by_method(adaptive, baselines=False).items():
-        series[f"{name}, adaptive"] = points
+        series[name + ADAPTIVE] = points
     about = f"{result['fixed']['questions']['asked']} questions on {result['scenes']['test']} test scenes"
     paths = [plot_accuracy(series, unpruned, f"Stage 1: {about}", folder / "accuracy.png")]
     paths.append(

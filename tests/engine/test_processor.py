@@ -55,6 +55,10 @@ def processor() -> PrunedLlavaMultiModalProcessor:
     return processor
 
 
+def prompt_about(images: list[Image.Image]) -> str:
+    return "USER: " + "<image>" * len(images) + " What color is the circle? ASSISTANT:"
+
+
 def run(
     processor: PrunedLlavaMultiModalProcessor,
     images: list[Image.Image],
@@ -64,7 +68,7 @@ def run(
 ) -> tuple[list[int], list[torch.Tensor], list[str]]:
     """Prompt ids, embeddings and hashes; checks that placeholders and embeddings agree."""
     if prompt is None:
-        prompt = "<s>" + "<image>" * len(images) + "USER: what color is the circle ? ASSISTANT:"
+        prompt = prompt_about(images)
     items = processor.info.parse_mm_data({"image": images})
     result = processor(prompt, items, hf_processor_mm_kwargs=kwargs, cache=cache)
     embeddings = [item["image_embeds"].data for item in result["mm_kwargs"]["image"]]
@@ -95,10 +99,7 @@ def test_cache_hits_change_nothing(processor: PrunedLlavaMultiModalProcessor, hi
         plain = run(processor, images, kwargs)
         assert same(plain, run(processor, images, kwargs, cache=cache))
         # the renderer hands the processor token ids; text and ids must agree
-        ids = processor.info.get_tokenizer().encode(
-            "<s>" + "<image>" * len(images) + "USER: what color is the circle ? ASSISTANT:",
-            add_special_tokens=False,
-        )
+        ids = processor.info.get_tokenizer().encode(prompt_about(images))
         assert same(plain, run(processor, images, kwargs, prompt=ids, cache=cache))
 
 
@@ -165,7 +166,7 @@ def test_prefetching_leaves_nothing_for_the_processor_to_do(
 
 def test_placeholder_text_by_the_user_is_not_an_image(processor: PrunedLlavaMultiModalProcessor) -> None:
     """A prompt with more `<image>` tokens than images: the first stand for images, the others stay text."""
-    prompt = "<s><image>USER: what color is the <image> <image> circle ? ASSISTANT:"
+    prompt = "USER: <image> What color is the <image> <image> circle? ASSISTANT:"
     ids, embeddings, _ = run(processor, [scene()], request_kwargs(aggressiveness=0.5)[0], prompt=prompt)
     assert ids.count(IMAGE_TOKEN) == embeddings[0].shape[0] + 2
 

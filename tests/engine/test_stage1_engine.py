@@ -54,10 +54,10 @@ def encoded(model: Path) -> list[torch.Tensor]:
 
 
 def test_unpruned_embeddings_equal_vllms_own(plain: dict[str, Any]) -> None:
-    """To 1e-5 of their scale: the demo model's embeddings reach 10, where float32 itself steps by 1e-6."""
+    """To 1e-5 of their scale: the demo model's embeddings are far above 1, where float32 steps by 1e-6."""
     for mine, theirs in zip(encoded(DEMO_MODEL), plain["embeddings"], strict=True):
         assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
-        assert (mine - theirs).abs().mean() < 1e-6
+        assert (mine - theirs).abs().mean() < 1e-6 * theirs.abs().max()
 
 
 def test_unpruned_embeddings_of_unit_scale_equal_vllms_own(tmp_path: Path) -> None:
