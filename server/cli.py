@@ -7,7 +7,6 @@ adds the embedded model, the policy's flags, and errors as sentences.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
