@@ -13,12 +13,13 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_vtprune.kv_drop import worker
 from vllm_vtprune.kv_drop.budget import KVDropConfig
 from vllm_vtprune.kv_drop.cache import split_specs
 from vllm_vtprune.kv_drop.relevance import kept_rows
@@ -37,7 +38,7 @@ def model_state(monkeypatch: pytest.MonkeyPatch) -> KVDropModelState:
     state.model = SimpleNamespace(kv_drop=KVDropState(8, 400, CPU))  # type: ignore[assignment]
     state.rope_state = state.prompt_embeds_state = None
     state._config = KVDropConfig(prune_layer=1, window=2, longest_prompt=300)
-    state._drops = {}
+    state._drops, state._preempted, state._leaving = {}, {}, frozenset()
     real = inspect.signature(DefaultModelState.prepare_attn)
 
     def prepare_attn(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -136,3 +137,49 @@ def test_dummy_and_removed_requests_lose_nothing(model_state: KVDropModelState) 
     batch = input_batch(["pruned"], [12], [0])
     model_state.prepare_attn(batch, CUDAGraphMode.NONE, tables, slots, [], cache_config())
     assert model_state.model.kv_drop.step is None
+
+
+def test_a_preempted_request_loses_the_same_tokens_when_it_resumes(model_state: KVDropModelState) -> None:
+    def remembered() -> Any:
+        drop = model_state._drops["pruned"]
+        return None if drop is None else drop.kept
+
+    def resume() -> None:
+        model_state.add_request(0, new_request("pruned", 12, 0.5))
+
+    resume()
+    drop = model_state._drops["pruned"]
+    assert drop is not None
+    drop.kept = torch.arange(6), 0
+
+    model_state.expect(finished=["other"], preempted=["pruned"])
+    model_state.remove_request("pruned")
+    model_state.expect(finished=[], preempted=[])
+    resume()
+    assert remembered() is drop.kept
+
+    # preempted again, and aborted while it waited: a later request of that name is another one
+    model_state.expect(finished=[], preempted=["pruned"])
+    model_state.remove_request("pruned")
+    model_state.expect(finished=["pruned"], preempted=[])
+    resume()
+    assert remembered() is None
+    assert not model_state._preempted
+
+    model_state.remove_request("pruned")
+    assert not model_state._preempted, "finished, not preempted"
+
+
+def test_the_worker_says_who_leaves_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(worker._Worker, "execute_model", lambda self, output: said.append("step") or "done")
+    mine = object.__new__(worker.KVDropWorker)
+    mine.use_v2_model_runner = True
+    state = SimpleNamespace(expect=lambda *ids: said.append(ids))
+    mine.model_runner = SimpleNamespace(model_state=state)
+    output = SchedulerOutput.make_empty()
+    output.finished_req_ids = {"a"}
+    assert mine.execute_model(output) == "done"
+    output.preempted_req_ids = {"b"}
+    mine.execute_model(output)
+    assert said == [({"a"}, ()), "step", ({"a"}, {"b"}), "step"]

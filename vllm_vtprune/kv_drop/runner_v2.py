@@ -3,12 +3,14 @@
 
 The model class names it through `get_model_state_cls`. Hooks, all of
 `vllm.v1.worker.gpu.model_states.default.DefaultModelState` in vLLM 0.32: `add_request`, `remove_request` and
-`prepare_attn`, which every real and dummy step with attention passes through. All else is shared with V1, but
-that a preempted request is rated again: V2 removes it like a finished one, and with it what was remembered.
+`prepare_attn`, which every real and dummy step with attention passes through. All else is shared with V1.
+V2 removes a preempted request like a finished one and adds it anew when it resumes, so `KVDropWorker` says
+beforehand which is which: what was kept of a preempted prompt must be kept again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -35,10 +37,26 @@ class KVDropModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self._config = kv_drop_config(self.vllm_config)
         self._drops: dict[str, RequestDrop | None] = {}
+        self._preempted: dict[str, RequestDrop | None] = {}
+        self._leaving: frozenset[str] = frozenset()
+
+    def expect(self, finished: Collection[str], preempted: Collection[str]) -> None:
+        """Say which of the requests that a step is about to remove will come back.
+
+        Args:
+            finished: ids that will not, those that were aborted while they waited to resume among them.
+            preempted: ids that will.
+        """
+        self._leaving = frozenset(preempted)
+        for request_id in finished:
+            self._preempted.pop(request_id, None)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Plan the request as the scheduler did."""
+        """Plan the request as the scheduler did, or go on with what a preempted one lost."""
         super().add_request(req_index, new_req_data)
+        if new_req_data.req_id in self._preempted:
+            self._drops[new_req_data.req_id] = self._preempted.pop(new_req_data.req_id)
+            return
         self._drops[new_req_data.req_id] = request_drop(
             new_req_data.prompt_token_ids,
             new_req_data.mm_features,
@@ -47,9 +65,11 @@ class KVDropModelState(DefaultModelState):
         )
 
     def remove_request(self, req_id: str) -> None:
-        """Forget a request that finished or was preempted."""
+        """Forget a request that finished; put one that was preempted aside."""
         super().remove_request(req_id)
-        self._drops.pop(req_id, None)
+        drop = self._drops.pop(req_id, None)
+        if req_id in self._leaving:
+            self._preempted[req_id] = drop
 
     def prepare_attn(
         self,

@@ -2,12 +2,12 @@
 """vLLM's worker with stage 2: KV-cache specs split at the prune layer, and the model runner's seam installed.
 
 `ParallelConfig.worker_cls` names `KVDropWorker`. Hooks of `vllm.v1.worker.gpu_worker.Worker` in vLLM 0.32:
-`init_device`, which builds the model runner, and `get_kv_cache_spec`.
+`init_device`, which builds the model runner, `get_kv_cache_spec` and `execute_model`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
@@ -16,6 +16,7 @@ from vllm_vtprune.kv_drop.config import kv_drop_config
 from vllm_vtprune.kv_drop.runner_v1 import install
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 elif current_platform.is_cpu():
@@ -32,6 +33,13 @@ class KVDropWorker(_Worker):
         super().init_device()
         if not self.use_v2_model_runner:
             install(self.model_runner)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Tell Model Runner V2's model state which requests leave for good, then let vLLM run the step."""
+        if self.use_v2_model_runner:
+            state = self.model_runner.model_state
+            state.expect(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+        return super().execute_model(scheduler_output)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The layers' specs, those below and above the prune layer apart."""
