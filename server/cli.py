@@ -20,7 +20,7 @@ from vtprune_server.hint import announce_when_ready
 #: What the demo model is asked about its example picture.
 _QUESTION = "What color is the circle?"
 #: Its prune layer: of five layers the first two rate tokens badly (docs/evaluation/results.md).
-_DEMO_PRUNE_LAYER = 3
+DEMO_PRUNE_LAYER = 3
 
 _USAGE = """\
 usage: vtprune COMMAND [options]
@@ -145,7 +145,7 @@ def _use_demo_model(args: Any, rest: list[str]) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # the weakest source of the policy: flag, environment and file win
     given = (args.additional_config or {}).get(CONFIG_KEY) or {}
-    policy = {"prune_layer": _DEMO_PRUNE_LAYER, **given}
+    policy = {"prune_layer": DEMO_PRUNE_LAYER, **given}
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy}
     announce_when_ready(
         args.host, args.port, args.served_model_name[0], Path(args.model) / "example.png", _QUESTION

@@ -78,7 +78,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     }
     _add_objects(documents, runner)
     result = {
-        "model": {"name": model.name, "sha256": _fingerprint(model)},
+        "model": {"name": model.name, "sha256": fingerprint(model)},
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "scenes": asdict(size),
@@ -214,7 +214,7 @@ def _examples(aggressiveness: float, model: LocalModel, questions: Questions, fo
     return paths
 
 
-def _fingerprint(model: LocalModel) -> str:
+def fingerprint(model: LocalModel) -> str:
     """Of all weights, so that a result names the model it belongs to."""
     digest = hashlib.sha256()
     for module in (model.encoder.tower, model.encoder.projector, model.decoder.language):

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.playground.browser import Page, missing
 
 SAMPLE = 2  # four shapes
-QUESTION = "How many objects?"
+QUESTION = "What color is the circle?"
 RUNS = "5"
 
 

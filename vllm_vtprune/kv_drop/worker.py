@@ -37,8 +37,10 @@ class KVDropWorker(_Worker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Tell Model Runner V2's model state which requests leave for good, then let vLLM run the step."""
         if self.use_v2_model_runner:
-            state = self.model_runner.model_state
-            state.expect(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+            runner: Any = self.model_runner
+            runner.model_state.expect(
+                scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ()
+            )
         return super().execute_model(scheduler_output)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
