@@ -59,7 +59,7 @@ def test_a_preset_is_a_whole_set_of_settings(name: str) -> None:
 def test_presets_grow_more_aggressive() -> None:
     order = [PRESETS[name] for name in ("off", "light", "balanced", "aggressive")]
     assert [p.aggressiveness for p in order] == sorted({p.aggressiveness for p in order})
-    assert [p.kv_keep for p in order] == sorted({p.kv_keep for p in order}, reverse=True)
+    assert [p.kv_keep for p in order] == sorted([p.kv_keep for p in order], reverse=True)
     assert by_header(preset="off").vision.keeps_all and not by_header(preset="off").kv.drops
 
 
