@@ -30,12 +30,12 @@ def _declare_missing_operators(extension: ModuleType) -> None:
     """Declare the operators if `torchvision.extension`, just executed, could not load its library."""
     if extension._has_ops() or _declared:
         return
-    import torch  # loaded already: torchvision imports it before its extension
+    from torch import library  # torch is loaded already: torchvision imports it before its extension
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    operators = library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
-        library.define(schema)
-    _declared.append(library)
+        operators.define(schema)
+    _declared.append(operators)
 
 
 class _ExtensionFinder:

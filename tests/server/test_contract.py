@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import MODEL_NAME, LiveServer
 from tests.pictures import data_url, encoded, noise, scene
-from tests.server.client import QUESTION, chat_body, metric, post
+from tests.server.client import QUESTION, chat_body, messages_body, metric, post
 
 pytestmark = pytest.mark.engine
 
@@ -231,28 +231,7 @@ def test_too_many_pictures_and_too_long_a_prompt_are_refused(live_server: LiveSe
                 ],
             },
         ),
-        (
-            "/v1/messages",
-            {
-                "max_tokens": 4,
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {
-                                "type": "image",
-                                "source": {
-                                    "type": "base64",
-                                    "media_type": "image/png",
-                                    "data": data_url(scene()).split(",")[1],
-                                },
-                            },
-                            {"type": "text", "text": QUESTION},
-                        ],
-                    }
-                ],
-            },
-        ),
+        ("/v1/messages", messages_body(scene())),
     ],
 )
 @pytest.mark.parametrize("source", ["header", "body"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import MODEL_NAME
 from tests.pictures import data_url, scene
-from tests.server.client import CHAT, chat_body, post
+from tests.server.client import CHAT, chat_body, messages_body, post
 
 pytestmark = pytest.mark.engine
 
@@ -53,25 +53,7 @@ def test_header_over_body_over_name(server: str, by_preset: dict[str, int]) -> N
 PICTURE = data_url(scene())
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions/batch": {"messages": [chat_body(scene())["messages"]], "max_tokens": 2},
-    "/v1/messages": {
-        "max_tokens": 2,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {
-                        "type": "image",
-                        "source": {
-                            "type": "base64",
-                            "media_type": "image/png",
-                            "data": PICTURE.split(",")[1],
-                        },
-                    },
-                    {"type": "text", "text": "what ?"},
-                ],
-            }
-        ],
-    },
+    "/v1/messages": messages_body(scene(), "what ?", max_tokens=2),
     "/v1/responses": {
         "max_output_tokens": 2,
         "input": [{"role": "user", "content": [{"type": "input_image", "image_url": PICTURE}]}],

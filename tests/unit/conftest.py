@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fake chat server that the load tester's tests share."""
+"""What several tests share: the load tester's fake chat server, and a tiny model of the benchmarks."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.fake_chat import FakeChat, serve_fake_chat
+from vtprune_bench import models
+
+DECODER = models.Decoder(hidden=64, intermediate=96, layers=3, heads=2, vocab=300)
+TOWER = models.Tower(hidden=32, intermediate=64, layers=3, heads=2, image=56)
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +23,11 @@ def running() -> Iterator[FakeChat]:
 def fake(running: FakeChat) -> FakeChat:
     running.reset()
     return running
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of `DECODER` and `TOWER`."""
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    models.random_llava(folder, DECODER, TOWER)
+    return folder

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from tests.fake_chat import serve_fake_chat
+from tests.unit.conftest import DECODER, TOWER
 from vtprune_bench import __main__ as short_version
 from vtprune_bench import compare, growth, models, roofline
 from vtprune_bench.arms import parse_arms
@@ -27,9 +28,6 @@ from vtprune_bench.paired import Block, Rounds, Spread, TrafficSpec, connected
 from vtprune_bench.roofline import Machine, bound
 from vtprune_bench.servers import PLAIN, PRUNING, RunningServer
 from vtprune_bench.work import RequestShape, Shape, Work, request_work
-
-DECODER = models.Decoder(hidden=64, intermediate=96, layers=3, heads=2, vocab=300)
-TOWER = models.Tower(hidden=32, intermediate=64, layers=3, heads=2, image=56)
 
 
 def block(**fields: float) -> Block:
@@ -60,13 +58,6 @@ def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = [s.low <= 0 <= s.high for s in (Spread.of(rng.standard_cauchy(25)) for _ in range(2000))]
     assert 0.94 < np.mean(covered) < 0.98
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work") / "tiny"
-    models.random_llava(folder, DECODER, TOWER)
-    return folder
 
 
 def test_operations_are_those_that_torch_counts(tiny: Path) -> None:

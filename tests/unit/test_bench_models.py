@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from tests.unit.conftest import DECODER, TOWER
 from vtprune_bench import models, servers
 from vtprune_bench.arms import parse_arm, parse_arms, servers_for
 from vtprune_bench.load.errors import LoadTestError
@@ -27,28 +28,18 @@ from vtprune_bench.servers import (
     running,
 )
 
-TOWER = models.Tower(hidden=32, intermediate=64, layers=2, heads=2, image=56)
-DECODER = models.Decoder(hidden=64, intermediate=96, layers=2, heads=2, vocab=300)
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bench") / "tiny"
-    models.random_llava(folder, DECODER, TOWER)
-    return folder
-
-
-def test_a_random_checkpoint_loads_whole(checkpoint: Path) -> None:
-    model, info = LlavaForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+def test_a_random_checkpoint_loads_whole(tiny: Path) -> None:
+    model, info = LlavaForConditionalGeneration.from_pretrained(tiny, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.text_config.num_hidden_layers == DECODER.layers
-    processor = LlavaProcessor.from_pretrained(checkpoint)
+    processor = LlavaProcessor.from_pretrained(tiny)
     ids = processor.tokenizer("<image>é")["input_ids"]
     assert ids[0] == model.config.image_token_index and len(ids) == 3
 
 
-def test_weights_have_the_names_that_vllm_reads_and_no_layer_is_constant(checkpoint: Path) -> None:
-    weights = load_file(checkpoint / "model.safetensors")
+def test_weights_have_the_names_that_vllm_reads_and_no_layer_is_constant(tiny: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
     heads = {name.split(".")[0] for name in weights}
     assert heads == {"vision_tower", "multi_modal_projector", "language_model"}
     assert all("vision_tower.vision_model." in name for name in weights if name.startswith("vision_tower"))
@@ -56,9 +47,9 @@ def test_weights_have_the_names_that_vllm_reads_and_no_layer_is_constant(checkpo
     assert all(tensor.std() > 0.01 for tensor in matrices)
 
 
-def test_the_same_seed_gives_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(tiny: Path, tmp_path: Path) -> None:
     models.random_llava(tmp_path / "again", DECODER, TOWER)
-    first, again = (load_file(f / "model.safetensors") for f in (checkpoint, tmp_path / "again"))
+    first, again = (load_file(f / "model.safetensors") for f in (tiny, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
