@@ -87,8 +87,8 @@ class RequestRecord:
         """Drop the images from the front end's half of vLLM's processor cache.
 
         That half counts an image as known to the engine once it was processed. Where the request failed
-        before it was sent, the engine has never seen it, and the next request for it would be answered with
-        a 500.
+        before it was sent, the engine has never seen it: the next request for it would make its way twice
+        (`resend`), and one with beam search, whose prompts vLLM copies, would be answered with a 500.
         """
         if self._raw_request is None or not self._context.image_hashes:
             return

@@ -5,7 +5,8 @@ vLLM's processor cache has a half in the API process, which knows what the engin
 which has it (`vllm.multimodal.cache`). A request whose image is known names it by hash alone. The halves
 evict on their own, and requests that fail or are aborted between them set them apart, so now and then the
 engine does not have it; vLLM then drops the hash from the first half and answers 500 so that the client tries
-again (`EngineCoreProc._handle_mm_cache_miss`). Here the server tries again, before anything was answered.
+again (`EngineCoreProc._handle_mm_cache_miss`). Here the server tries again, before anything was answered; not
+for beam search, which builds prompts of its own (`BeamSearchSequence.get_prompt`).
 """
 
 from __future__ import annotations
