@@ -58,14 +58,14 @@ class QuietErrors:
     Without it Starlette re-raises what vLLM's catch-all handler has answered, uvicorn logs a traceback, and
     the exception's text, which may quote the request, reaches log and client.
 
+    The log's text is withheld by `vllm_vtprune.error_text`.
+
     Args:
         app: the application inside.
-        log_tracebacks: vLLM's ``--log-error-stack``.
     """
 
-    def __init__(self, app: ASGIApp, log_tracebacks: bool = False) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.log_tracebacks = log_tracebacks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -82,12 +82,11 @@ class QuietErrors:
             if scope["type"] != "http":
                 raise
             logger.error(
-                "vtprune: %s in %s %s, request id %s (start with --log-error-stack for the traceback)",
-                type(error).__name__,
+                "vtprune: error in %s %s, request id %s",
                 scope["method"],
                 scope["path"],
                 Headers(scope=scope).get("x-request-id"),
-                exc_info=error if self.log_tracebacks else None,
+                exc_info=error,
             )
             if started:
                 return  # uvicorn closes the connection of an answer that was not finished

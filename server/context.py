@@ -28,7 +28,6 @@ class RequestContext:
         counts: what rendering its prompts came to; None until one was rendered.
         second_stage: the server's; None without a prune layer.
         plans: what it does to each prompt.
-        image_hashes: of the images that were processed, as vLLM's caches name them.
     """
 
     headers: Controls = field(default_factory=Controls)
@@ -38,7 +37,6 @@ class RequestContext:
     counts: TokenCounts | None = None
     second_stage: SecondStage | None = None
     plans: list[PromptPlan] = field(default_factory=list)
-    image_hashes: list[str] = field(default_factory=list)
 
     @property
     def unpruned(self) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_vtprune.error_text import WITHHOLD_VARIABLE
 from vllm_vtprune.policy import PolicyError
 
 ENV_PREFIX = "VTPRUNE_"
@@ -90,6 +91,8 @@ def apply_to_vllm(
         args.allowed_media_domains = list(limits.media_domains)
     if not {"--shutdown-timeout", "--config"} & given:
         args.shutdown_timeout = SHUTDOWN_SECONDS
+    if not args.log_error_stack:
+        environ.setdefault(WITHHOLD_VARIABLE, "1")
     for name, value in {
         # `media.PublicMediaConnector`, which refuses addresses that are not public
         "VLLM_MEDIA_CONNECTOR": "vtprune",

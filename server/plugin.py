@@ -43,7 +43,7 @@ class VTPruneEndpointPlugin:
         attach_inspection_routes(app)
         attach_playground(app)
         configure_request_log(limits.log_requests)
-        app.add_middleware(QuietErrors, log_tracebacks=args.log_error_stack)
+        app.add_middleware(QuietErrors)
         if limits.max_body_mb:
             app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
         app.state.vtprune_in_flight = RequestsInFlight()
@@ -59,6 +59,7 @@ class VTPruneEndpointPlugin:
         if engine_client is None:
             return
         from vllm_vtprune.engine_config import plugin_context
+        from vllm_vtprune.error_text import withhold_everywhere
         from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
         from vtprune_server.drain import drain_before_shutdown
         from vtprune_server.metrics import observe_tower_pass
@@ -69,6 +70,8 @@ class VTPruneEndpointPlugin:
         from vtprune_server.second_stage import SecondStage
         from vtprune_server.sentences import tell_messages_too, tell_streams_too
 
+        if not args.log_error_stack:
+            withhold_everywhere()
         drain_before_shutdown(engine_client, state.vtprune_in_flight)
         context = plugin_context(engine_client.model_config)
         second_stage = None

@@ -19,8 +19,7 @@ from vllm.utils.async_utils import make_async
 
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 from vtprune_server import metrics
-from vtprune_server.context import current_request
-from vtprune_server.resend import Resendable
+from vtprune_server.resend import make_resendable
 
 
 def install_prefetch(renderer: Any, workers: int) -> None:
@@ -65,13 +64,11 @@ def install_prefetch(renderer: Any, workers: int) -> None:
                 result = await process(prompt, mm_data, **kwargs)
         finally:
             in_flight -= 1
-        context = current_request.get()
-        if context is not None:
-            context.image_hashes += result["mm_hashes"].get("image", [])
         hits, misses = counts
         metrics.CACHE_HITS.inc(hits)
         metrics.CACHE_MISSES.inc(misses)
         metrics.CACHE_BYTES.set(processor.tower.cache.nbytes)
-        return Resendable.of(result, partial(prefetch_and_process, prompt, mm_data, **kwargs))
+        make_resendable(result, partial(prefetch_and_process, prompt, mm_data, **kwargs))
+        return result
 
     renderer._process_multimodal_async = prefetch_and_process

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a request: counted, logged, and its traces removed where it failed.
+"""The end of a request: counted and logged.
 
 The log has one JSON line per request: its id, settings, counts and outcome, and nothing of what it said or
 showed. The lines go to the logger ``vtprune.requests``, by default to standard error; a logging configuration
@@ -72,29 +72,13 @@ class RequestRecord:
 
     def answered(self, status: int | None, **extra: Any) -> None:
         """The answer is complete; no status means that the client went away before it."""
-        if status is None or status >= 400:
-            self._forget_images()
         self._log(status=status, **extra)
 
     def failed(self, error: BaseException) -> None:
         """The handler raised; logged is the status vLLM's exception handlers make of it, and its type."""
-        self._forget_images()
         cut = isinstance(error, asyncio.CancelledError)
         status = create_error_response(error).error.code if isinstance(error, Exception) else None
         self._log(status=status, **({"cut": True} if cut else {"error": type(error).__name__}))
-
-    def _forget_images(self) -> None:
-        """Drop the images from the front end's half of vLLM's processor cache.
-
-        That half counts an image as known to the engine once it was processed. Where the request failed
-        before it was sent, the engine has never seen it: the next request for it would make its way twice
-        (`resend`), and one with beam search, whose prompts vLLM copies, would be answered with a 500.
-        """
-        if self._raw_request is None or not self._context.image_hashes:
-            return
-        cache = self._raw_request.app.state.engine_client.renderer.mm_processor_cache
-        for image_hash in self._context.image_hashes if cache is not None else ():
-            cache.invalidate(image_hash)
 
     @property
     def _route(self) -> str:

@@ -5,8 +5,7 @@ vLLM's processor cache has a half in the API process, which knows what the engin
 which has it (`vllm.multimodal.cache`). A request whose image is known names it by hash alone. The halves
 evict on their own, and requests that fail or are aborted between them set them apart, so now and then the
 engine does not have it; vLLM then drops the hash from the first half and answers 500 so that the client tries
-again (`EngineCoreProc._handle_mm_cache_miss`). Here the server tries again, before anything was answered; not
-for beam search, which builds prompts of its own (`BeamSearchSequence.get_prompt`).
+again (`EngineCoreProc._handle_mm_cache_miss`). Here the server tries again, before anything was answered.
 """
 
 from __future__ import annotations
@@ -15,35 +14,38 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from vllm.multimodal.inputs import MultiModalKwargsItems
+
 from vtprune_server import metrics
 
 # The second time the images travel along, unless another request made them known again in between.
 _ATTEMPTS = 3
 
 
-class Resendable(dict[str, Any]):
-    """A rendered prompt (`vllm.inputs.MultiModalInput`) that names an image by its hash alone.
+class ResendableImages(MultiModalKwargsItems[Any]):
+    """The images of a prompt (``mm_kwargs`` of `vllm.inputs.MultiModalInput`), some named by hash alone.
+
+    They carry what sends them again, and not the prompt, since vLLM hands them on where it builds a prompt
+    anew (beam search does, `BeamSearchSequence.get_prompt`).
 
     Attributes:
-        render: renders its images once more, with whatever vLLM's cache then lacks.
+        render: renders the prompt once more, with whatever images vLLM's cache then lacks.
     """
 
     render: Callable[[], Awaitable[Mapping[str, Any]]]
 
-    @classmethod
-    def of(
-        cls, rendered: dict[str, Any], render: Callable[[], Awaitable[Mapping[str, Any]]]
-    ) -> dict[str, Any]:
-        """`rendered`, resendable if it has an image without data."""
-        if all(item is not None for item in rendered["mm_kwargs"].get("image", [])):
-            return rendered
-        prompt = cls(rendered)
-        prompt.render = render
-        return prompt
 
-    async def again(self) -> dict[str, Any]:
-        """The prompt with its images rendered once more."""
-        return Resendable.of({**self, **await self.render()}, self.render)
+def make_resendable(prompt: dict[str, Any], render: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    """Let the images of a rendered prompt be sent again where one of them has no data.
+
+    Args:
+        prompt: changed in place.
+        render: renders it once more.
+    """
+    if any(item is None for item in prompt["mm_kwargs"].get("image", [])):
+        images = ResendableImages(prompt["mm_kwargs"])
+        images.render = render
+        prompt["mm_kwargs"] = images
 
 
 def install_resend(engine_client: Any) -> None:
@@ -52,7 +54,8 @@ def install_resend(engine_client: Any) -> None:
 
     async def generate_again(prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         for attempt in range(1, _ATTEMPTS + 1):
-            last = attempt == _ATTEMPTS or not isinstance(prompt, Resendable)
+            images = _resendable(prompt)
+            last = attempt == _ATTEMPTS or images is None
             missed = started = False
             async with aclosing(generate(prompt, *args, **kwargs)) as outputs:
                 async for output in outputs:
@@ -63,16 +66,23 @@ def install_resend(engine_client: Any) -> None:
                     yield output
             if not missed:
                 return
+            assert images is not None
             metrics.RESENT.inc()
-            prompt = await prompt.again()
+            # the images alone: the tokens of a beam have grown since its prompt was rendered
+            prompt = {**prompt, "mm_kwargs": (await images.render())["mm_kwargs"]}
 
     def generate_or_again(prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        if isinstance(prompt, Resendable):
+        if _resendable(prompt) is not None:
             return generate_again(prompt, *args, **kwargs)
         outputs: AsyncGenerator[Any, None] = generate(prompt, *args, **kwargs)
         return outputs
 
     engine_client.generate = generate_or_again
+
+
+def _resendable(prompt: Any) -> ResendableImages | None:
+    images = prompt.get("mm_kwargs") if isinstance(prompt, Mapping) else None
+    return images if isinstance(images, ResendableImages) else None
 
 
 def _is_empty_error(output: Any) -> bool:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which errors were written for a client to read.
 
-vLLM answers 400 to every `ValueError`, `TypeError` and `OverflowError`, with the error's text
-(`vllm.entrypoints.serve.exception_handling.error_response`). Some of them are sentences that vLLM raises
-about the request; others come out of a library that it called and tell of the server's inside.
+vLLM answers 400 to every `ValueError`, `TypeError` and `OverflowError`, with the error's text, and a stream
+ends with the text of any error at all (`vllm.entrypoints.serve.exception_handling.error_response`). Some of
+them are sentences that vLLM raises about the request; others come out of a library that it called and tell of
+the server's inside.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 
 import pydantic
 from jinja2 import TemplateError
+from vllm.entrypoints.anthropic import serving as anthropic_serving
 from vllm.exceptions import VLLMError, VLLMServerError, VLLMValidationError
 
 logger = logging.getLogger(__name__)
 
 _OURS = ("vllm", "vllm_vtprune", "vtprune_server")
-# What vLLM answers 400, with the text (`create_error_response`); other types are 500s without one.
-_ANSWERED = (ValueError, TypeError, OverflowError)
+# What vLLM answers 400, or 501, with the text (`init_exception_handler`).
+_ANSWERED = (ValueError, TypeError, OverflowError, NotImplementedError)
 _TOLD = (VLLMError, pydantic.ValidationError, TemplateError)
 FAILED = "The server failed to answer this request; its log names the error."
 UNTOLD = "The request could not be processed as it is; the server's log names the error by the request's id."
@@ -57,9 +59,12 @@ def tell_streams_too(handlers: Any) -> None:
 def tell_messages_too(handler: Any) -> None:
     """Have the errors of the messages API pass through `told`; what nobody foresaw is a 500 without text.
 
-    Hook: `vllm.entrypoints.anthropic.api_router`, which logs and answers the text of whatever
-    `AnthropicServingMessages.create_messages` and `.count_tokens` raise, before an exception handler sees it.
+    Hooks: `vllm.entrypoints.anthropic.api_router`, which logs and answers the text of whatever
+    `AnthropicServingMessages.create_messages` and `.count_tokens` raise, before an exception handler sees it;
+    and `sanitize_message`, through which alone `AnthropicServingMessages.message_stream_converter` writes an
+    error's text into a stream.
     """
+    anthropic_serving.sanitize_message = lambda message: FAILED
     for name in ("create_messages", "count_tokens"):
         setattr(handler, name, _telling_errors(getattr(handler, name), name))
 
@@ -70,10 +75,9 @@ def _telling_errors(method: Callable[..., Awaitable[Any]], name: str) -> Callabl
         try:
             return await method(*args, **kwargs)
         except Exception as error:
-            answered = told(error)
-            if not isinstance(answered, _ANSWERED + _TOLD):
-                logger.error("vtprune: %s in %s", type(error).__name__, name)
-                answered = VLLMServerError(FAILED)
+            answered = _told_or_failed(error)
+            if str(answered) == FAILED:
+                logger.exception("vtprune: error in %s", name)
             if answered is error:
                 raise
             raise answered from None
@@ -81,9 +85,16 @@ def _telling_errors(method: Callable[..., Awaitable[Any]], name: str) -> Callabl
     return telling
 
 
+def _told_or_failed(error: BaseException) -> BaseException:
+    """`told`; what nobody foresaw is a 500 that says no more. For places that no `QuietErrors` is around."""
+    answered = told(error)
+    return answered if isinstance(answered, _ANSWERED + _TOLD) else VLLMServerError(FAILED)
+
+
 def _telling(write: Any) -> Any:
     def write_told(message: Any, *args: Any, **kwargs: Any) -> str:
-        answer: str = write(told(message) if isinstance(message, Exception) else message, *args, **kwargs)
+        said = _told_or_failed(message) if isinstance(message, Exception) else message
+        answer: str = write(said, *args, **kwargs)
         return answer
 
     return write_told

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 
 from vllm_vtprune.compat import check_front_end, check_vllm_version
+from vllm_vtprune.error_text import withhold_in_engine
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ def register_with_vllm() -> None:
     `vllm.model_executor.models.config.MODELS_CONFIG_MAP` (`VllmConfig.try_verify_and_update_config` runs
     the entry once, before an engine exists).
     """
+    withhold_in_engine()
     try:
         check_vllm_version()
         check_front_end()

@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import DEMO_MODEL, MODEL_NAME, LiveServer, start_server, stop_server
+from tests.conftest import DEMO_MODEL, MODEL_NAME, REPOSITORY, LiveServer, start_server, stop_server
 from tests.pictures import noise, scene
 from tests.server.client import chat_body, metric, post
 from tests.server.test_contract import N, answer, counts
+from tests.server.vllm_with_a_fault import FAULT, FAULTY_SEED
+from vtprune_server.sentences import FAILED
 
 pytestmark = pytest.mark.engine
 
@@ -26,8 +28,8 @@ def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServe
         # room for two of the model's pictures, unpruned
         *("--mm-processor-cache-gb", "0.00016"),
         *("--additional-config", '{"vtprune": {"default_preset": "balanced", "max_aggressiveness": 0.8}}'),
-        module="vllm.entrypoints.launchers.api_server.entry",
-        env={"VLLM_PLUGINS": "vtprune"},
+        module="tests.server.vllm_with_a_fault",
+        env={"VLLM_PLUGINS": "vtprune", "VTPRUNE_WITHHOLD_ERROR_TEXT": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     yield server
     stop_server(server)
@@ -49,19 +51,33 @@ def test_the_contract_holds(plain_server: LiveServer) -> None:
     assert httpx.get(f"{plain_server.url}/health", timeout=20).status_code == 200
 
 
-def test_an_image_that_the_engine_lost_is_sent_again(plain_server: LiveServer) -> None:
+@pytest.mark.parametrize("number,fields", [(1, {}), (4, {"use_beam_search": True, "n": 2})])
+def test_an_image_that_the_engine_lost_is_sent_again(
+    plain_server: LiveServer, number: int, fields: dict[str, Any]
+) -> None:
     url = plain_server.url
 
     def ask(number: int, **fields: Any) -> httpx.Response:
         return post(url, chat_body(noise(number), vtprune={"preset": "off"}, **fields), KEY)
 
-    first = ask(1)
-    assert ask(2).status_code == 200
-    # Refused after its image was processed: the front end forgets image 2, the engine still has 1 and 2.
-    assert ask(2, logit_bias={"999999": 1}).status_code == 400
-    assert ask(3).status_code == 200  # the front end now knows 1 and 3; the engine has 2 and 3
+    # Refused after its image was processed: the front end takes it for known, the engine has never seen it.
+    assert ask(number, logit_bias={"999999": 1}).status_code == 400
     before = metric(url, "vtprune_images_resent_total")
-    again = ask(1)
-    assert again.status_code == 200
-    assert answer(again) == answer(first)
+    lost = ask(number, **fields)
+    assert lost.status_code == 200
     assert metric(url, "vtprune_images_resent_total") == before + 1
+    assert ask(2).status_code == ask(3).status_code == 200  # there is room for two: image 1 is evicted
+    assert answer(lost) == answer(ask(number, **fields))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_unforeseen_error_is_logged_without_its_text(plain_server: LiveServer, stream: bool) -> None:
+    response = post(plain_server.url, chat_body(scene(), stream=stream, seed=FAULTY_SEED), KEY)
+    assert response.status_code == (200 if stream else 500)
+    assert FAULT not in response.text
+    assert FAILED in response.text
+    log = plain_server.log.read_text(errors="replace")
+    assert FAULT not in log
+    assert "RuntimeError (--log-error-stack shows its text)" in log
+    assert ("Error in chat completion stream generator" if stream else "error in POST /v1/chat") in log
+    assert answer(post(plain_server.url, chat_body(scene()), KEY))

@@ -81,7 +81,9 @@ def test_limits_travel_in_the_environment() -> None:
 
 
 def vllm_args() -> argparse.Namespace:
-    return argparse.Namespace(limit_mm_per_prompt={}, allowed_media_domains=None, shutdown_timeout=0)
+    return argparse.Namespace(
+        limit_mm_per_prompt={}, allowed_media_domains=None, shutdown_timeout=0, log_error_stack=False
+    )
 
 
 def test_vllms_own_limits_are_set_where_the_operator_has_not() -> None:
@@ -94,6 +96,7 @@ def test_vllms_own_limits_are_set_where_the_operator_has_not() -> None:
     assert environ["VLLM_MAX_IMAGE_PIXELS"] == "7000000"
     assert environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert environ["VLLM_MEDIA_CONNECTOR"] == "vtprune"
+    assert environ["VTPRUNE_WITHHOLD_ERROR_TEXT"] == "1"
 
 
 def test_and_left_alone_where_they_have() -> None:
@@ -103,3 +106,10 @@ def test_and_left_alone_where_they_have() -> None:
     apply_to_vllm(ServerLimits(media_domains=("a.org",)), args, given, environ)
     assert args == vllm_args()
     assert environ["VLLM_MAX_IMAGE_PIXELS"] == "9" and environ["VLLM_MEDIA_CONNECTOR"] == "http"
+
+
+def test_the_engine_logs_the_text_of_errors_where_the_front_end_does() -> None:
+    args, environ = vllm_args(), dict[str, str]()
+    args.log_error_stack = True
+    apply_to_vllm(ServerLimits(), args, frozenset(), environ)
+    assert "VTPRUNE_WITHHOLD_ERROR_TEXT" not in environ

@@ -7,12 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+from vllm.inputs import mm_input
+from vllm.multimodal.inputs import MultiModalKwargsItems
 
 from vtprune_server import metrics
-from vtprune_server.resend import Resendable, install_resend
+from vtprune_server.resend import install_resend, make_resendable
 
-KNOWN = {"mm_kwargs": {"image": [None]}, "prompt_token_ids": [1, 2]}
-WITH_DATA = {"mm_kwargs": {"image": ["pixels"]}}
+
+def prompt_with(image: Any) -> dict[str, Any]:
+    images = MultiModalKwargsItems({"image": [image]})
+    return {**mm_input([1, 2], images, {"image": ["hash"]}, {"image": []}, prompt="text")}
+
+
+KNOWN, WITH_DATA = prompt_with(None), prompt_with("pixels")
 
 
 def output(*tokens: int, finish: str | None = None) -> Any:
@@ -51,9 +59,14 @@ def known(*renders: dict[str, Any]) -> dict[str, Any]:
     waiting = list(renders)
 
     async def render() -> dict[str, Any]:
-        return waiting.pop(0)
+        return resendable({**waiting.pop(0)}, render)
 
-    return Resendable.of(dict(KNOWN), render)
+    return resendable(prompt_with(None), render)
+
+
+def resendable(prompt: dict[str, Any], render: Any) -> dict[str, Any]:
+    make_resendable(prompt, render)
+    return prompt
 
 
 def resent() -> float:
@@ -87,13 +100,23 @@ def test_a_known_image_that_is_there_is_sent_once() -> None:
     assert len(engine.seen) == 1
 
 
-@pytest.mark.parametrize("image", [["pixels"], []])
-def test_what_carries_its_data_is_left_alone(image: list[str]) -> None:
+@pytest.mark.parametrize("images", [{"image": ["pixels"]}, {"image": []}, {}])
+def test_what_carries_its_data_is_left_alone(images: Any) -> None:
     async def never() -> dict[str, Any]:
         raise AssertionError
 
-    prompt = {"mm_kwargs": {"image": image}}
-    assert Resendable.of(prompt, never) is prompt
+    kwargs = MultiModalKwargsItems(images)
+    prompt = {"mm_kwargs": kwargs}
+    make_resendable(prompt, never)
+    assert prompt["mm_kwargs"] is kwargs
+
+
+def test_a_beam_is_sent_again_with_the_tokens_it_has_grown() -> None:
+    engine, prompt = Engine(lost=1), known(WITH_DATA)
+    beam = BeamSearchSequence(orig_prompt=prompt, tokens=[1, 2, 3], logprobs=[])  # type: ignore[arg-type]
+    assert ask(engine, beam.get_prompt()) == [[7], [8]]
+    assert [seen[0]["prompt_token_ids"] for seen in engine.seen] == [[1, 2, 3], [1, 2, 3]]
+    assert engine.seen[1][0]["mm_kwargs"]["image"] == ["pixels"]
 
 
 def test_an_error_after_the_first_token_is_passed_on() -> None:

@@ -3,7 +3,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from vllm import SamplingParams
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GenerationError, VLLMNotFoundError, VLLMValidationError
 
@@ -76,7 +77,20 @@ def test_streams_tell_no_more() -> None:
     handler = SimpleNamespace(create_streaming_error_response=lambda message, code=400: f"{code} {message}")
     tell_streams_too([object(), handler])
     assert handler.create_streaming_error_response(raised(lambda: int("secret"))) == f"400 {UNTOLD}"
+    assert handler.create_streaming_error_response(raised(lambda: {}["secret"])) == f"400 {FAILED}"  # type: ignore[index]
     assert handler.create_streaming_error_response("As it is", code=500) == "500 As it is"
+
+
+async def test_streams_of_the_messages_api_tell_no_more() -> None:
+    async def broken() -> AsyncIterator[str]:
+        raise KeyError("secret")
+        yield
+
+    tell_messages_too(SimpleNamespace(create_messages=None, count_tokens=None))
+    converter = AnthropicServingMessages.message_stream_converter
+    events = [event async for event in converter(SimpleNamespace(), broken())]  # type: ignore[arg-type]
+    assert FAILED in events[-1]
+    assert "secret" not in "".join(events)
 
 
 @pytest.mark.parametrize(
