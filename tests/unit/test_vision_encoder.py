@@ -19,6 +19,7 @@ from vllm_vtprune.vision import tower_service
 from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput, VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
+from vllm_vtprune.vision.tower_pass import tower_pass
 from vllm_vtprune.vision.tower_service import TowerService
 
 SHAPE = {"image_size": 56, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 64}
@@ -71,6 +72,35 @@ def test_optional_outputs_are_the_towers_attention(checkpoint: Path, encoder: Vi
         assert torch.allclose(output.cls_attention, weights[i, :, :, 0, 1:].mean(1), atol=1e-6)
         assert torch.allclose(output.received, weights[i, :, :, :, 1:].mean((1, 2)), atol=1e-6)
         assert output.keys.shape == output.patches.shape
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_a_traced_pass_is_the_tower_whatever_the_batch(encoder: VisionEncoder, projections: bool) -> None:
+    run = tower_pass(encoder.tower, pixels(1), projections=projections)
+    assert isinstance(run, torch.jit.ScriptFunction), "it ran as Python"
+    for values in (pixels(5), pixels(1), pixels(2)):
+        with torch.inference_mode():
+            hidden, *captured = run(values)
+            assert torch.equal(hidden, encoder.tower(values).last_hidden_state)
+        assert [tuple(c.shape) for c in captured] == [tuple(hidden.shape)] * len(captured)
+        assert len(captured) == (2 * len(encoder.tower.encoder.layers) if projections else 0)
+
+
+def test_a_tower_that_cannot_be_traced_runs_as_it_is(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load(checkpoint).encode(pixels(2), OPTIONAL_OUTPUTS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no tracing here")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    outputs = load(checkpoint).encode(pixels(2), OPTIONAL_OUTPUTS)
+    assert "could not be traced" in caplog.text
+    for output, before in zip(outputs, expected, strict=True):
+        assert torch.equal(output.patches, before.patches)
+        assert output.received is not None and before.received is not None
+        assert torch.equal(output.received, before.received)
 
 
 def test_only_kept_tokens_are_projected_and_the_rest_does_not_matter(encoder: VisionEncoder) -> None:

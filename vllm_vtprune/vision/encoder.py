@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
+from vllm_vtprune.vision.tower_pass import TowerPass, tower_pass
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,7 @@ def feature_layer_index(config: LlavaConfig) -> int:
 class VisionEncoder:
     """CLIP tower plus LLaVA projector on one device.
 
-    One pass of the tower at a time: `encode` is guarded by a lock, since the captured projections live on
-    the modules' hooks.
+    One pass of the tower at a time, as `tower_pass` asks.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class VisionEncoder:
         # multiply-adds of the tower's matrix products, for one image
         self.work_per_image = (1 + self.grid[0] * self.grid[1]) * sum(p.numel() for p in tower.parameters())
         self._heads = clip_config(config).num_attention_heads
+        self._passes: dict[bool, TowerPass] = {}
         self._lock = threading.Lock()
 
     @staticmethod
@@ -174,7 +175,11 @@ class VisionEncoder:
             _assign(tower, tower_weights, "vision tower", layers)
             _assign(projector, projector_weights, "projector", layers)
         logger.info("vtprune: vision tower (%d layers) and projector on %s, %s", layers, device, dtype)
-        return VisionEncoder(config, tower, projector, device, dtype)
+        encoder = VisionEncoder(config, tower, projector, device, dtype)
+        size = cast(int, vision_config.image_size)  # else `patch_grid` has refused it
+        # now, and not while the first request waits
+        encoder._pass(torch.zeros((1, 3, size, size), device=device, dtype=dtype), projections=False)
+        return encoder
 
     @torch.inference_mode()
     def encode(self, pixel_values: Tensor, outputs: frozenset[str] = frozenset()) -> list[TowerOutput]:
@@ -187,9 +192,10 @@ class VisionEncoder:
         Returns:
             One `TowerOutput` per image, each in memory of its own, so that one can be freed without the rest.
         """
-        with self._lock, _captured_projections(self.tower, outputs) as captured:
-            hidden = self.tower(pixel_values.to(self.device, self.dtype)).last_hidden_state  # [B, 1 + N, D]
-        extra = _optional_outputs(captured, self._heads, outputs)
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        with self._lock:
+            hidden, *projections = self._pass(pixel_values[:1], projections=bool(outputs))(pixel_values)
+        extra = _optional_outputs(projections[::2], projections[1::2], self._heads, outputs)
         return [
             TowerOutput(
                 patches=hidden[i, 1:].clone(),
@@ -198,6 +204,11 @@ class VisionEncoder:
             )
             for i in range(hidden.shape[0])
         ]
+
+    def _pass(self, example: Tensor, *, projections: bool) -> TowerPass:
+        if projections not in self._passes:
+            self._passes[projections] = tower_pass(self.tower, example, projections=projections)
+        return self._passes[projections]
 
     @torch.inference_mode()
     def project(self, images: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -234,53 +245,31 @@ def _assign(module: nn.Module, weights: dict[str, Tensor], what: str, layers: in
     module.load_state_dict(given, strict=False, assign=True)
 
 
-@contextmanager
-def _captured_projections(
-    tower: CLIPVisionModel, outputs: frozenset[str]
-) -> Iterator[list[dict[str, Tensor]]]:
-    """Capture each layer's query and key projections ([B, 1 + N, D]) while the tower runs."""
-    captured: list[dict[str, Tensor]] = [{} for _ in tower.encoder.layers]
-    handles = []
-    if outputs:
-        for store, layer in zip(captured, tower.encoder.layers, strict=True):
-            for name in ("q_proj", "k_proj"):
-                handles.append(
-                    getattr(layer.self_attn, name).register_forward_hook(_keep_output(store, name))
-                )
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep_output(store: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
-    def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-        store[name] = output
-
-    return hook
-
-
 def _optional_outputs(
-    captured: list[dict[str, Tensor]], heads: int, outputs: frozenset[str]
+    queries: list[Tensor], keys: list[Tensor], heads: int, outputs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The attention-based outputs, recomputed from the captured projections in float32.
+    """The attention-based outputs, recomputed in float32 from each layer's projections, [B, 1 + N, D].
 
     Flash and SDPA kernels return no weights; one extra softmax row per head is cheap.
     """
     extra: dict[str, Tensor] = {}
     if "keys" in outputs:
-        extra["keys"] = captured[-1]["k_proj"][:, 1:]
+        extra["keys"] = keys[-1][:, 1:]
     if "cls_attention" in outputs:
-        extra["cls_attention"] = torch.stack([_attention(c, heads, cls_only=True) for c in captured], dim=1)
+        extra["cls_attention"] = _attentions(queries, keys, heads, cls_only=True)
     if "received" in outputs:
-        extra["received"] = torch.stack([_attention(c, heads, cls_only=False) for c in captured], dim=1)
+        extra["received"] = _attentions(queries, keys, heads, cls_only=False)
     return extra
 
 
-def _attention(projections: dict[str, Tensor], heads: int, *, cls_only: bool) -> Tensor:
+def _attentions(queries: list[Tensor], keys: list[Tensor], heads: int, *, cls_only: bool) -> Tensor:
+    """[B, L, N]: attention each patch gets in each layer."""
+    layers = zip(queries, keys, strict=True)
+    return torch.stack([_attention(q.float(), k.float(), heads, cls_only=cls_only) for q, k in layers], dim=1)
+
+
+def _attention(queries: Tensor, keys: Tensor, heads: int, *, cls_only: bool) -> Tensor:
     """[B, N]: attention each patch gets, mean over heads, from CLS or from all queries."""
-    queries, keys = projections["q_proj"].float(), projections["k_proj"].float()
     if cls_only:
         queries = queries[:, :1]
     batch, tokens, width = keys.shape
