@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_vtprune.kv_drop import step as step_module
 from vllm_vtprune.kv_drop.relevance import kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
 
@@ -21,7 +23,7 @@ class _Request:
     computed: int = 0
     cache: dict[int, int] = field(default_factory=dict)  # place -> original position
 
-    @property
+    @cached_property
     def drop(self) -> RequestDrop | None:
         protected = np.zeros(self.tokens, dtype=bool)
         protected[-1] = True
@@ -35,16 +37,21 @@ def test_every_kept_token_lands_in_the_next_place_of_its_request(data):
     for _ in range(data.draw(st.integers(1, 5))):
         tokens = data.draw(st.integers(2, 90))
         requests.append(_Request(tokens, data.draw(st.integers(0, tokens - 2)) if tokens > 9 else 0))
-    state = KVDropState(8, 2000, torch.device("cpu"))
-    for _ in range(6):
-        batch = data.draw(st.permutations(requests))
+    state = KVDropState(8, 4000, torch.device("cpu"))
+    batch = requests
+    for kind in data.draw(st.lists(st.sampled_from(["any", "decode", "decode", "preempt"]), max_size=14)):
+        if kind == "preempt":
+            batch[0].computed = 0
+            batch[0].cache.clear()
+        if kind == "any":
+            batch = data.draw(st.permutations(requests))
         scheduled = []
         for r in batch:
             if r.computed == 0 and r.dropped:
                 # whole, or with the tokens generated before a preemption
                 scheduled.append(r.tokens + data.draw(st.integers(0, 2)))
             else:
-                scheduled.append(data.draw(st.integers(1, 4)))
+                scheduled.append(data.draw(st.integers(1, 4)) if kind == "any" else 1)
         now = np.array(scheduled, dtype=np.int32)
         computed = np.array([r.computed for r in batch], dtype=np.int32)
         state.begin([r.drop for r in batch], now, computed)
@@ -128,3 +135,22 @@ def test_geometry_of_a_mixed_step():
     assert step.query_start_loc.tolist() == [0, 4, 5, 9]
     assert step.positions.tolist() == [0, 1, 2, 3, 7, 3, 4, 5, 6]
     assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0], 9)
+
+
+def test_a_decode_step_of_the_same_requests_reuses_their_geometry(monkeypatch):
+    state = KVDropState(4, 100, torch.device("cpu"))
+    drop = RequestDrop(20, 8, np.ones(20, dtype=bool))
+
+    def begin(drops, scheduled, computed):
+        state.begin(drops, np.array(scheduled, dtype=np.int32), np.array(computed, dtype=np.int32))
+        return state.positions[: sum(scheduled)].tolist()
+
+    assert begin([None, drop], [1, 1], [8, 20]) == [8, 12]
+    calls = []
+    monkeypatch.setattr(step_module, "step_geometry", lambda *a: calls.append(a) or step_geometry(*a))
+    assert begin([None, drop], [1, 1], [9, 21]) == [9, 13]
+    assert not calls
+    begin([drop, None], [1, 1], [22, 10])  # other rows
+    begin([drop, None], [1, 2], [23, 11])  # more than a token
+    begin([drop, None], [20, 1], [0, 13])  # preempted, and prefilled again
+    assert len(calls) == 3

@@ -143,6 +143,12 @@ class KVDropState:
         if not any(drops):
             self.clear()
             return
+        if self.step is not None and self._decodes_on(drops, scheduled, computed):
+            # as nearly every step does; with a small model the geometry would be a tenth of its time
+            positions = (computed - self.step.dropped).astype(np.int64)
+            self.step = replace(self.step, positions=positions)
+            self._copy(self.positions, positions)
+            return
         dropped = np.fromiter((d.dropped if d else 0 for d in drops), dtype=np.int32, count=len(drops))
         step = self.step = step_geometry(scheduled, computed, dropped)
         self._drops = drops
@@ -152,6 +158,24 @@ class KVDropState:
         self._copy(self.requests, step.requests)
         self._copy(self.positions, step.positions)
         self.prompts = self._prompts(drops, step, int(scheduled.sum())) if len(step.pruned) else None
+
+    def _decodes_on(
+        self,
+        drops: Sequence[RequestDrop | None],
+        scheduled: NDArray[np.int32],
+        computed: NDArray[np.int32],
+    ) -> bool:
+        """Whether the last step's requests, in the same rows, each take one more token and none is pruned."""
+        step = self.step
+        return (
+            step is not None
+            and step.rows == len(drops) == len(self._drops)
+            and not len(step.pruned)
+            and all(now is before for now, before in zip(drops, self._drops, strict=True))
+            and bool((scheduled == 1).all())
+            # a preempted request begins again at its first token
+            and bool(computed.all())
+        )
 
     def write_slots(self, block_table: Tensor, block_size: int, slots: Tensor) -> None:
         """Write where the step's rows go above the prune layer, in place: a CUDA graph reads this buffer.
