@@ -7,7 +7,6 @@ does: on random towers its counts mean nothing, and comparisons there fix the sh
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -115,11 +114,11 @@ def default_model_dir() -> Path:
 def demo() -> BenchModel:
     """The embedded demo model: 144 vision tokens, so small that the server around it is most of the work."""
     import vllm_vtprune
+    from vtprune_server.cli import DEMO_PRUNE_LAYER
 
     folder = Path(vllm_vtprune.__file__).parent / "demo_model"
-    layers = json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"]
     flags = (*_EAGER, "--max-model-len", "1024")
-    return BenchModel("demo", folder, flags, kv_cache_gb=1, prune_layer=max(1, layers // 3))
+    return BenchModel("demo", folder, flags, kv_cache_gb=1, prune_layer=DEMO_PRUNE_LAYER)
 
 
 def decoder_bound(model_dir: Path) -> BenchModel:

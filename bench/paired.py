@@ -34,6 +34,9 @@ MIN_ROUNDS_FOR_INTERVAL = 6
 _REQUEST_TIMEOUT_S = 900.0
 _MIN_BLOCK_S = 0.5  # shorter blocks would measure the client's timer and the scheduler's slices
 _MAX_PER_SLOT = 8
+# vLLM's worker polls its queue for a second after its last step (`SpinCondition` in
+# `vllm.distributed.device_communicators.shm_broadcast`) and would take a core from the next block's server.
+_REST_S = 1.2
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Comparison:
         self._servers = servers
         self._rng = np.random.default_rng([traffic.seed, 3])
         self._fastest_s: float | None = None
+        self._last_block = -math.inf
         spec = WorkloadSpec(
             base={
                 "model": model,
@@ -228,6 +232,7 @@ class Comparison:
     async def _block(self, index: int, concurrency: int, requests: int, turn: int) -> Block:
         arm = self.arms[index]
         await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
+        await asyncio.sleep(self._last_block + _REST_S - time.monotonic())
         server = self._servers[arm.server]
         cpu = server.cpu_seconds()
         result = await self._runners[arm.server].run(
@@ -237,6 +242,7 @@ class Comparison:
             asyncio.Event(),
         )
         cpu = server.cpu_seconds() - cpu
+        self._last_block = time.monotonic()
         for record in result.records:
             if not record.ok:
                 raise LoadTestError(
