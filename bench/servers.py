@@ -68,7 +68,7 @@ class RunningServer:
 def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> Iterator[list[RunningServer]]:
     """Start servers on one model, one after another, and stop them at the end.
 
-    Idle engines block on their queues and take no processor time, so all stay up while one gets traffic.
+    Engines that have been idle for a second take no processor time, so all stay up while one gets traffic.
 
     Raises:
         LoadTestError: one of them did not start; the end of its log is in the message.
