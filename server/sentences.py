@@ -27,6 +27,7 @@ _OURS = ("vllm", "vllm_vtprune", "vtprune_server")
 # What vLLM answers 400, or 501, with the text (`init_exception_handler`).
 _ANSWERED = (ValueError, TypeError, OverflowError, NotImplementedError)
 _TOLD = (VLLMError, pydantic.ValidationError, TemplateError)
+_FORESEEN = _ANSWERED + _TOLD
 FAILED = "The server failed to answer this request; its log names the error."
 UNTOLD = "The request could not be processed as it is; the server's log names the error by the request's id."
 
@@ -76,7 +77,7 @@ def _telling_errors(method: Callable[..., Awaitable[Any]], name: str) -> Callabl
             return await method(*args, **kwargs)
         except Exception as error:
             answered = _told_or_failed(error)
-            if str(answered) == FAILED:
+            if not isinstance(error, _FORESEEN):
                 logger.exception("vtprune: error in %s", name)
             if answered is error:
                 raise
@@ -87,8 +88,7 @@ def _telling_errors(method: Callable[..., Awaitable[Any]], name: str) -> Callabl
 
 def _told_or_failed(error: BaseException) -> BaseException:
     """`told`; what nobody foresaw is a 500 that says no more. For places that no `QuietErrors` is around."""
-    answered = told(error)
-    return answered if isinstance(answered, _ANSWERED + _TOLD) else VLLMServerError(FAILED)
+    return told(error) if isinstance(error, _FORESEEN) else VLLMServerError(FAILED)
 
 
 def _telling(write: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +22,6 @@ from vllm_vtprune.error_text import (
 )
 
 logger = logging.getLogger("tests.error_text")
-
-
-@pytest.fixture
-def withheld() -> Iterator[None]:
-    factory = logging.getLogRecordFactory()
-    withhold_everywhere()
-    withhold_everywhere()  # vLLM may initialise a plugin again
-    yield
-    logging.setLogRecordFactory(factory)
 
 
 def logged(name: str, log: Callable[[], object]) -> str:
@@ -68,6 +59,13 @@ def test_the_stack_is_logged_without_the_text() -> None:
     assert "in fail_in_two_steps" in text
     # the lines of code above are part of a stack; what they raised is not
     assert "secret" not in text.replace('KeyError("secret one")', "").replace('ValueError("secret two")', "")
+
+
+@pytest.mark.usefixtures("withheld")
+def test_asking_for_it_again_changes_nothing() -> None:
+    factory = logging.getLogRecordFactory()
+    withhold_everywhere()  # vLLM may initialise a plugin again
+    assert logging.getLogRecordFactory() is factory
 
 
 def test_without_it_the_text_is_there() -> None:

@@ -15,10 +15,11 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from vllm_vtprune.error_text import withhold_everywhere
 from vtprune_server.access import EveryRouteAuthentication, QuietErrors, RequestIds
 from vtprune_server.body_limit import BodyLimitMiddleware
 from vtprune_server.drain import DrainMiddleware, RequestsInFlight, drain_before_shutdown
+
+SECRET = "secret"  # a traceback shows lines of code: they must name it, not spell it
 
 
 def application() -> FastAPI:
@@ -30,7 +31,7 @@ def application() -> FastAPI:
 
     @app.get("/broken")
     async def broken() -> None:
-        raise KeyError("secret")
+        raise KeyError(SECRET)
 
     @app.get("/health")
     async def health() -> None:
@@ -40,7 +41,7 @@ def application() -> FastAPI:
     async def breaks_off() -> StreamingResponse:
         async def events() -> AsyncIterator[bytes]:
             yield b"one"
-            raise KeyError("secret")
+            raise KeyError(SECRET)
 
         return StreamingResponse(events())
 
@@ -51,24 +52,26 @@ def client(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
-@pytest.mark.parametrize("withheld", [True, False])
-async def test_an_unforeseen_error_says_nothing(withheld: bool, caplog: pytest.LogCaptureFixture) -> None:
-    factory = logging.getLogRecordFactory()
-    if withheld:
-        withhold_everywhere()
+@pytest.mark.usefixtures("withheld")
+async def test_an_unforeseen_error_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     app = application()
     app.add_middleware(QuietErrors)
-    try:
-        async with client(app) as http:
-            response = await http.get("/broken")
-    finally:
-        logging.setLogRecordFactory(factory)
+    async with client(app) as http:
+        response = await http.get("/broken")
     assert response.status_code == 500
-    assert "secret" not in response.text
+    assert "secret" not in response.text + caplog.text
     assert "error in GET /broken" in caplog.text and "KeyError" in caplog.text
-    assert ("'secret'" in caplog.text) is not withheld
 
 
+async def test_the_operator_may_ask_for_the_text(caplog: pytest.LogCaptureFixture) -> None:
+    app = application()
+    app.add_middleware(QuietErrors)
+    async with client(app) as http:
+        assert "secret" not in (await http.get("/broken")).text
+    assert "secret" in caplog.text
+
+
+@pytest.mark.usefixtures("withheld")
 async def test_an_answer_that_breaks_off_is_not_answered_twice(caplog: pytest.LogCaptureFixture) -> None:
     app = application()
     app.add_middleware(QuietErrors)
@@ -83,6 +86,7 @@ async def test_an_answer_that_breaks_off_is_not_answered_twice(caplog: pytest.Lo
     scope = {"type": "http", "method": "GET", "path": "/breaks-off", "headers": [], "query_string": b""}
     await app(scope, receive, send)
     assert sent[0] == "http.response.start" and sent.count("http.response.start") == 1
+    assert "secret" not in caplog.text
     assert "error in GET /breaks-off" in caplog.text
 
 

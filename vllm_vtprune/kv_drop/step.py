@@ -143,10 +143,11 @@ class KVDropState:
         if not any(drops):
             self.clear()
             return
-        if self.step is not None and self._decodes_on(drops, scheduled, computed):
+        last = self.step
+        if last is not None and self._decodes_on(last, drops, scheduled, computed):
             # as nearly every step does; with a small model the geometry would be a tenth of its time
-            positions = (computed - self.step.dropped).astype(np.int64)
-            self.step = replace(self.step, positions=positions)
+            positions = (computed - last.dropped).astype(np.int64)
+            self.step = replace(last, positions=positions)
             self._copy(self.positions, positions)
             return
         dropped = np.fromiter((d.dropped if d else 0 for d in drops), dtype=np.int32, count=len(drops))
@@ -161,16 +162,15 @@ class KVDropState:
 
     def _decodes_on(
         self,
+        last: StepGeometry,
         drops: Sequence[RequestDrop | None],
         scheduled: NDArray[np.int32],
         computed: NDArray[np.int32],
     ) -> bool:
         """Whether the last step's requests, in the same rows, each take one more token and none is pruned."""
-        step = self.step
         return (
-            step is not None
-            and step.rows == len(drops) == len(self._drops)
-            and not len(step.pruned)
+            last.rows == len(drops) == len(self._drops)
+            and not len(last.pruned)
             and all(now is before for now, before in zip(drops, self._drops, strict=True))
             and bool((scheduled == 1).all())
             # a preempted request begins again at its first token
