@@ -42,7 +42,7 @@ class Part:
 
 
 PARTS = (
-    Part("demo", DEFAULT_ARMS, {1: 45.0}),
+    Part("demo", DEFAULT_ARMS, {1: 70.0}),
     Part(
         "decoder-150m",
         "vllm,off,a0.5,keep0.22,keep0.22+kv0.5",

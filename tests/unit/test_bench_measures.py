@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 from tests.fake_chat import serve_fake_chat
 from tests.unit.conftest import DECODER, TOWER
 from vtprune_bench import __main__ as short_version
-from vtprune_bench import compare, growth, models, roofline
+from vtprune_bench import compare, growth, models, paired, roofline
 from vtprune_bench.arms import parse_arms
 from vtprune_bench.load.errors import LoadTestError
 from vtprune_bench.paired import Block, Rounds, Spread, TrafficSpec, connected
@@ -140,8 +140,13 @@ def test_growth_varies_one_axis_at_a_time() -> None:
 
 
 @pytest.fixture
-def servers() -> Iterator[list[RunningServer]]:
-    """Two fakes under the names of vLLM's server and ours; the first takes twice as long for a token."""
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunningServer]]:
+    """Two fakes under the names of vLLM's server and ours; the first takes twice as long for a token.
+
+    They have no workers that poll once they idle, so blocks need not rest, nor be long.
+    """
+    monkeypatch.setattr(paired, "_REST_S", 0.0)
+    monkeypatch.setattr(paired, "_MIN_BLOCK_S", 0.3)
     with serve_fake_chat() as slow, serve_fake_chat() as fast:
         slow.prefill_s = slow.token_s = 0.02
         fast.prefill_s = fast.token_s = 0.01
@@ -196,6 +201,13 @@ def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
         measured(both, runs=2, min_rounds=2, max_rounds=2)
         pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in chat.bodies]
     assert len(pictures) > 8 and len(set(pictures)) == len(pictures)
+
+
+def test_blocks_are_long_enough_to_be_warm() -> None:
+    assert paired.block_size(1, lone_request_s=0.2) == 8
+    assert paired.block_size(4, lone_request_s=0.2) == 16
+    assert paired.block_size(1, lone_request_s=3.0) == 1
+    assert paired.block_size(16, lone_request_s=3.0) == 16
 
 
 def test_some_arms_may_sit_out(servers: list[RunningServer]) -> None:

@@ -61,7 +61,11 @@ def tower_pass(tower: CLIPVisionModel, example: Tensor, *, projections: bool) ->
             # module the interpreter runs
             warnings.simplefilter("ignore")
             traced: TowerPass = torch.jit.trace(run, example, check_trace=False)
-    except Exception:
-        logger.warning("vtprune: the vision tower could not be traced and runs as Python.", exc_info=True)
+    except Exception as error:
+        # the text of a tracing error holds whole weights
+        logger.warning(
+            "vtprune: the vision tower could not be traced (%s) and runs as Python, slower under load.",
+            type(error).__name__,
+        )
         return run
     return traced
