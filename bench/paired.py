@@ -253,12 +253,12 @@ class Comparison:
 
 
 def block_size(concurrency: int, lone_request_s: float) -> int:
-    """How many requests keep the fastest arm busy for `_MIN_BLOCK_S`, the same number for every slot.
+    """How many requests keep the fastest arm busy for about `_MIN_BLOCK_S`, the same number for every slot.
 
-    Several in flight are taken to be served at twice the rate of one, which is about right or too little.
+    Several in flight are taken to be served at up to four times the rate of one, as the smallest model is.
     """
-    rate = min(concurrency, 2) / lone_request_s
-    return concurrency * math.ceil(_MIN_BLOCK_S * rate / concurrency)
+    rate = min(concurrency, 4) / lone_request_s
+    return concurrency * max(1, round(_MIN_BLOCK_S * rate / concurrency))
 
 
 @contextlib.asynccontextmanager

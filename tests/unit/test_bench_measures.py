@@ -205,7 +205,7 @@ def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
 
 def test_blocks_are_long_enough_to_be_warm() -> None:
     assert paired.block_size(1, lone_request_s=0.2) == 8
-    assert paired.block_size(4, lone_request_s=0.2) == 16
+    assert paired.block_size(4, lone_request_s=0.2) == 32
     assert paired.block_size(1, lone_request_s=3.0) == 1
     assert paired.block_size(16, lone_request_s=3.0) == 16
 
