@@ -20,7 +20,7 @@ test: lint  ## run the checks and all tests (ARGS="any pytest flag")
 	@exec $(python) -m pytest $(ARGS)
 
 test-fast: setup  ## run the tests that start no engine
-	@exec $(python) -m pytest tests/unit $(ARGS)
+	@exec $(python) -m pytest -m "not engine and not browser" $(ARGS)
 
 lint: setup  ## run ruff and mypy
 	$(python) -m ruff check .
@@ -31,8 +31,8 @@ format: setup  ## let ruff format the code and fix what it can
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
-bench: setup  ## measure this machine (ARGS="any flag of vtprune_bench")
-	@exec $(python) -m vtprune_bench $(ARGS)
+bench: setup  ## measure this machine (ARGS="any flag of benchmarks")
+	@exec $(python) -m benchmarks $(ARGS)
 
 lock: setup  ## rewrite requirements/*.lock from what is installed in .venv
 	@$(python) tools/lock.py

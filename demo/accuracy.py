@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from .packing import answer_logits, pack
-from .questions import KINDS, Question, ask_each
-from .scenes import HELD_OUT_PAIRS, Scene
+from demo.packing import answer_logits, pack
+from vtprune_eval.scene_questions import KINDS, Question, ask_each
+from vtprune_eval.scenes import HELD_OUT_PAIRS, Scene
 
 Keep = Callable[[int, Tensor], Tensor]
 """Patch choice: scene number and the tower's states [1 + P, width] to kept patch indices in raster order."""

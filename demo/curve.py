@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_vtprune.selection import inflection_counts
-
-from .scenes import Scene
+from vtprune_eval.scenes import Scene
 
 
 @dataclass(frozen=True)

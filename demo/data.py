@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .model import IGNORE
-from .scenes import COLOURS, PRINTED, SHAPES, Scene, make_scene
+from demo.model import IGNORE
+from vtprune_eval.scenes import COLOURS, PRINTED, SHAPES, Scene, make_scene
 
 ATTRIBUTES = {
     "colour": 1 + len(COLOURS),

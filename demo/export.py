@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .model import PAD, SPECIALS, START, TOKEN_PATTERN, VOCABULARY, Size
-from .scenes import PATCH
+from demo.model import PAD, SPECIALS, START, TOKEN_PATTERN, VOCABULARY, Size
+from vtprune_eval.scenes import PATCH
 
 LIMIT_BYTES = 16_000_000
 """Largest `model.safetensors` that may be shipped."""

@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
-from .accuracy import Accuracy, Keep, measure
-from .data import collate, objects_of
-from .export import export
-from .model import IGNORE, VOCABULARY, Size
-from .packing import answer_logits, pack
-from .questions import EVENLY, ask_many
-from .run import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
-from .scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, make_scene
-from .tower import encode, normalise
+from demo.accuracy import Accuracy, Keep, measure
+from demo.data import collate, objects_of
+from demo.export import export
+from demo.model import IGNORE, VOCABULARY, Size
+from demo.optim import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
+from demo.packing import answer_logits, pack
+from demo.tower import encode, normalise
+from vtprune_eval.scene_questions import EVENLY, ask_many
+from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, make_scene
 
 # These ask about two things at once and are learnt last.
 _HARD = {"yes_no": 2.0, "compare": 2.0, "count": 4.0}

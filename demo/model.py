@@ -18,7 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from .scenes import BASE_SIZE, COLOURS, DIGITS, PATCH, PLACES, SHAPES, WORDS
+from vtprune_eval.scenes import BASE_SIZE, COLOURS, DIGITS, PATCH, PLACES, SHAPES, WORDS
 
 IGNORE = -100
 """Label that no loss counts."""

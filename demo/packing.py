@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from .model import ASSISTANT, END, IGNORE, PAD, START, USER, VOCABULARY, words_of
-from .questions import Question
+from demo.model import ASSISTANT, END, IGNORE, PAD, START, USER, VOCABULARY, words_of
+from vtprune_eval.scene_questions import Question
 
 PREFIX = (START, USER)
 """Tokens before the picture."""

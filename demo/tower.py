@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
-from .data import ATTRIBUTES, Batch, batches
-from .model import IGNORE, Size
-from .run import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
+from demo.data import ATTRIBUTES, Batch, batches
+from demo.model import IGNORE, Size
+from demo.optim import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
 
 
 @dataclass(frozen=True)

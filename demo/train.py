@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .accuracy import measure
-from .curve import before_the_cut, describe_knee, similarity
-from .export import export
-from .language import Features, LanguageSettings, train_language
-from .model import Size, build
-from .run import Log, load
-from .scenes import BASE_SIZE
-from .tower import TowerSettings, pretrain
+from demo.accuracy import measure
+from demo.curve import before_the_cut, describe_knee, similarity
+from demo.export import export
+from demo.language import Features, LanguageSettings, train_language
+from demo.model import Size, build
+from demo.optim import Log, load
+from demo.tower import TowerSettings, pretrain
+from vtprune_eval.scenes import BASE_SIZE
 
 
 def report(folder: Path, size: Size, count: int, log: Log, device: torch.device) -> dict[str, object]:

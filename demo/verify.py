@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from .accuracy import Accuracy
-from .questions import Question, ask_each
-from .scenes import Scene, make_scene
+from demo.accuracy import Accuracy
+from vtprune_eval.scene_questions import Question, ask_each
+from vtprune_eval.scenes import Scene, make_scene
 
 
 @torch.inference_mode()

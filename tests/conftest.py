@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -23,8 +24,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import httpx
 import pytest
 
+from vllm_vtprune import demo_model
+from vllm_vtprune.error_text import withhold_everywhere
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEMO_MODEL = REPOSITORY / "vllm_vtprune" / "demo_model"
+DEMO_MODEL = demo_model.FOLDER
 MODEL_NAME = "vtprune-demo"
 _START_SECONDS = 240
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
@@ -62,7 +66,6 @@ def start_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**_ENVIRONMENT, **(env or {})},
-            cwd=log.parent,  # not the repository: its folders must not shadow installed packages
             start_new_session=True,
         )
     server = LiveServer(f"http://127.0.0.1:{port}", process, log)
@@ -104,3 +107,12 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
 def server(live_server: LiveServer) -> str:
     """The live server's base URL."""
     return live_server.url
+
+
+@pytest.fixture
+def withheld() -> Iterator[None]:
+    """Records are made without the text of errors, as in a process that serves requests."""
+    factory = logging.getLogRecordFactory()
+    withhold_everywhere()
+    yield
+    logging.setLogRecordFactory(factory)

@@ -33,11 +33,11 @@ UNFINISHED = VENV / "vtprune-setup.unfinished"
 LOG = VENV / "vtprune-setup.log"
 CPU_LOCK = "requirements/cpu.lock"
 TEST_LOCK = "requirements/test.lock"
-SHIM = ROOT / "vllm_vtprune" / "_torchvision.py"
+SHIM = ROOT / "tools" / "torchvision_shim.py"
 INPUTS = (
     Path(__file__),
     SHIM,
-    *(ROOT / name for name in ("pyproject.toml", "setup.py", CPU_LOCK, TEST_LOCK)),
+    *(ROOT / name for name in ("pyproject.toml", CPU_LOCK, TEST_LOCK)),
 )
 
 VLLM = "0.32.0"
@@ -46,13 +46,6 @@ TORCHVISION = "0.28.0"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input")
-
-PACKAGES = {
-    "vllm_vtprune": "vllm_vtprune",
-    "vtprune_server": "server",
-    "vtprune_bench": "bench",
-    "vtprune_demo": "demo",
-}
 
 
 def fail(message: str) -> NoReturn:
@@ -207,16 +200,6 @@ def install_torchvision(torch: str, index: list[str]) -> None:
         notes.append("a CUDA build beside CPU torch: its two missing operators are declared at import")
 
 
-def link_packages() -> None:
-    """Lay links under the packages' import names for mypy, which cannot follow the editable install."""
-    folder = VENV / "typing"
-    folder.mkdir(exist_ok=True)
-    for package, source in PACKAGES.items():
-        link = folder / package
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(ROOT / source, folder))
-
-
 def locked() -> list[str]:
     """List the lines of both locks that pin a package."""
     lines = [line for lock in (CPU_LOCK, TEST_LOCK) for line in (ROOT / lock).read_text().splitlines()]
@@ -249,7 +232,6 @@ def install_cpu() -> None:
     install_torchvision(torch, index)
     with step("vtprune, editable"):
         require_install("vtprune", "--no-deps", "--no-build-isolation", "--editable", ".")
-        link_packages()
     with step("check"):
         check(torch)
 
@@ -258,7 +240,6 @@ def install_cuda() -> None:
     """Install vLLM's CUDA build, which brings the torch it wants, and the pinned test tools."""
     with step(f"vLLM {VLLM} for CUDA and vtprune, editable"):
         require_install("vLLM for CUDA", "-r", TEST_LOCK, "--editable", ".[cuda]")
-        link_packages()
 
 
 def main() -> None:

@@ -6,8 +6,8 @@
 """
 
 from vllm_vtprune.offline import engine_kwargs, request_kwargs
+from vllm_vtprune.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "engine_kwargs", "register", "request_kwargs"]
 
 

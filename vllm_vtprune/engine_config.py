@@ -8,38 +8,18 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from transformers import LlavaConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_vtprune.context import PluginContext, attach_context
+from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.vision.encoder import feature_layer_index, patch_grid
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
-
-_ATTRIBUTE = "vtprune_context"
-
-
-@dataclass(frozen=True)
-class PluginContext:
-    """What travels with `ModelConfig` to whoever needs it (pickled to the engine's processes).
-
-    Attributes:
-        policy: the operator's settings.
-        dummy_weights: vLLM runs with `--load-format dummy`.
-        download_dir: where the hub client keeps files.
-        vision_tokens: tokens of one image before pruning.
-        special_ids: the tokenizer's special tokens, the image placeholder aside; empty without a prune layer.
-    """
-
-    policy: PrunePolicy = field(default_factory=PrunePolicy)
-    dummy_weights: bool = False
-    download_dir: str | None = None
-    vision_tokens: int = 0
-    special_ids: frozenset[int] = frozenset()
+    from vllm.config import VllmConfig
 
 
 class LlavaPruneConfig(VerifyAndUpdateConfig):
@@ -61,8 +41,6 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
         policy = PrunePolicy.from_config(vllm_config.additional_config)
         special_ids = frozenset[int]()
         if policy.prune_layer is not None:
-            from vllm_vtprune.kv_drop.config import install, special_token_ids
-
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
         context = PluginContext(
@@ -73,10 +51,4 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
             vision_tokens=rows * columns + (hf_config.vision_feature_select_strategy == "full"),
             special_ids=special_ids,
         )
-        setattr(model_config, _ATTRIBUTE, context)
-
-
-def plugin_context(model_config: ModelConfig) -> PluginContext:
-    """The context attached at start-up; the defaults where the check has not run (processor-only use)."""
-    context = getattr(model_config, _ATTRIBUTE, None)
-    return context if isinstance(context, PluginContext) else PluginContext()
+        attach_context(model_config, context)

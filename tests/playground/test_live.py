@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.pictures import scene
+from tests.helpers.pictures import scene
 
 if TYPE_CHECKING:
     from tests.playground.browser import Page

@@ -12,32 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import MODEL_NAME, LiveServer
-from tests.pictures import data_url, encoded, noise, scene
-from tests.server.client import QUESTION, chat_body, messages_body, metric, post
+from tests.helpers.client import QUESTION, TEXT, N, answer, chat_body, counts, messages_body, metric, post
+from tests.helpers.pictures import data_url, encoded, noise, scene
 
 pytestmark = pytest.mark.engine
-
-N = 144
-#: Tokens of the prompt that are not the picture's.
-TEXT = 9
-
-
-def counts(response: httpx.Response) -> dict[str, int]:
-    """`usage.vtprune`, checked against the headers."""
-    assert response.status_code == 200, response.text
-    usage: dict[str, int] = response.json()["usage"]["vtprune"]
-    names = {
-        "vision_tokens": "X-VTPrune-Vision-Tokens",
-        "vision_tokens_kept": "X-VTPrune-Vision-Tokens-Kept",
-        "kv_tokens": "X-VTPrune-KV-Tokens",
-        "kv_tokens_kept": "X-VTPrune-KV-Tokens-Kept",
-    }
-    assert {key: int(response.headers[header]) for key, header in names.items()} == usage
-    return usage
-
-
-def answer(response: httpx.Response) -> str:
-    return str(response.json()["choices"][0]["message"]["content"])
 
 
 def test_without_headers_nothing_is_pruned(server: str) -> None:

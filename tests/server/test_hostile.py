@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import MODEL_NAME, LiveServer
-from tests.pictures import data_url, encoded, noise, scene
-from tests.server.client import CHAT, chat_body, post, told
+from tests.helpers.client import CHAT, chat_body, post, told
+from tests.helpers.pictures import data_url, encoded, noise, scene
 
 pytestmark = pytest.mark.engine
 

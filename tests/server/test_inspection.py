@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import MODEL_NAME
-from tests.pictures import data_url, noise, scene
-from tests.server.client import chat_body, metric, post
+from tests.helpers.client import chat_body, metric, post
+from tests.helpers.pictures import data_url, noise, scene
 
 pytestmark = pytest.mark.engine
 

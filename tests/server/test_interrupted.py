@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.conftest import LiveServer
-from tests.pictures import scene
-from tests.server.client import CHAT, chat_body, metric, post
+from tests.helpers.client import CHAT, chat_body, metric, post
+from tests.helpers.pictures import scene
 
 pytestmark = pytest.mark.engine
 

@@ -8,8 +8,8 @@ import json
 import httpx
 import pytest
 
-from tests.pictures import noise, scene
-from tests.server.client import CHAT, chat_body, metric, post
+from tests.helpers.client import CHAT, chat_body, metric, post
+from tests.helpers.pictures import noise, scene
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from tests.conftest import MODEL_NAME
-from tests.pictures import scene
-from tests.server.client import chat_body
+from tests.helpers.client import chat_body
+from tests.helpers.pictures import scene
 
 pytestmark = pytest.mark.engine
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation import GenerationMode
 
 from tests.conftest import MODEL_NAME, LiveServer
-from tests.pictures import data_url, scene
-from tests.server.client import chat_body, post, told
+from tests.helpers.client import chat_body, post, told
+from tests.helpers.pictures import data_url, scene
 
 pytestmark = pytest.mark.engine
 

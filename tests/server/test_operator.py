@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from tests.conftest import MODEL_NAME, LiveServer, start_server, stop_server
-from tests.pictures import data_url, scene
-from tests.server.client import CHAT, chat_body, metric
+from tests.helpers.client import CHAT, chat_body, metric
+from tests.helpers.pictures import data_url, scene
 
 pytestmark = pytest.mark.engine
 

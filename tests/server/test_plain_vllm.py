@@ -10,11 +10,10 @@ import httpx
 import pytest
 
 from tests.conftest import DEMO_MODEL, MODEL_NAME, REPOSITORY, LiveServer, start_server, stop_server
-from tests.pictures import noise, scene
-from tests.server.client import chat_body, metric, post
-from tests.server.test_contract import N, answer, counts
-from tests.server.vllm_with_a_fault import FAULT, FAULTY_SEED
-from vtprune_server.sentences import FAILED
+from tests.helpers.client import N, answer, chat_body, counts, metric, post
+from tests.helpers.pictures import noise, scene
+from tests.helpers.vllm_with_a_fault import FAULT, FAULTY_SEED
+from vtprune_server.client_errors import GENERIC_ERROR
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +27,7 @@ def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServe
         # room for two of the model's pictures, unpruned
         *("--mm-processor-cache-gb", "0.00016"),
         *("--additional-config", '{"vtprune": {"default_preset": "balanced", "max_aggressiveness": 0.8}}'),
-        module="tests.server.vllm_with_a_fault",
+        module="tests.helpers.vllm_with_a_fault",
         env={"VLLM_PLUGINS": "vtprune", "VTPRUNE_WITHHOLD_ERROR_TEXT": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     yield server
@@ -75,7 +74,7 @@ def test_an_unforeseen_error_is_logged_without_its_text(plain_server: LiveServer
     response = post(plain_server.url, chat_body(scene(), stream=stream, seed=FAULTY_SEED), KEY)
     assert response.status_code == (200 if stream else 500)
     assert FAULT not in response.text
-    assert FAILED in response.text
+    assert GENERIC_ERROR in response.text
     log = plain_server.log.read_text(errors="replace")
     assert FAULT not in log
     assert "RuntimeError (--log-error-stack shows its text)" in log

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from tests.conftest import MODEL_NAME
-from tests.pictures import data_url, scene
-from tests.server.client import CHAT, chat_body, messages_body, post
+from tests.helpers.client import CHAT, chat_body, messages_body, post
+from tests.helpers.pictures import data_url, scene
 
 pytestmark = pytest.mark.engine
 

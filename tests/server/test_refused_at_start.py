@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import edit_config, random_llava
 from tests.conftest import DEMO_MODEL
+from tests.helpers.checkpoints import edit_config, random_llava
 
 pytestmark = pytest.mark.engine
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.conftest import LiveServer
-from tests.pictures import data_url, noise, scene
-from tests.server.client import CHAT, chat_body, post
+from tests.helpers.client import CHAT, chat_body, post
+from tests.helpers.pictures import data_url, noise, scene
 
 pytestmark = pytest.mark.engine
 

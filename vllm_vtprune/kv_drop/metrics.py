@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter
 
-from vllm_vtprune.kv_drop.budget import PromptPlan
+from vllm_vtprune.kv_drop.plan import PromptPlan
 
 REQUESTS_PRUNED = Counter("vtprune_kv_requests_pruned", "Requests that lost tokens at the prune layer.")
 BLOCKS_SAVED = Counter(

@@ -35,8 +35,8 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_vtprune.kv_drop.attention import adopt_layer
-from vllm_vtprune.kv_drop.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.attention import adopt_layer
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState
 

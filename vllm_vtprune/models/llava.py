@@ -21,11 +21,11 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_vtprune.engine_config import plugin_context
+from vllm_vtprune.context import plugin_context
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.runner_v2 import KVDropModelState
+    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
     from vllm_vtprune.kv_drop.step import KVDropState
     from vllm_vtprune.models.llama import KVDropLlamaModel
 
@@ -95,6 +95,6 @@ def _decoder_class(vllm_config: VllmConfig) -> type[nn.Module] | None:
 
 def _model_state_class() -> type[KVDropModelState]:
     """The seam in Model Runner V2 (`vllm.v1.worker.gpu.model_states.resolve_model_state_cls`)."""
-    from vllm_vtprune.kv_drop.runner_v2 import KVDropModelState
+    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
 
     return KVDropModelState

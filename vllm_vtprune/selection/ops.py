@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor operations the methods share; equal values go to the earlier position.
 
-None waits for the device. Besides reading values that rules out boolean indexing, `nonzero`, `torch.tensor`
-and `torch.where` with a Python number, which copy between host and device behind the scenes.
+None but `read_counts` waits for the device. Besides reading values that rules out boolean indexing,
+`nonzero`, `torch.tensor` and `torch.where` with a Python number, which copy between host and device behind
+the scenes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -63,3 +64,23 @@ def pick_one_by_one(
         pick = values.masked_fill(taken, -torch.inf).argmax(dim=-1)
         picks.append(pick)
     return torch.stack(picks, dim=1)
+
+
+def read_counts(counts: Tensor, checked: Mapping[str, Tensor]) -> list[int]:
+    """Bring `counts` [B] to the host, and in the same transfer whether every value in `checked` is finite.
+
+    This is the only wait for the device in a selection.
+
+    Raises:
+        ValueError: naming the image and what was not finite.
+    """
+    # An image's largest magnitude tells, as NaN prevails in a maximum: far cheaper than testing every value.
+    largest = [values.flatten(1).abs().amax(dim=1) for values in checked.values()]
+    host = torch.stack([counts, *(torch.isfinite(values).to(counts.dtype) for values in largest)]).tolist()
+    for name, flags in zip(checked, host[1:], strict=True):
+        if 0 in flags:
+            raise ValueError(
+                f"NaN or infinity in {name} of image {flags.index(0)}: the vision tower overflowed or was "
+                "given bad pixels; try a wider dtype for it (float32 or bfloat16)"
+            )
+    return [int(count) for count in host[0]]

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each patch is worth, and the one place where the host reads from the device."""
+"""How much each patch is worth."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-if TYPE_CHECKING:
-    from vllm_vtprune.selection.base import VisionFeatures
+from vllm_vtprune.selection.features import VisionFeatures
 
-Score = Callable[["VisionFeatures"], Tensor]
+Score = Callable[[VisionFeatures], Tensor]
 
 DEFAULT_SCORE = "cosine"
 
@@ -58,26 +53,6 @@ def get_score(name: str) -> Score:
     if name not in SCORES:
         raise ValueError(f"unknown score {name!r}: choose one of {', '.join(sorted(SCORES))}")
     return SCORES[name]
-
-
-def read_counts(counts: Tensor, checked: Mapping[str, Tensor]) -> list[int]:
-    """Bring `counts` [B] to the host, and in the same transfer whether every value in `checked` is finite.
-
-    This is the only wait for the device in a selection.
-
-    Raises:
-        ValueError: naming the image and what was not finite.
-    """
-    # An image's largest magnitude tells, as NaN prevails in a maximum: far cheaper than testing every value.
-    largest = [values.flatten(1).abs().amax(dim=1) for values in checked.values()]
-    host = torch.stack([counts, *(torch.isfinite(values).to(counts.dtype) for values in largest)]).tolist()
-    for name, flags in zip(checked, host[1:], strict=True):
-        if 0 in flags:
-            raise ValueError(
-                f"NaN or infinity in {name} of image {flags.index(0)}: the vision tower overflowed or was "
-                "given bad pixels; try a wider dtype for it (float32 or bfloat16)"
-            )
-    return [int(count) for count in host[0]]
 
 
 def _given(features: VisionFeatures, field: str, score: str) -> Tensor:

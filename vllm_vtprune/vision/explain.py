@@ -82,7 +82,7 @@ def explain(
     for index in selection.indices.tolist():
         kept[index] = True
     # with the "full" strategy CLS goes to the language model too, ahead of the patches
-    extra = int(processor.tower.encoder.with_cls)
+    extra = int(processor.vision.encoder.with_cls)
     size = picture_size(image)
     return Explanation(
         grid=features.grid,

@@ -26,15 +26,14 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune.engine_config import plugin_context
+from vllm_vtprune.context import plugin_context
 from vllm_vtprune.selection.base import Budget, VisionFeatures
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import SCORE_NEEDS
 from vllm_vtprune.settings import KWARG, VisionSettings
 from vllm_vtprune.vision.crop import bounded
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput
-from vllm_vtprune.vision.services import tower_service
-from vllm_vtprune.vision.tower_service import TowerService
+from vllm_vtprune.vision.service import VisionService, vision_service
 
 #: Content keys of the images at hand, handed from hook to hook inside the processor's keyword arguments.
 _KEYS = "vtprune_content_keys"
@@ -150,7 +149,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             return 0, 0
         settings = VisionSettings.from_canonical(str(kwargs.pop(KWARG)))
         keys: list[str] = kwargs.pop(_KEYS)
-        hits = self.tower.available(set(keys), frozenset() if settings.keeps_all else _needs(settings))
+        hits = self.vision.available(set(keys), frozenset() if settings.keeps_all else _needs(settings))
         self._features(images, keys, settings, kwargs)
         return hits, len(set(keys)) - hits
 
@@ -171,13 +170,13 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         inputs = ProcessorInputs([], items, hf_processor_mm_kwargs={}, media_io_kwargs=media_io_kwargs or {})
         keys = self._content_keys(inputs, {})
         return _stack(
-            self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.tower.encoder.grid
+            self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.vision.encoder.grid
         )
 
     @property
-    def tower(self) -> TowerService:
+    def vision(self) -> VisionService:
         """The process's tower; loaded on first use."""
-        return tower_service(self.info.ctx.model_config)
+        return vision_service(self.info.ctx.model_config)
 
     def _default_setting(self) -> str:
         return plugin_context(self.info.ctx.model_config).policy.default_settings.vision.canonical()
@@ -190,10 +189,10 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         if settings.keeps_all:
             kept = [f.patches for f in features]
         else:
-            batch = _stack(features, keys, self.tower.encoder.grid)
+            batch = _stack(features, keys, self.vision.encoder.grid)
             selections = get_method(settings.method).select(batch, budget_of(settings))
             kept = [s.gather(f.patches) for s, f in zip(selections, features, strict=True)]
-        projected = self.tower.encoder.project([(k, f.cls) for k, f in zip(kept, features, strict=True)])
+        projected = self.vision.encoder.project([(k, f.cls) for k, f in zip(kept, features, strict=True)])
         model_config = self.info.ctx.model_config
         # torch_shm shares device tensors with the worker; every other transport copies host bytes
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
@@ -215,7 +214,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             data = self._call_hf_processor({"images": looked_at}, hf_kwargs)
             return torch.as_tensor(data["pixel_values"])
 
-        return self.tower.encode(keys, pixels, needs)
+        return self.vision.encode(keys, pixels, needs)
 
     def _dummy_embeddings(self, count: int) -> list[Tensor]:
         model_config = self.info.ctx.model_config

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: arms, each a server and the headers its requests carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.models import BenchModel
+from benchmarks.servers import PLAIN, PRUNING, ServerSpec, pruning_kv
+from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.sweep import Setting
+
+#: Spelling of an arm's parts -> the header that carries the number after it.
+_HEADERS = {"a": "X-VTPrune-Aggressiveness", "keep": "X-VTPrune-Keep-Ratio", "kv": "X-VTPrune-KV-Keep"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        label: as the reports call it; also how it is spelt on the command line.
+        server: the name of its server.
+        headers: of its requests.
+    """
+
+    label: str
+    server: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def setting(self) -> Setting:
+        """The arm as the load tester knows it."""
+        return Setting(self.label, self.headers)
+
+
+def parse_arm(text: str) -> Arm:
+    """Read `vllm` (no plugin), `off` (plugin loaded, nothing pruned), or parts such as `keep0.22+kv0.5`.
+
+    The parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the
+    prompt above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
+
+    Raises:
+        LoadTestError: not of that form.
+    """
+    if text == "vllm":
+        return Arm(text, PLAIN.name)
+    if text == "off":
+        return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),))
+    headers = []
+    for part in text.split("+"):
+        name = part.rstrip("0123456789.")
+        number = part[len(name) :]
+        if name not in _HEADERS or not number:
+            raise LoadTestError(
+                f"An arm is vllm, off, or parts such as a0.5, keep0.22 or keep0.22+kv0.5, not {text!r}."
+            )
+        headers.append((_HEADERS[name], number))
+    has_kv = any(name == _HEADERS["kv"] for name, _ in headers)
+    return Arm(text, "vtprune-kv" if has_kv else PRUNING.name, tuple(headers))
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """Read arms separated by commas; the first is the one that all others are compared with.
+
+    Raises:
+        LoadTestError: fewer than two, one twice, or one of another form.
+    """
+    arms = [parse_arm(part.strip()) for part in text.split(",")]
+    labels = [arm.label for arm in arms]
+    if len(arms) < 2 or len(set(labels)) != len(labels):
+        raise LoadTestError(
+            f"--arms takes two different arms or more, such as vllm,off,keep0.22; it got {text!r}."
+        )
+    return arms
+
+
+def servers_for(arms: Sequence[Arm], model: BenchModel) -> list[ServerSpec]:
+    """The servers that the arms run on."""
+    wanted = {arm.server for arm in arms}
+    return [spec for spec in (PLAIN, PRUNING, pruning_kv(model)) if spec.name in wanted]

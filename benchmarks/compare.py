@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM without the plugin beside our server: same model, machine, flags and traffic, taking turns.
+
+    python -m benchmarks.compare             # the demo model and decoder-150m, concurrency 1
+    python -m benchmarks.compare --model decoder-150m --concurrency 4,16 --arms vllm,off,keep0.22
+
+Ratios are to the first arm, paired within rounds of a few seconds: median and quartiles over the rounds. The
+arm `off` is the plugin loaded and pruning nothing: its ratio is the plugin's overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.arms import Arm, parse_arms, servers_for
+from benchmarks.interleaved import MIN_ROUNDS_FOR_INTERVAL, Rounds, Spread, TrafficSpec, connected
+from benchmarks.models import BenchModel, model_named
+from benchmarks.servers import RunningServer, running
+from vtprune_loadtest.errors import LoadTestError
+
+DEFAULT_ARMS = "vllm,off,a0.25,a0.5,a0.75"
+_METRICS = ("e2el_s", "ttft_s", "tpot_s", "requests_per_s", "cpu_s")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.compare") -> int:
+    """Compare; gives the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser(prog).parse_args(arguments)
+        arms = parse_arms(options.arms)
+        seconds = {_positive(text): options.seconds for text in options.concurrency.split(",")}
+        traffic = TrafficSpec(output_len=options.output_len, images=options.images, seed=options.seed)
+        document: dict[str, Any] = {
+            "command": shlex.join([*prog.split(), *arguments]),
+            "machine": machine.describe(),
+            "traffic": asdict(traffic),
+            "models": {},
+        }
+        print(machine.one_line(document["machine"]))
+        for name in options.model.split(","):
+            model = model_named(name.strip(), options.model_dir)
+            document["models"][model.name] = compare(
+                model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs
+            )
+    except LoadTestError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    document["load_average_at_end"] = machine.describe()["load_average"]
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"wrote {options.json}")
+    return 0
+
+
+def compare(
+    model: BenchModel,
+    arms: Sequence[Arm],
+    seconds: Mapping[int, float],
+    traffic: TrafficSpec,
+    *,
+    min_rounds: int = 3,
+    max_rounds: int | None = None,
+    only: Mapping[int, Collection[str]] | None = None,
+    logs: Path | None = None,
+) -> dict[str, Any]:
+    """Measure one model at each concurrency, print a table for each.
+
+    Args:
+        model: what is served.
+        arms: the first is the one that all others are compared with.
+        seconds: how long to measure, by concurrency.
+        traffic: what is asked.
+        min_rounds: even if the time is over.
+        max_rounds: even if there is time left.
+        only: labels of the arms that take part, by concurrency; all where nothing is said.
+        logs: folder for the servers' logs; None throws them away.
+
+    Returns:
+        The results as JSON values, every block of every round included.
+
+    Raises:
+        LoadTestError: a server did not start, or a request failed.
+    """
+    results: dict[str, Any] = {}
+
+    async def measure(servers: Sequence[RunningServer]) -> None:
+        # one comparison for all load points: its pictures go on, so none comes back
+        async with connected(arms, servers, model.name, traffic) as comparison:
+            for concurrency, limit in seconds.items():
+                measured = await comparison.run(
+                    concurrency,
+                    seconds=limit,
+                    min_rounds=min_rounds,
+                    max_rounds=max_rounds,
+                    only=(only or {}).get(concurrency),
+                )
+                present = [arm for arm in arms if arm.label in measured.labels]
+                results[str(concurrency)] = as_json(measured, present)
+                print(table(model.name, measured, present), flush=True)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,
+        running(servers_for(arms, model), model, logs or Path(scratch)) as servers,
+    ):
+        asyncio.run(measure(servers))
+    return results
+
+
+def as_json(measured: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Medians of every metric, paired ratios to the first arm with their spread, and the blocks."""
+    base = arms[0].label
+    result: dict[str, Any] = {
+        "rounds": len(measured.blocks[base]),
+        "requests_per_block": measured.requests_per_block,
+        "arms": {},
+    }
+    for arm in arms:
+        blocks = measured.blocks[arm.label]
+        result["arms"][arm.label] = {
+            "headers": dict(arm.headers),
+            "median": {name: _median(measured, arm.label, name) for name in asdict(blocks[0])},
+            "ratio": {
+                name: _finite(asdict(Spread.of(measured.ratios(arm.label, base, name)))) for name in _METRICS
+            },
+            "blocks": [_finite(asdict(block)) for block in blocks],
+        }
+    return result
+
+
+def table(title: str, measured: Rounds, arms: Sequence[Arm]) -> str:
+    """The results of one load point, a line for each arm."""
+    base = arms[0].label
+    rounds = len(measured.blocks[base])
+    lines = [
+        "",
+        f"{title}, concurrency {measured.concurrency}: {rounds} rounds of {measured.requests_per_block} "
+        f"requests per arm; medians; ratios to {base}, paired by round, with quartiles",
+        f"{'arm':<18}{'vision':>8}{'prompt':>8}{'TTFT ms':>9}{'e2e ms':>9}{'req/s':>8}"
+        f"  {'e2e ratio':<20}{'throughput ratio':<20}{'CPU time ratio':<20}",
+    ]
+    for arm in arms:
+        vision = _median(measured, arm.label, "vision_tokens_kept")
+        line = (
+            f"{arm.label:<18}{'all' if vision is None else format(vision, '.0f'):>8}"
+            f"{_median(measured, arm.label, 'prompt_tokens') or math.nan:>8.0f}"
+            f"{1000 * (_median(measured, arm.label, 'ttft_s') or math.nan):>9.1f}"
+            f"{1000 * (_median(measured, arm.label, 'e2el_s') or math.nan):>9.1f}"
+            f"{_median(measured, arm.label, 'requests_per_s') or math.nan:>8.2f}"
+        )
+        if arm.label != base:
+            spreads = (
+                Spread.of(measured.ratios(arm.label, base, m)) for m in ("e2el_s", "requests_per_s", "cpu_s")
+            )
+            line += "  " + "".join(f"{s.median:.3f} [{s.q1:.3f} {s.q3:.3f}] " for s in spreads)
+        lines.append(line)
+    if any(arm.label == "off" for arm in arms) and base == "vllm":
+        lines.append(_overhead(measured))
+    return "\n".join(lines)
+
+
+def _overhead(measured: Rounds) -> str:
+    spread = Spread.of(measured.ratios("off", "vllm", "e2el_s"))
+    interval = "95 % interval" if spread.rounds >= MIN_ROUNDS_FOR_INTERVAL else "range of so few rounds"
+    return (
+        f"plugin loaded and off: end-to-end latency {spread.median - 1:+.1%} "
+        f"({interval} {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
+    )
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """What JSON can hold: what a server does not report, or a clock did not resolve, is null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _median(measured: Rounds, label: str, metric: str) -> float | None:
+    value = float(np.median(measured.values(label, metric)))
+    return None if math.isnan(value) else value
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise LoadTestError(f"--concurrency takes numbers from 1 such as 1,4,16, not {text!r}.")
+    return int(text)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Compare vLLM without the plugin and our server.")
+    parser.add_argument(
+        "--model", default="demo,decoder-150m", help="demo, decoder-150m, llava-1.5-7b; several by comma"
+    )
+    parser.add_argument(
+        "--arms", default=DEFAULT_ARMS, help="default: %(default)s; also keep0.22, keep0.22+kv0.5"
+    )
+    parser.add_argument("--concurrency", default="1", metavar="N[,N]")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per load point; three rounds at least")
+    parser.add_argument("--rounds", type=int, help="at most so many rounds")
+    parser.add_argument("--output-len", type=int, default=16, help="tokens per answer; default: %(default)s")
+    parser.add_argument("--images", type=int, default=1, help="pictures per prompt; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, every block included")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much faster pruning could make a request at best, and how much of that was measured.
+
+    python -m benchmarks.roofline results.json        # results of `python -m benchmarks.compare --json`
+
+The bound: each phase (tower, projector, prefill, decode) takes at least its operations over the machine's
+peak or its bytes over the memory's bandwidth, whichever is longer (Williams, Waterman and Patterson 2009,
+"Roofline"). Peak and bandwidth are measured here with a large matrix product and a large copy. The bound on
+speed-up is the ratio of those times, unpruned over pruned: what a server reaches when all of its kernels are
+equally close to the roofline. HTTP, image decoding, tokenisation and scheduling are not in it and keep it
+below; attention over long prompts, further from the roofline than matrix products are, can carry it beyond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.flops import RequestShape, Shape, Work, as_dict, request_work
+from benchmarks.models import BenchModel, model_named
+from vtprune_loadtest.errors import LoadTestError
+
+_MATMUL = 2048
+_COPY_BYTES = 512 * 2**20
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine can do at best, in operations and bytes per second."""
+
+    peak_flops: float
+    bandwidth: float
+
+
+def measure_machine() -> Machine:
+    """The best of a few large matrix products and copies: float32, or bfloat16 on an accelerator."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = device.type == "cpu"
+    size = _MATMUL if on_cpu else 4 * _MATMUL
+    a = torch.randn(size, size, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
+    b = torch.empty_like(a)
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product_s = _best(lambda: torch.matmul(a, a, out=b), device.type)
+    copy_s = _best(lambda: target.copy_(source), device.type)
+    return Machine(2 * size**3 / product_s, 2 * _COPY_BYTES / copy_s)
+
+
+def bound(shape: Shape, full: RequestShape, pruned: RequestShape, machine: Machine, batch: int) -> float:
+    """The most that a pruned request can be faster than a full one, as a ratio of times."""
+    return total_seconds(request_work(shape, full, batch), machine) / total_seconds(
+        request_work(shape, pruned, batch), machine
+    )
+
+
+def total_seconds(work: Mapping[str, Work], machine: Machine) -> float:
+    """The least time of a request: its phases one after another."""
+    return sum(phase.seconds(machine.peak_flops, machine.bandwidth) for phase in work.values())
+
+
+def report(
+    model: BenchModel, results: Mapping[str, Any], traffic: Mapping[str, Any], machine: Machine
+) -> dict[str, Any]:
+    """Bounds and shares for every arm of one model's results at every concurrency; prints a table.
+
+    Args:
+        model: the one that was measured.
+        results: what `compare.compare` returned.
+        traffic: the requests' fields (`interleaved.TrafficSpec`).
+        machine: from `measure_machine`.
+    """
+    shape = Shape.of(model.folder)
+    print(
+        f"\n{model.name}: bound on throughput at {machine.peak_flops / 1e9:.0f} GFLOP/s and "
+        f"{machine.bandwidth / 1e9:.1f} GB/s\n"
+        f"{'concurrency':>11}  {'arm':<18}{'GFLOP: tower':>13}{'projector':>10}{'prefill':>9}{'decode':>8}"
+        f"{'bound':>8}{'measured':>10}{'share':>8}{'of the gain':>13}"
+    )
+    found: dict[str, Any] = {}
+    for concurrency, point in results.items():
+        arms = point["arms"]
+        base_label, base = next(iter(arms.items()))
+        images, output = traffic["images"], traffic["output_len"]
+        text = round(base["median"]["prompt_tokens"] - images * shape.patches)
+        full = RequestShape(images, text, shape.patches, output)
+        found[concurrency] = {}
+        for label, arm in arms.items():
+            pruned = _request(arm["median"], full, model.prune_layer if "kv" in label else None)
+            work = request_work(shape, pruned, int(concurrency))
+            limit = bound(shape, full, pruned, machine, int(concurrency))
+            measured = arm["ratio"]["requests_per_s"]["median"] if label != base_label else 1.0
+            gain = (measured - 1) / (limit - 1) if limit > 1.01 else None
+            found[concurrency][label] = {
+                "work": as_dict(work),
+                "least_seconds": total_seconds(work, machine),
+                "bound": limit,
+                "measured": measured,
+                "share": measured / limit,
+                "share_of_gain": gain,
+            }
+            gflop = [phase.flops / 1e9 for phase in work.values()]
+            print(
+                f"{concurrency:>11}  {label:<18}"
+                f"{gflop[0]:>13.2f}{gflop[1]:>10.2f}{gflop[2]:>9.1f}{gflop[3]:>8.2f}"
+                f"{limit:>7.2f}x{measured:>9.2f}x{measured / limit:>8.0%}"
+                f"{'' if gain is None else format(gain, '.0%'):>13}"
+            )
+    return found
+
+
+def _request(median: Mapping[str, Any], full: RequestShape, prune_layer: int | None) -> RequestShape:
+    kept = median["vision_tokens_kept"]
+    return RequestShape(
+        images=full.images,
+        text_tokens=full.text_tokens,
+        kept=full.kept if kept is None else kept / full.images,
+        output=full.output,
+        kv_kept=median["kv_tokens_kept"] if prune_layer is not None else None,
+        prune_layer=prune_layer,
+    )
+
+
+def _best(run: Callable[[], object], device: str) -> float:
+    import torch
+
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.roofline") -> int:
+    """Read compare's results and print bounds and shares; gives the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description="The bound on speed-up, and the share measured.")
+    parser.add_argument("results", type=Path, help="JSON written by benchmarks.compare")
+    parser.add_argument(
+        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
+    )
+    parser.add_argument("--peak-gflops", type=float, help="default: measured now; do it on an idle machine")
+    parser.add_argument("--bandwidth-gbs", type=float, help="default: measured now")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    try:
+        document = json.loads(options.results.read_text())
+        models = {name: model_named(name, options.model_dir) for name in document["models"]}
+    except (OSError, ValueError, KeyError, LoadTestError) as error:
+        print(f"{prog}: {options.results} cannot be used: {error}", file=sys.stderr)
+        return 2
+    machine = measure_machine()
+    machine = Machine(
+        options.peak_gflops * 1e9 if options.peak_gflops else machine.peak_flops,
+        options.bandwidth_gbs * 1e9 if options.bandwidth_gbs else machine.bandwidth,
+    )
+    found = {
+        name: report(model, document["models"][name], document["traffic"], machine)
+        for name, model in models.items()
+    }
+    if options.json is not None:
+        limits = {"peak_gflops": machine.peak_flops / 1e9, "bandwidth_gbs": machine.bandwidth / 1e9}
+        options.json.write_text(json.dumps({"machine": limits, "models": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GET /vtprune/config` and `POST /vtprune/explain`: what this server does, and why these tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel, Field
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+from vllm_vtprune.context import plugin_context
+from vllm_vtprune.selection.registry import METHODS
+from vllm_vtprune.settings import PRESETS, Controls, SettingsError
+from vllm_vtprune.vision.explain import explain
+from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vtprune_server.context import current_request, refusal
+from vtprune_server.routes import VTPRUNE_SCHEMA, prune_headers
+
+
+class ExplainRequest(BaseModel):
+    """An image and the settings to explain."""
+
+    image_url: str = Field(min_length=1, description="A data: URL, or one the server may fetch.")
+    vtprune: Any = Field(None, json_schema_extra=VTPRUNE_SCHEMA)
+
+
+class ExplainResponse(BaseModel):
+    """The fields of `vllm_vtprune.vision.explain.Explanation`, and the settings they were made with."""
+
+    grid: tuple[int, int]
+    crop: dict[str, float]
+    image_size: tuple[int, int]
+    score: str
+    scores: list[float]
+    order: list[int]
+    curve: list[float]
+    cut: int | None
+    kept: list[bool]
+    vision_tokens: int
+    vision_tokens_kept: int
+    settings: dict[str, Any]
+
+
+def attach_inspection_routes(app: FastAPI) -> None:
+    """Add both routes."""
+    app.add_api_route("/vtprune/config", show_config, methods=["GET"], tags=["vtprune"])
+    app.add_api_route(
+        "/vtprune/explain",
+        explain_image,
+        methods=["POST"],
+        tags=["vtprune"],
+        dependencies=[Depends(prune_headers)],
+        response_model=ExplainResponse,
+    )
+
+
+async def show_config(raw_request: Request) -> dict[str, Any]:
+    """The effective policy, the model's facts and the versions."""
+    state = raw_request.app.state
+    processor = _processor(state)
+    model_config = state.engine_client.model_config
+    hf_config = model_config.hf_config
+    context = plugin_context(model_config)
+    encoder = processor.vision.encoder
+    return {
+        "policy": dataclasses.asdict(context.policy),
+        "model": {
+            "id": state.openai_serving_models.model_name(),
+            "architecture": hf_config.architectures[0],
+            "vision_tokens_per_image": context.vision_tokens,
+            "grid": list(encoder.grid),
+            "image_size": hf_config.vision_config.image_size,
+            "patch_size": hf_config.vision_config.patch_size,
+            "decoder_layers": hf_config.text_config.num_hidden_layers,
+            "prune_layer": context.policy.prune_layer,
+            "encoder_device": str(encoder.device),
+            "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
+        },
+        "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
+        "methods": [name for name in METHODS if name in context.policy.methods],
+        "versions": _versions(),
+    }
+
+
+async def explain_image(request: ExplainRequest, raw_request: Request) -> Any:
+    """Score an image's vision tokens and show which stay, without generating anything."""
+    state = raw_request.app.state
+    processor = _processor(state)
+    model_config = state.engine_client.model_config
+    context = current_request.get()
+    try:
+        controls = Controls.from_mapping(request.vtprune)
+        if context is not None:
+            controls = context.headers.over(controls)
+        settings = plugin_context(model_config).policy.resolve(controls)
+    except SettingsError as error:
+        raise refusal(error) from error
+    mm_config = model_config.multimodal_config
+    # as vLLM's chat parser loads it: the same URLs are refused, the same pixels decoded
+    connector = MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=mm_config.media_io_kwargs,
+        allowed_local_media_path=model_config.allowed_local_media_path,
+        allowed_media_domains=model_config.allowed_media_domains,
+    )
+    image = await connector.fetch_image_async(request.image_url)
+    explanation = await asyncio.to_thread(
+        explain, processor, image, settings.vision, mm_config.media_io_kwargs
+    )
+    return {**dataclasses.asdict(explanation), "settings": settings.as_dict()}
+
+
+def _processor(state: Any) -> PrunedLlavaMultiModalProcessor:
+    processor = state.engine_client.renderer.mm_processor
+    if not isinstance(processor, PrunedLlavaMultiModalProcessor):
+        raise VLLMValidationError("This server's model takes no images that vtprune prunes.")
+    return processor
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+    from vllm.version import __version__ as vllm_version
+
+    from vllm_vtprune import __version__
+
+    return {
+        "vtprune": __version__,
+        "vllm": vllm_version,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the second stage does to a rendered prompt, as scheduler and worker will decide it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_vtprune.kv_drop import metrics
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt
+from vllm_vtprune.settings import KVSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlanner:
+    """The second stage of a server with a prune layer.
+
+    Attributes:
+        config: as every process reads it.
+        block_size: tokens of a KV-cache block.
+        groups_above: KV-cache groups above the prune layer.
+    """
+
+    config: KVDropConfig
+    block_size: int
+    groups_above: int
+
+    @staticmethod
+    def of(vllm_config: VllmConfig) -> KVPlanner:
+        """Read it off the engine's configuration, which must have a prune layer."""
+        config = kv_drop_config(vllm_config)
+        layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+        groups = metrics.groups_above_prune_layer(layers, config.prune_layer)
+        return KVPlanner(config, vllm_config.cache_config.block_size, groups)
+
+    def plan(
+        self, engine_input: Mapping[str, Any], settings: KVSettings, prompt_logprobs: int | None
+    ) -> PromptPlan:
+        """The plan of a prompt as vLLM's renderer returns it."""
+        ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+        return plan_prompt(
+            engine_input.get("prompt_token_ids"),
+            [(r.offset, r.length) for r in ranges],
+            settings,
+            self.config,
+            prompt_logprobs=prompt_logprobs,
+            has_prompt_embeds="prompt_embeds" in engine_input,
+        )
+
+    def count(self, plan: PromptPlan) -> None:
+        """Count a prompt that was answered."""
+        metrics.count(plan, block_size=self.block_size, groups_above=self.groups_above)

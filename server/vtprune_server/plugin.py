@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point of vLLM's `vllm.endpoint_plugins` group."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+
+class VTPruneEndpointPlugin:
+    """`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`: our routes over vLLM's."""
+
+    name = "vtprune"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Replace the prompt routes and add ours; vLLM calls this once all of its own are attached.
+
+        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost.
+        """
+        from vllm import envs
+
+        from vtprune_server import media  # noqa: F401  (registers the media connector)
+        from vtprune_server.inspection import attach_inspection_routes
+        from vtprune_server.limits import ServerLimits
+        from vtprune_server.middleware.auth import EveryRouteAuthentication
+        from vtprune_server.middleware.body_limit import BodyLimitMiddleware
+        from vtprune_server.middleware.drain import DrainMiddleware, RequestsInFlight
+        from vtprune_server.middleware.quiet_errors import QuietErrors
+        from vtprune_server.middleware.request_ids import RequestIds
+        from vtprune_server.playground import attach_playground
+        from vtprune_server.request_log import configure_request_log
+        from vtprune_server.routes import attach_prompt_routes
+
+        args, limits = app.state.args, ServerLimits.from_environ(os.environ)
+        attach_prompt_routes(app)
+        attach_inspection_routes(app)
+        attach_playground(app)
+        configure_request_log(limits.log_requests)
+        app.add_middleware(QuietErrors)
+        if limits.max_body_mb:
+            app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
+        app.state.vtprune_in_flight = RequestsInFlight()
+        app.add_middleware(DrainMiddleware, in_flight=app.state.vtprune_in_flight)
+        app.add_middleware(RequestIds, answer=not args.enable_request_id_headers)
+        # the same keys as vLLM's `init_entrypoints_middleware`
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        if keys:
+            app.add_middleware(EveryRouteAuthentication, tokens=keys)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Make the shared renderer ours and load the tower, so that a bad checkpoint fails at start."""
+        if engine_client is None:
+            return
+        from vllm_vtprune.context import plugin_context
+        from vllm_vtprune.error_text import withhold_everywhere
+        from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+        from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
+        from vtprune_server.kv_plan import KVPlanner
+        from vtprune_server.metrics import observe_tower_pass
+        from vtprune_server.middleware.drain import drain_before_shutdown
+        from vtprune_server.model_presets import add_preset_models
+        from vtprune_server.prefetch import install_prefetch
+        from vtprune_server.renderer import PrunedOnlineRenderer
+        from vtprune_server.resend import install_resend
+
+        if not args.log_error_stack:
+            withhold_everywhere()
+        drain_before_shutdown(engine_client, state.vtprune_in_flight)
+        context = plugin_context(engine_client.model_config)
+        kv_planner = None
+        if context.policy.prune_layer is not None:
+            kv_planner = KVPlanner.of(engine_client.vllm_config)
+        disclose_in_streams(state._state.values())
+        if state.anthropic_serving_messages is not None:
+            disclose_in_messages(state.anthropic_serving_messages)
+        model_presets = add_preset_models(state.openai_serving_models, context.policy)
+        PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets)
+        renderer: Any = engine_client.renderer
+        if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
+            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "tower")
+            tower.observer = observe_tower_pass
+            install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
+            install_resend(engine_client)
+
+
+def create_plugin() -> VTPruneEndpointPlugin:
+    """What the entry point names; vLLM calls it in each API process."""
+    return VTPruneEndpointPlugin()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Injects the settings into vLLM's shared renderer and counts tokens once a prompt is rendered.
+
+Hook: `vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat` and `.preprocess_cmpl`, through which
+chat, batch, completions, responses, messages, tokenize and `/invocations` all pass. A client's own
+`mm_processor_kwargs` are judged first, under the operator's `--trust-request-mm-kwargs`; only then is our
+entry added, so that flag never needs opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from vllm_vtprune.context import PluginContext
+from vllm_vtprune.settings import KWARG, Controls, PruneSettings, SettingsError
+from vtprune_server.context import RequestContext, current_request, refusal
+from vtprune_server.counts import TokenCounts
+from vtprune_server.kv_plan import KVPlanner
+
+
+class PrunedOnlineRenderer(OnlineRenderer):
+    """vLLM's renderer with pruning settings resolved and injected per request."""
+
+    vtprune_context: PluginContext
+    kv_planner: KVPlanner | None
+    model_presets: Mapping[str, str]
+    client_mm_kwargs_trusted: bool
+
+    @staticmethod
+    def install(
+        renderer: OnlineRenderer,
+        context: PluginContext,
+        kv_planner: KVPlanner | None,
+        model_presets: Mapping[str, str],
+    ) -> PrunedOnlineRenderer:
+        """Turn vLLM's renderer into this class, in place.
+
+        vLLM's handlers hold references to the one instance before plugins are initialised
+        (`init_app_state`), so replacing `state.online_renderer` alone would miss them.
+
+        Args:
+            renderer: vLLM's.
+            context: the operator's policy and the model's facts.
+            kv_planner: None without a prune layer.
+            model_presets: the preset of each model name that names one.
+        """
+        if not isinstance(renderer, PrunedOnlineRenderer):
+            renderer.__class__ = PrunedOnlineRenderer
+            assert isinstance(renderer, PrunedOnlineRenderer)
+            renderer.client_mm_kwargs_trusted = renderer.trust_request_mm_kwargs
+            renderer.trust_request_mm_kwargs = True
+        renderer.vtprune_context = context
+        renderer.kv_planner = kv_planner
+        renderer.model_presets = model_presets
+        return renderer
+
+    async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
+        with self._injected(request) as settings:
+            conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
+        self._count(engine_inputs, request, settings)
+        return conversation, engine_inputs
+
+    async def preprocess_cmpl(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """`OnlineRenderer.preprocess_cmpl`, with the request's settings in place."""
+        with self._injected(request) as settings:
+            engine_inputs = await super().preprocess_cmpl(request, *args, **kwargs)
+        self._count(engine_inputs, request, settings)
+        return engine_inputs
+
+    def resolve(self, request: Any) -> PruneSettings:
+        """The settings of a request: headers over body over the model's name over the operator's default.
+
+        Raises:
+            VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
+        """
+        context = current_request.get() or RequestContext()
+        # run_batch bypasses the routes: the body field then comes with the request model
+        body = context.body if context.body is not None else getattr(request, KWARG, None)
+        try:
+            by_model = self._named_by_model(context.model or getattr(request, "model", None))
+            controls = context.headers.over(Controls.from_mapping(body)).over(by_model)
+            context.settings = self.vtprune_context.policy.resolve(controls)
+        except SettingsError as error:
+            raise refusal(error) from error
+        return context.settings
+
+    def _named_by_model(self, model: str | None) -> Controls:
+        preset = self.model_presets.get(model or "")
+        return Controls({"preset": (preset, "model")} if preset is not None else {})
+
+    @contextmanager
+    def _injected(self, request: Any) -> Iterator[PruneSettings]:
+        client_kwargs = getattr(request, "mm_processor_kwargs", None)
+        validate_request_mm_kwargs(
+            mm_processor_kwargs=client_kwargs,
+            media_io_kwargs=getattr(request, "media_io_kwargs", None),
+            trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
+        )
+        _refuse_own_key(client_kwargs, "mm_processor_kwargs")
+        settings = self.resolve(request)
+        if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
+            _refuse_own_key(request.vllm_xargs, "vllm_xargs")
+            _check_kv_compatible(request, settings)
+            request.vllm_xargs = {**(request.vllm_xargs or {}), **settings.kv.extra_args()}
+        # the request object belongs to this request alone; what follows must see the client's own value again
+        request.mm_processor_kwargs = {**(client_kwargs or {}), KWARG: settings.vision.canonical()}
+        try:
+            yield settings
+        except AssertionError as error:
+            # vLLM truncates before it looks for the images' places (`_apply_prompt_updates` then finds none)
+            if getattr(request, "truncate_prompt_tokens", None) is None:
+                raise
+            raise VLLMValidationError(
+                "truncate_prompt_tokens cuts off the place of an image in the prompt: leave it out, or send "
+                "fewer images.",
+                parameter="truncate_prompt_tokens",
+            ) from error
+        finally:
+            request.mm_processor_kwargs = client_kwargs
+
+    def _count(self, engine_inputs: list[Any], request: Any, settings: PruneSettings) -> None:
+        context = current_request.get()
+        if context is None:
+            return
+        context.kv_planner = self.kv_planner
+        for engine_input in engine_inputs:
+            ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+            token_ids = engine_input.get("prompt_token_ids")
+            counts = TokenCounts(
+                vision_tokens=len(ranges) * self.vtprune_context.vision_tokens,
+                vision_tokens_kept=sum(r.length for r in ranges),
+                kv_tokens=len(token_ids or ()),
+                kv_tokens_kept=len(token_ids or ()),
+            )
+            if self.kv_planner is not None:
+                logprobs = getattr(request, "prompt_logprobs", None)
+                plan = self.kv_planner.plan(engine_input, settings.kv, logprobs)
+                counts.kv_tokens_kept = plan.kept
+                context.plans.append(plan)
+            context.add(counts)
+
+
+def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:
+    if mapping and KWARG in mapping:
+        raise VLLMValidationError(
+            f'{where}.{KWARG} cannot be set directly: send the X-VTPrune-* headers, or "{KWARG}" at the top '
+            "level of the body.",
+            parameter=f"{where}.{KWARG}",
+        )
+
+
+def _check_kv_compatible(request: Any, settings: PruneSettings) -> None:
+    """Refuse what cannot be answered once prompt tokens were dropped."""
+    if not settings.kv.drops:
+        return
+    advice = "set kv_keep (header X-VTPrune-KV-Keep) to 1"
+    if getattr(request, "prompt_logprobs", None) is not None or (
+        getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
+    ):
+        raise VLLMValidationError(
+            f"Prompt log-probabilities do not exist for dropped tokens: {advice}, or leave them out.",
+            parameter="prompt_logprobs",
+        )
+    if getattr(request, "use_beam_search", False):
+        raise VLLMValidationError(
+            f"Beam search does not carry kv_keep: {advice}, or leave use_beam_search out.",
+            parameter="use_beam_search",
+        )

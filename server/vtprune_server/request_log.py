@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a request: counted and logged.
+
+The log has one JSON line per request: its id, settings, counts and outcome, and nothing of what it said or
+showed. The lines go to the logger ``vtprune.requests``, by default to standard error; a logging configuration
+(`VLLM_LOGGING_CONFIG_PATH`) that names this logger takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from vtprune_server import metrics
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from vtprune_server.context import RequestContext
+    from vtprune_server.counts import TokenCounts
+
+logger = logging.getLogger("vtprune.requests")
+
+#: Routes that render a prompt and generate nothing: their counts are reported, not served.
+_COUNTING_ROUTES = ("/tokenize", "/v1/messages/count_tokens")
+
+
+def configure_request_log(enabled: bool) -> None:
+    """Send the lines to standard error, unless the operator has configured the logger."""
+    logger.disabled = not enabled
+    if not logger.handlers:
+        # the original stream: vLLM puts a prefix before every line of sys.stderr
+        handler = logging.StreamHandler(sys.__stderr__)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class RequestRecord:
+    """Follows one request to its end, then counts and logs it.
+
+    Args:
+        context: filled while the request is served.
+        raw_request: for route and request id.
+    """
+
+    def __init__(self, context: RequestContext, raw_request: Request | None) -> None:
+        self._context = context
+        self._raw_request = raw_request
+        self._started = time.perf_counter()
+
+    def count(self, counts: TokenCounts) -> None:
+        """An answer that carries these counts is about to be sent."""
+        if self._route in _COUNTING_ROUTES:
+            return
+        settings = self._context.settings
+        metrics.count_response(settings.preset if settings is not None else "off", counts)
+        kv_planner = self._context.kv_planner
+        if kv_planner is not None:
+            for plan in self._context.plans:
+                kv_planner.count(plan)
+        reason = self._unpruned_because(counts)
+        if reason is not None:
+            metrics.UNPRUNED.labels(reason).inc()
+
+    def answered(self, status: int | None, **extra: Any) -> None:
+        """The answer is complete; no status means that the client went away before it."""
+        self._log(status=status, **extra)
+
+    def failed(self, error: BaseException) -> None:
+        """The handler raised; logged is the status vLLM's exception handlers make of it, and its type."""
+        cut = isinstance(error, asyncio.CancelledError)
+        status = create_error_response(error).error.code if isinstance(error, Exception) else None
+        self._log(status=status, **({"cut": True} if cut else {"error": type(error).__name__}))
+
+    @property
+    def _route(self) -> str:
+        return self._raw_request.url.path if self._raw_request is not None else ""
+
+    def _unpruned_because(self, counts: TokenCounts) -> str | None:
+        """Why no token was dropped; None when some were."""
+        settings = self._context.settings
+        if counts.vision_tokens_kept < counts.vision_tokens or counts.kv_tokens_kept < counts.kv_tokens:
+            return None
+        if self._context.unpruned is not None:
+            return self._context.unpruned
+        if settings is None or (settings.vision.keeps_all and not settings.kv.drops):
+            return "off"
+        return "nothing_to_drop" if counts.vision_tokens else "no_images"
+
+    def _log(self, **fields: Any) -> None:
+        if logger.disabled:
+            return
+        context = self._context
+        if context.settings is not None:
+            fields["settings"] = {k: v for k, v in context.settings.as_dict().items() if v is not None}
+        if context.counts is not None:
+            fields |= context.counts.as_usage()
+        if context.unpruned is not None:
+            fields["unpruned"] = context.unpruned
+        line = {
+            "event": "request",
+            "request_id": self._request_id(),
+            "route": self._route,
+            "seconds": round(time.perf_counter() - self._started, 4),
+            **fields,
+        }
+        logger.info(json.dumps(line, separators=(",", ":")))
+
+    def _request_id(self) -> str | None:
+        if self._raw_request is None:
+            return None
+        # set by vLLM's handlers (`RequestResponseMetadata`); the header by `middleware.request_ids`
+        metadata = getattr(self._raw_request.state, "request_metadata", None)
+        request_id = getattr(metadata, "request_id", None) or self._raw_request.headers.get("x-request-id")
+        return request_id[:128] if request_id else None

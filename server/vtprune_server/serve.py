@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune serve [MODEL] [any vLLM flag]`: vLLM's server with the plugin loaded, and a default model.
+
+vLLM's own `vllm` script works too where it runs (``VLLM_PLUGINS=vtprune vllm serve MODEL``); this command
+adds the embedded model, the policy's flags, and errors as sentences.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_vtprune import demo_model
+from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+from vtprune_server.ready_hint import announce_when_ready
+
+
+def main(rest: list[str]) -> int:
+    """Run `vtprune serve` with these arguments.
+
+    Returns:
+        The exit status: 0, or 2 with one sentence on standard error when something cannot work.
+    """
+    _prepare_environment()
+    try:
+        check_vllm_version()
+        check_front_end()
+    except UnsupportedError as error:
+        return _refuse(error)
+
+    from pydantic import ValidationError
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import init_logger
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_vtprune.policy import CONFIG_KEY
+    from vtprune_server.limits import apply_to_vllm
+    from vtprune_server.options import add_policy_options, policy_from_options
+
+    init_logger(__name__)
+    cli_env_setup()
+    parser = make_arg_parser(
+        FlexibleArgumentParser(prog="vtprune serve", usage="vtprune serve [MODEL] [options]")
+    )
+    add_policy_options(parser)
+    args = parser.parse_args(rest)
+    try:
+        if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
+            _use_demo_model(args, rest)
+        policy, limits = policy_from_options(args, os.environ, args.additional_config)
+        args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy.to_config()}
+        limits.export(os.environ)
+        apply_to_vllm(limits, args, _flags(rest), os.environ)
+        command = ServeSubcommand()
+        command.validate(args)
+        command.cmd(args)
+    except ValidationError as error:
+        # vLLM's configuration classes wrap the sentence of whatever check refused
+        return _refuse("; ".join(_sentence(e) for e in error.errors()))
+    except (ValueError, TypeError, OSError) as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _use_demo_model(args: Any, rest: list[str]) -> None:
+    """The embedded model, with settings that suit it on a machine without an accelerator."""
+    from vllm_vtprune.policy import CONFIG_KEY
+
+    args.model = args.model_tag = str(demo_model.FOLDER)
+    defaults = {
+        "served_model_name": ["vtprune-demo"],
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "dtype": "float32",
+        # the model is too small for compiling to pay, and compiling needs a C++ compiler
+        "enforce_eager": True,
+    }
+    for name, value in defaults.items():
+        if not _given(rest, "--" + name.replace("_", "-")):
+            setattr(args, name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # the weakest source of the policy: flag, environment and file win
+    given = (args.additional_config or {}).get(CONFIG_KEY) or {}
+    policy = {"prune_layer": demo_model.PRUNE_LAYER, **given}
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy}
+    announce_when_ready(
+        args.host, args.port, args.served_model_name[0], demo_model.EXAMPLE, demo_model.QUESTION
+    )
+
+
+def _prepare_environment() -> None:
+    """What must be set before vLLM is imported or starts a process."""
+    # one list filters all of vLLM's plugin groups, and endpoint plugins load only when named in it
+    names = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join([*names, *(["vtprune"] if "vtprune" not in names else [])])
+    if not _cpu_build():
+        return
+    # The tower's threads shall sleep while they wait for each other: spinning, they take the cores that the
+    # engine decodes on. libgomp reads this when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    preload = os.environ.get("LD_PRELOAD", "")
+    # one OpenMP library is enough; with two of them vLLM refuses to start
+    if openmp.is_file() and not any(name in preload for name in ("libiomp", "libomp", "libgomp")):
+        os.environ["LD_PRELOAD"] = f"{openmp}:{preload}".rstrip(":")
+
+
+def _cpu_build() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _flags(rest: list[str]) -> frozenset[str]:
+    """The flags given, in their spelling with dashes and without the keys of JSON flags (``--flag.key``)."""
+    return frozenset(
+        argument.split("=")[0].split(".")[0].replace("_", "-")
+        for argument in rest
+        if argument.startswith("--")
+    )
+
+
+def _given(rest: list[str], flag: str) -> bool:
+    return flag in _flags(rest)
+
+
+def _sentence(error: Any) -> str:
+    return str(error.get("msg", error)).removeprefix("Value error, ")
+
+
+def _refuse(reason: object) -> int:
+    print(f"vtprune: {reason}", file=sys.stderr)
+    return 2

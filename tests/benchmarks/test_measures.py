@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paired statistics, the count of operations, and the bound on speed-up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks import __main__ as short_version
+from benchmarks import compare, interleaved, models, roofline, scaling
+from benchmarks.arms import parse_arms
+from benchmarks.flops import RequestShape, Shape, Work, request_work
+from benchmarks.interleaved import Block, Rounds, Spread, TrafficSpec, connected
+from benchmarks.roofline import Machine, bound
+from benchmarks.servers import PLAIN, PRUNING, RunningServer
+from tests.benchmarks.conftest import DECODER, TOWER
+from tests.helpers.fake_chat import serve_fake_chat
+from vtprune_loadtest.errors import LoadTestError
+
+
+def block(**fields: float) -> Block:
+    names = Block.__dataclass_fields__
+    return Block(**{name: fields.get(name, 1.0) for name in names})
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """The machine slows down tenfold over the rounds; the ratio does not notice."""
+    slow = np.geomspace(1, 10, 9)
+    rounds = Rounds(1, 1, ["vllm", "off"])
+    rounds.blocks["vllm"] = [block(e2el_s=s) for s in slow]
+    rounds.blocks["off"] = [block(e2el_s=1.02 * s) for s in slow]
+    spread = Spread.of(rounds.ratios("off", "vllm", "e2el_s"))
+    assert spread.median == pytest.approx(1.02) and spread.high - spread.low < 1e-9
+    assert spread.rounds == 9
+
+
+@pytest.mark.parametrize(("rounds", "rank"), [(1, 0), (2, 0), (5, 0), (6, 0), (9, 1), (20, 5), (100, 39)])
+def test_confidence_interval_of_the_median(rounds: int, rank: int) -> None:
+    """Ranks from tables of the binomial distribution (sign test, 95 %)."""
+    values = np.random.default_rng(0).permutation(rounds).astype(float)
+    spread = Spread.of(values)
+    assert (spread.low, spread.high) == (rank, rounds - 1 - rank)
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = [s.low <= 0 <= s.high for s in (Spread.of(rng.standard_cauchy(25)) for _ in range(2000))]
+    assert 0.94 < np.mean(covered) < 0.98
+
+
+def test_operations_are_those_that_torch_counts(tiny: Path) -> None:
+    """Against torch's own counter on transformers' model, which computes the whole attention square."""
+    shape = Shape.of(tiny)
+    model = LlavaForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        features = model.model.get_image_features(pixel_values=torch.randn(1, 3, 56, 56)).pooler_output[0]
+    work = request_work(shape, RequestShape(images=1, text_tokens=0, kept=16, output=1))
+    # transformers runs the layer above the feature layer too
+    layer = 4 * TOWER.hidden**2 + 2 * TOWER.hidden * TOWER.intermediate
+    extra = 2 * 17 * layer + 4 * 17**2 * TOWER.hidden
+    # the patch embedding makes no CLS token
+    expected = work["tower"].flops - 2 * shape.patch_inputs * TOWER.hidden + extra + work["projector"].flops
+    assert counter.get_total_flops() == expected
+    assert features.shape == (16, DECODER.hidden)
+
+    tokens = 40
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.model.language_model(torch.zeros(1, tokens, dtype=torch.long))
+    prefill = request_work(shape, RequestShape(images=0, text_tokens=tokens, kept=0, output=1))["prefill"]
+    head = 2 * DECODER.hidden * DECODER.vocab
+    triangle = 4 * shape.q_width * tokens * (tokens + 1) / 2 * DECODER.layers
+    square = 4 * shape.q_width * tokens**2 * DECODER.layers
+    assert counter.get_total_flops() == prefill.flops - head - triangle + square
+
+
+def test_decoding_counts_each_step(tiny: Path) -> None:
+    shape = Shape.of(tiny)
+    one, three = (
+        request_work(shape, RequestShape(images=0, text_tokens=10, kept=0, output=n))["decode"]
+        for n in (1, 3)
+    )
+    assert (one.flops, one.bytes) == (0, 0)
+    weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
+    attention = 4 * shape.q_width * shape.layers * (11 + 12)
+    assert three.flops == 2 * 2 * weights + attention
+    # keys and values of 11 and 12 tokens are touched (read, or written for the new one), and one written each
+    values = 2 * shape.kv_width * shape.layers * (11 + 12 + 2)
+    assert three.bytes == 4 * (2 * weights + values)
+
+
+def test_a_batch_shares_the_weights_and_nothing_else(tiny: Path) -> None:
+    shape, request = Shape.of(tiny), RequestShape(images=1, text_tokens=10, kept=16, output=5)
+    alone, together = (request_work(shape, request, batch)["decode"] for batch in (1, 16))
+    weights = 4 * (shape.layers * shape.layer_weights + shape.hidden * shape.vocab) * 4
+    assert together.flops == alone.flops
+    assert alone.bytes - together.bytes == pytest.approx(weights * 15 / 16)
+
+
+def test_pruning_bounds() -> None:
+    shape = Shape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
+    machine = Machine(peak_flops=1e11, bandwidth=2e10)
+    full = RequestShape(images=1, text_tokens=60, kept=576, output=16)
+    assert bound(shape, full, full, machine, 4) == 1
+    limits = [bound(shape, full, replace(full, kept=kept), machine, 4) for kept in (576, 288, 127, 1)]
+    assert limits == sorted(limits)
+    assert limits[-1] < 576  # what pruning does not touch bounds it
+    stage1 = replace(full, kept=127)
+    both = replace(stage1, kv_kept=stage1.prompt / 2, prune_layer=4)
+    assert bound(shape, full, both, machine, 4) > limits[2]
+    nothing_dropped = replace(stage1, kv_kept=stage1.prompt, prune_layer=4)
+    assert bound(shape, full, nothing_dropped, machine, 4) == pytest.approx(limits[2])
+
+
+def test_the_roofline_is_the_slower_of_two() -> None:
+    assert Work(flops=10, bytes=1).seconds(peak_flops=5, bandwidth=1) == 2
+    assert Work(flops=10, bytes=9).seconds(peak_flops=5, bandwidth=1) == 9
+
+
+def test_growth_varies_one_axis_at_a_time() -> None:
+    base = scaling.Point("", 0)
+    for point in scaling.POINTS:
+        same = [
+            getattr(point, name) == getattr(base, name)
+            for name in ("images", "patches", "output_len", "concurrency")
+        ]
+        assert sum(same) >= 3
+    assert {p.value for p in scaling.POINTS if p.axis == "images per prompt"} == {1, 2, 4, 8}
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunningServer]]:
+    """Two fakes under the names of vLLM's server and ours; the first takes twice as long for a token.
+
+    They have no workers that poll once they idle, so blocks need not rest, nor be long.
+    """
+    monkeypatch.setattr(interleaved, "_REST_S", 0.0)
+    monkeypatch.setattr(interleaved, "_MIN_BLOCK_S", 0.3)
+    with serve_fake_chat() as slow, serve_fake_chat() as fast:
+        slow.prefill_s = slow.token_s = 0.02
+        fast.prefill_s = fast.token_s = 0.01
+        slow.prunes = False
+        process = SimpleNamespace(pid=os.getsid(0))
+        yield [
+            RunningServer(spec, chat.url, process)  # type: ignore[arg-type]
+            for spec, chat in ((PLAIN, slow), (PRUNING, fast))
+        ]
+
+
+def measured(servers: list[RunningServer], runs: int = 1, **options: Any) -> Rounds:
+    async def run() -> Rounds:
+        traffic = TrafficSpec(output_len=3, picture_size=(32, 32))
+        async with connected(parse_arms("vllm,off"), servers, "fake", traffic) as comparison:
+            for _ in range(runs):
+                rounds = await comparison.run(2, seconds=0, **options)
+            return rounds
+
+    return asyncio.run(run())
+
+
+def test_a_comparison_end_to_end(servers: list[RunningServer], capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = measured(servers, min_rounds=4)
+    assert [len(blocks) for blocks in rounds.blocks.values()] == [4, 4]
+    assert rounds.requests_per_block % 2 == 0
+    assert 0.3 < Spread.of(rounds.ratios("off", "vllm", "e2el_s")).median < 0.9
+    assert np.isnan(rounds.values("vllm", "vision_tokens_kept")).all()
+    assert (rounds.values("off", "vision_tokens_kept") == 100).all()
+
+    arms = parse_arms("vllm,off")
+    document = compare.as_json(rounds, arms)
+    json.dumps(document, allow_nan=False)
+    assert document["arms"]["off"]["ratio"]["requests_per_s"]["median"] > 1.2
+    lines = compare.table("fake", rounds, arms).splitlines()
+    assert lines[3].split()[:2] == ["vllm", "all"] and lines[4].split()[:2] == ["off", "100"]
+    assert lines[-1].startswith("plugin loaded and off: end-to-end latency -")
+
+    model = replace(models.demo(), name="fake")
+    traffic = {"images": 1, "output_len": 3}
+    for arm in document["arms"].values():
+        arm["median"]["prompt_tokens"] = 160.0
+    shares = roofline.report(model, {"2": document}, traffic, Machine(1e11, 1e10))["2"]
+    assert shares["vllm"]["bound"] == shares["vllm"]["share"] == 1
+    assert shares["off"]["share"] == pytest.approx(shares["off"]["measured"] / shares["off"]["bound"])
+    assert "of the gain" in capsys.readouterr().out
+
+
+def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
+    with serve_fake_chat() as chat:
+        both = [replace(server, url=chat.url) for server in servers]
+        measured(both, runs=2, min_rounds=2, max_rounds=2)
+        pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in chat.bodies]
+    assert len(pictures) > 8 and len(set(pictures)) == len(pictures)
+
+
+def test_blocks_are_long_enough_to_be_warm() -> None:
+    assert interleaved.block_size(1, lone_request_s=0.2) == 8
+    assert interleaved.block_size(4, lone_request_s=0.2) == 32
+    assert interleaved.block_size(1, lone_request_s=3.0) == 1
+    assert interleaved.block_size(16, lone_request_s=3.0) == 16
+
+
+def test_some_arms_may_sit_out(servers: list[RunningServer]) -> None:
+    rounds = measured(servers, only=("vllm",), min_rounds=1, max_rounds=1)
+    assert list(rounds.blocks) == rounds.labels == ["vllm"]
+
+
+def test_the_short_version_names_arms_that_it_has() -> None:
+    for part in short_version.PARTS:
+        labels = {arm.label for arm in parse_arms(part.arms)}
+        for concurrency, only in part.only.items():
+            assert concurrency in part.seconds and set(only) <= labels
+
+
+def test_a_failing_request_ends_the_comparison(servers: list[RunningServer]) -> None:
+    with serve_fake_chat() as chat:
+        chat.fail = lambda number: 500
+        with pytest.raises(LoadTestError, match="off failed: http_500"):
+            measured([servers[0], replace(servers[1], url=chat.url)])
+
+
+@pytest.mark.parametrize("arguments", [["--concurrency", "0"], ["--arms", "off"], ["--model", "gpt"]])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("python -m benchmarks.compare: ")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's models, servers and command lines, without starting any."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from benchmarks import models, servers
+from benchmarks.arms import parse_arm, parse_arms, servers_for
+from benchmarks.servers import (
+    PLAIN,
+    PRUNING,
+    command,
+    cpu_seconds_of_session,
+    environment,
+    pruning_kv,
+    running,
+)
+from tests.benchmarks.conftest import DECODER, TOWER
+from vtprune_loadtest.errors import LoadTestError
+
+
+def test_a_random_checkpoint_loads_whole(tiny: Path) -> None:
+    model, info = LlavaForConditionalGeneration.from_pretrained(tiny, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.text_config.num_hidden_layers == DECODER.layers
+    processor = LlavaProcessor.from_pretrained(tiny)
+    ids = processor.tokenizer("<image>é")["input_ids"]
+    assert ids[0] == model.config.image_token_index and len(ids) == 3
+
+
+def test_weights_have_the_names_that_vllm_reads_and_no_layer_is_constant(tiny: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    heads = {name.split(".")[0] for name in weights}
+    assert heads == {"vision_tower", "multi_modal_projector", "language_model"}
+    assert all("vision_tower.vision_model." in name for name in weights if name.startswith("vision_tower"))
+    matrices = [tensor for name, tensor in weights.items() if tensor.ndim == 2]
+    assert all(tensor.std() > 0.01 for tensor in matrices)
+
+
+def test_the_same_seed_gives_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+    models.random_llava(tmp_path / "again", DECODER, TOWER)
+    first, again = (load_file(f / "model.safetensors") for f in (tiny, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_model_is_built_once_and_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[Path] = []
+
+    def build(folder: Path, *_: object) -> None:
+        builds.append(folder)
+        (folder / "config.json").write_text("{}")
+        if len(builds) == 1:
+            raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(models, "random_llava", build)
+    folder = tmp_path / "models" / "decoder"
+    with pytest.raises(RuntimeError):
+        models.decoder_150m(folder)
+    assert not folder.exists() and not list(folder.parent.iterdir())
+    assert models.decoder_150m(folder) == folder
+    models.decoder_150m(folder)
+    assert len(builds) == 2
+
+
+def test_patches_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(models, "random_llava", lambda path, decoder, tower: shapes.append((path, tower)))
+    monkeypatch.setattr(models, "_once", lambda folder, build: build(folder) or folder)
+    for patches in (144, 576, 1024):
+        models.many_patches(tmp_path, patches)
+    assert [(t.image // t.patch) ** 2 for _, t in shapes] == [144, 576, 1024]
+    assert len({path for path, _ in shapes}) == 3
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(LoadTestError, match="decoder-150m"):
+        models.model_named("gpt")
+
+
+def test_arms() -> None:
+    arms = parse_arms("vllm, off,a0.5,keep0.22+kv0.5")
+    assert [arm.server for arm in arms] == ["vllm", "vtprune", "vtprune", "vtprune-kv"]
+    assert arms[0].headers == ()
+    assert arms[1].headers == (("X-VTPrune-Aggressiveness", "0"),)
+    assert dict(arms[3].headers) == {"X-VTPrune-Keep-Ratio": "0.22", "X-VTPrune-KV-Keep": "0.5"}
+    model = models.demo()
+    assert [s.name for s in servers_for(arms, model)] == ["vllm", "vtprune", "vtprune-kv"]
+    assert servers_for(arms[:1], model) == [PLAIN]
+
+
+@pytest.mark.parametrize("text", ["", "fast", "a", "0.5", "keep0.22+", "keep0.22 kv0.5"])
+def test_bad_arm(text: str) -> None:
+    with pytest.raises(LoadTestError, match=r"such as a0\.5"):
+        parse_arm(text)
+
+
+@pytest.mark.parametrize("text", ["vllm", "off,off"])
+def test_an_arm_needs_another_to_compare_with(text: str) -> None:
+    with pytest.raises(LoadTestError, match="two different"):
+        parse_arms(text)
+
+
+def test_both_servers_get_the_same_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    model = models.demo()
+    plain, ours = command(PLAIN, model), command(PRUNING, model)
+    assert set(model.flags) <= set(plain) and set(model.flags) <= set(ours)
+    assert "vtprune_server.cli" in ours and not any("vtprune_server" in part for part in plain)
+    kv = command(pruning_kv(model), model)
+    assert kv[kv.index("--prune-layer") + 1] == str(model.prune_layer)
+    plain_env, our_env = environment(PLAIN, model), environment(PRUNING, model)
+    assert (plain_env["VLLM_PLUGINS"], our_env["VLLM_PLUGINS"]) == ("", "vtprune")
+    # `vtprune serve` preloads Intel's OpenMP for its engine by itself
+    differing = {k for k in plain_env | our_env if plain_env.get(k) != our_env.get(k)}
+    assert differing <= {"VLLM_PLUGINS", "LD_PRELOAD"}
+
+
+def test_a_server_that_dies_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dies = [sys.executable, "-c", "raise SystemExit('no such flag')"]
+    monkeypatch.setattr(servers, "command", lambda spec, model: dies)
+    with pytest.raises(LoadTestError, match="no such flag"), running([PLAIN], models.demo(), tmp_path):
+        pass
+
+
+def test_cpu_seconds_of_a_session() -> None:
+    code = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\ninput()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while (used := sum(cpu_seconds_of_session(process.pid))) < 0.29 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert 0.29 <= used < 3
+    finally:
+        process.kill()
+        process.communicate()
+    assert math.isnan(sum(cpu_seconds_of_session(process.pid)))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation's runner on transformers against the plain reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.evaluation.local import LocalModel, LocalRunner
+from demo.evaluation.questions import Question, Questions
+from demo.evaluation.runner import RunnerError
+from demo.evaluation.setting import Setting
+from demo.evaluation.vision import outputs_for
+from demo.scenes import make_scene
+from tests.helpers.checkpoints import random_llava
+from tests.reference import Reference, Request
+from vllm_vtprune.selection import METHODS
+from vllm_vtprune.settings import KVSettings, VisionSettings
+
+LAYERS, LIMIT = 4, 5
+TEXTS = ("What is it?", "Where?", "A longer question about what the picture shows, to be padded to?")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "llava"
+    return random_llava(folder, layers=LAYERS, heads=4, kv_heads=2, hidden=64, weight_scale=4.0)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LocalModel:
+    return LocalModel(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def questions() -> Questions:
+    pictures = [Image.fromarray(make_scene("train", index).pixels) for index in range(3)]
+    asked = [Question(number, "any", text, ("x",)) for number in range(3) for text in TEXTS]
+    return Questions("three", pictures, asked)
+
+
+@pytest.fixture(scope="module")
+def runner(model: LocalModel, questions: Questions) -> LocalRunner:
+    outputs = outputs_for([VisionSettings(method=name, aggressiveness=0.5) for name in METHODS])
+    return LocalRunner(model, questions, outputs, LIMIT)
+
+
+SETTINGS = [
+    Setting(),
+    Setting(VisionSettings(aggressiveness=0.3)),
+    Setting(VisionSettings(aggressiveness=0.5)),
+    Setting(VisionSettings(aggressiveness=1.0)),
+    Setting(VisionSettings(aggressiveness=None, keep_ratio=0.22)),
+    Setting(kv=KVSettings(0.5), prune_layer=1),
+    Setting(kv=KVSettings(0.25, "vision"), prune_layer=2),
+    Setting(kv=KVSettings(0.01), prune_layer=3, window=4),
+    Setting(VisionSettings(aggressiveness=0.5), KVSettings(0.5), 2),
+    Setting(VisionSettings(aggressiveness=0.5), KVSettings(0.75, "vision"), 3, window=16),
+    Setting(kv=KVSettings(0.25), prune_layer=2, relevance="last_token"),
+    Setting(kv=KVSettings(0.25), prune_layer=2, relevance="no_rope"),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.label)
+def test_a_batch_answers_as_the_reference_answers_each_question(
+    setting: Setting, runner: LocalRunner, checkpoint: Path, questions: Questions
+) -> None:
+    reference = Reference(checkpoint, setting.prune_layer, setting.window, setting.relevance)
+    decode, end = runner.model.processor.tokenizer.decode, runner.model.decoder.stop
+    replies = runner.answer(setting)
+    assert len(replies) == len(questions.asked)
+    for question, reply in zip(questions.asked, replies, strict=True):
+        expected = reference.answer(
+            Request(
+                f"USER: <image>\n{question.text} ASSISTANT:",
+                (questions.pictures[question.picture],),
+                aggressiveness=setting.vision.aggressiveness or 0.0,
+                keep_ratio=setting.vision.keep_ratio,
+                kv_keep=setting.kv.keep,
+                kv_scope=setting.kv.scope,
+                max_tokens=LIMIT,
+            )
+        )
+        tokens = expected.token_ids
+        tokens = tokens[: next((at for at, token in enumerate(tokens) if token in end), len(tokens))]
+        assert reply.text == decode(tokens, skip_special_tokens=True).strip()
+        assert reply.prompt_tokens == len(expected.prompt_ids)
+        assert reply.prompt_tokens_kept == len(expected.kept)
+
+
+def test_the_answers_differ_so_that_equality_means_something(runner: LocalRunner) -> None:
+    texts = [tuple(reply.text for reply in runner.answer(setting)) for setting in SETTINGS]
+    assert len(set(texts)) > len(SETTINGS) // 2
+    assert len(set(texts[0])) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_baselines_keep_as_many_tokens_of_every_picture(method: str, runner: LocalRunner) -> None:
+    setting = Setting(VisionSettings(method=method, aggressiveness=0.5))
+    kept = [reply.vision_tokens_kept for reply in runner.answer(setting)]
+    for name in ("random", "uniform"):
+        baseline = runner.answer(setting.baseline(name))
+        assert [reply.vision_tokens_kept for reply in baseline] == kept
+
+
+def test_draws_of_random_differ_and_repeat(runner: LocalRunner) -> None:
+    setting = Setting(VisionSettings(aggressiveness=0.5))
+
+    def kept(draw: int) -> list[list[int]]:
+        return [
+            chosen.indices.tolist() for chosen in runner.pictures.select(setting.baseline("random", draw))
+        ]
+
+    assert kept(0) == kept(0) != kept(1)
+
+
+def test_dropping_at_random_keeps_the_count_and_other_tokens(runner: LocalRunner) -> None:
+    setting = Setting(kv=KVSettings(0.25), prune_layer=2)
+    chosen, random = runner.answer(setting), runner.answer(replace(setting, relevance="random"))
+    assert [a.prompt_tokens_kept for a in chosen] == [a.prompt_tokens_kept for a in random]
+    assert [a.text for a in chosen] != [a.text for a in random]
+
+
+@pytest.mark.parametrize("layer", [None, LAYERS])
+def test_dropping_needs_a_prune_layer_of_the_decoder(layer: int | None, runner: LocalRunner) -> None:
+    with pytest.raises(RunnerError, match=f"1 to {LAYERS - 1}"):
+        runner.answer(Setting(kv=KVSettings(0.5), prune_layer=layer))
+
+
+def test_a_question_with_a_placeholder_is_refused(model: LocalModel, questions: Questions) -> None:
+    asked = [Question(0, "any", "What is <image>?", ("x",))]
+    with pytest.raises(RunnerError, match="placeholder"):
+        LocalRunner(model, replace(questions, asked=asked), frozenset())
+
+
+def test_pictures_keep_their_order(runner: LocalRunner, questions: Questions) -> None:
+    assert np.array_equal(questions.picture_of, np.repeat(np.arange(3), len(TEXTS)))
+    counts = [reply.vision_tokens_kept for reply in runner.answer(SETTINGS[2])]
+    assert counts == [
+        selection.count for selection in runner.pictures.select(SETTINGS[2]) for _ in range(len(TEXTS))
+    ]

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives a real engine through one scenario of stage 2 and saves what it saw.
+
+    python -m tests.helpers.kv_run SCENARIO CHECKPOINT OUT
+
+The engine core runs in this process, so that its block pool can be looked at, and each scenario has a process
+of its own, since a plugin cannot be unloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.helpers.pictures import noise
+from tests.reference import Request
+
+
+class Engine:
+    """vLLM's `LLM` on a small checkpoint, with what the scenarios ask of it."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        prune_layer: int | None = None,
+        relevance: str = "attention",
+        plugin: bool = True,
+        **kwargs: Any,
+    ):
+        from vllm import LLM
+
+        from vllm_vtprune import engine_kwargs
+
+        policy = {"prune_layer": prune_layer, "relevance": relevance}
+        self.llm = LLM(
+            checkpoint,
+            dtype="float32",
+            **{
+                "enforce_eager": True,
+                "max_num_seqs": 16,
+                "max_model_len": 1024,
+                "max_num_batched_tokens": 1024,
+                "limit_mm_per_prompt": {"image": 4},
+                "disable_log_stats": False,
+                **(engine_kwargs(**policy) if plugin else {}),
+                **kwargs,
+            },
+        )
+        self.plugin = plugin
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+
+    def prompt(self, request: Request) -> dict[str, Any]:
+        from vllm_vtprune import request_kwargs
+
+        tokens = self.llm.get_tokenizer()(request.prompt, add_special_tokens=False).input_ids
+        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            ratio = {"keep_ratio": request.keep_ratio}
+            knee = {"aggressiveness": request.aggressiveness}
+            if self.plugin:
+                prompt["mm_processor_kwargs"] = request_kwargs(**(ratio if request.keep_ratio else knee))[0]
+        return prompt
+
+    def params(self, request: Request, **kwargs: Any) -> Any:
+        from vllm import SamplingParams
+
+        from vllm_vtprune import request_kwargs
+
+        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope)[1]
+        defaults = {
+            "temperature": 0,
+            "max_tokens": request.max_tokens,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "extra_args": extra_args if self.plugin else None,
+        }
+        return SamplingParams(**{**defaults, **kwargs})
+
+    def run(self, requests: Sequence[Request], **kwargs: Any) -> list[dict[str, Any]]:
+        """Answers of a batch given all at once."""
+        outputs = self.llm.generate(
+            [self.prompt(r) for r in requests], [self.params(r, **kwargs) for r in requests], use_tqdm=False
+        )
+        return [answer(o) for o in outputs]
+
+    def metric(self, name: str) -> float:
+        """The value of one of vLLM's own counters."""
+        return float(next(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def blocks(self, request_id: str) -> list[int]:
+        """Blocks the request holds, by KV-cache group."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return [len(m.req_to_blocks.get(request_id, ())) for m in managers]
+
+    def steps(self) -> Iterator[None]:
+        """Run what was added, giving back control after every step."""
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+            yield
+
+    def add(self, request: Request, request_id: str, **kwargs: Any) -> None:
+        self.llm.llm_engine.add_request(request_id, self.prompt(request), self.params(request, **kwargs))
+
+    def internal_id(self, request_id: str) -> str:
+        """The id the engine made of it: vLLM appends to the ids it is given."""
+        return next(i for i in self.scheduler.requests if i.startswith(request_id))
+
+
+def answer(output: Any, index: int = 0) -> dict[str, Any]:
+    """One completion as plain values."""
+    completion = output.outputs[index]
+    ids = list(completion.token_ids)
+    logprobs = completion.logprobs and [d[t].logprob for d, t in zip(completion.logprobs, ids, strict=True)]
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached": output.num_cached_tokens,
+        "tokens": ids,
+        "logprobs": logprobs,
+        "text": completion.text,
+    }
+
+
+def scenario_grid(checkpoint: str) -> dict[str, Any]:
+    """The grid in one batch and one at a time; then everything else an engine with K = 2 must do."""
+    engine = Engine(checkpoint, prune_layer=2, block_size=32)
+    free = engine.pool.get_num_free_blocks()
+    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
+    result["traffic"] = traffic(engine, (0.25,))
+    engine.llm.reset_prefix_cache()
+    result["unpruned"] = engine.run(unpruned())
+    result["pool"] = pool_during(engine)
+    result |= behaviours(engine)
+    result["blocks_lost"] = free - engine.pool.get_num_free_blocks()
+    return result
+
+
+def pool_during(engine: Engine) -> dict[str, Any]:
+    """A batch of 16 at kv_keep 0.25: blocks by group and request, before, during and after."""
+    request = Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8)
+    before = engine.pool.get_num_free_blocks()
+    for i in range(16):
+        engine.add(request, f"pool-{i}")
+    steps = engine.steps()
+    next(steps)
+    while len(engine.scheduler.running) < 16:
+        next(steps)
+    held = [engine.blocks(engine.internal_id(f"pool-{i}")) for i in range(16)]
+    during = engine.pool.get_num_free_blocks()
+    for _ in steps:
+        pass
+    specs = [g.kv_cache_spec for g in engine.scheduler.kv_cache_config.kv_cache_groups]
+    return {
+        "before": before,
+        "during": during,
+        "after": engine.pool.get_num_free_blocks(),
+        "held": held,
+        "groups": [type(s).__name__ for s in specs],
+        "block_size": specs[0].block_size,
+    }
+
+
+def behaviours(engine: Engine) -> dict[str, Any]:
+    """Aborts, n > 1, structured output, prompt log-probabilities, unreadable settings, long prompts."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    pruned = Request(QUESTION, (noise(0),), kv_keep=0.25)  # grid()[6]
+    found: dict[str, Any] = {}
+    prompt, params = engine.prompt(pruned), engine.params(pruned, n=3, temperature=1.0, top_k=1)
+    found["n3"] = [answer(engine.llm.generate(prompt, params, use_tqdm=False)[0], i) for i in range(3)]
+    found["choice"] = engine.run(
+        [pruned], structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), ignore_eos=False
+    )[0]
+    found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
+    for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
+        found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
+    # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
+    long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
+    found["too_long"] = engine.run([long, pruned])
+    found["unpruned_reasons"] = dict(engine.scheduler.unpruned)
+
+    for i in range(6):
+        engine.add(Request(QUESTION, (noise(i),), kv_keep=0.3, max_tokens=50), f"abort-{i}")
+    for step, _ in enumerate(engine.steps()):
+        if step in (1, 3, 5):
+            engine.llm.llm_engine.abort_request([f"abort-{step}"])
+    found["plans_left"] = len(engine.scheduler.prompt_plans)
+    return found
+
+
+def scenario_preemption(checkpoint: str) -> dict[str, Any]:
+    """A cache too small for the crowd, K = 1, and prompts of others chunked between those taken whole."""
+    engine = Engine(
+        checkpoint,
+        prune_layer=1,
+        relevance="last_token",
+        block_size=32,
+        num_gpu_blocks_override=250,
+        max_model_len=448,
+        max_num_batched_tokens=256,
+        max_num_seqs=12,
+    )
+    free = engine.pool.get_num_free_blocks()
+    return {
+        "answers": engine.run(crowd()),
+        "preemptions": engine.metric("vllm:num_preemptions"),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+    }
+
+
+def scenario_capacity(checkpoint: str) -> dict[str, Any]:
+    """How many requests run at once in a cache of 150 blocks, by kv_keep. Rates without rotary embedding."""
+    engine = Engine(
+        checkpoint,
+        prune_layer=2,
+        relevance="no_rope",
+        block_size=32,
+        num_gpu_blocks_override=150,
+        max_model_len=256,
+        max_num_batched_tokens=8192,
+        max_num_seqs=64,
+        enable_prefix_caching=False,  # else equal prompts share blocks
+    )
+    running = {}
+    for keep in (1.0, 0.5, 0.25):
+        for i in range(40):
+            engine.add(Request(QUESTION, (noise(0),), kv_keep=keep, max_tokens=2), f"{keep}-{i}")
+        running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
+    small = [r for r in corners() if len(r.images) == 1]
+    return {"free": engine.pool.get_num_free_blocks(), "running": running, "answers": engine.run(small)}
+
+
+def refusal(engine: Engine, request: Request, **kwargs: Any) -> str:
+    """What `LLM.generate` raises for a request; empty if it answers."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        engine.run([request], **kwargs)
+    except VLLMValidationError as error:
+        return str(error)
+    return ""
+
+
+def scenario_top(checkpoint: str) -> dict[str, Any]:
+    """K at the top end, the two halves traced by torch.compile."""
+    engine = Engine(checkpoint, prune_layer=5, enforce_eager=False)
+    return {"batch": engine.run(grid()), "compiled": engine.core.vllm_config.compilation_config.mode.name}
+
+
+def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
+    """Two ranks, each with half of the heads: they must keep the same tokens."""
+    engine = Engine(checkpoint, prune_layer=2, tensor_parallel_size=2)
+    return {"batch": engine.run(corners())}
+
+
+def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
+    """The plugin without a prune layer."""
+    engine = Engine(checkpoint)
+    return {
+        "unpruned": engine.run(unpruned()),
+        "scheduler": type(engine.scheduler).__module__,
+        "worker": engine.core.vllm_config.parallel_config.worker_cls,
+        "decoder": engine.llm.apply_model(_decoder_module)[0],
+    }
+
+
+def scenario_plain(checkpoint: str) -> dict[str, Any]:
+    """Plain vLLM, without the plugin."""
+    engine = Engine(checkpoint, plugin=False, block_size=32)
+    return {"unpruned": engine.run(unpruned()), "traffic": traffic(engine, ())}
+
+
+def traffic(engine: Engine, shares: Sequence[float]) -> dict[str, Any]:
+    """Seven unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
+    engine.llm.reset_prefix_cache()
+    names = ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
+    before = [engine.metric(name) for name in names]
+    cached = []
+    for request in [*unpruned(), *unpruned()]:
+        cached.append(engine.run([request], max_tokens=2)[0]["cached"])
+        for keep in shares:
+            pruned = Request(request.prompt, request.images, kv_keep=keep)
+            if engine.run([pruned], max_tokens=2)[0]["cached"]:
+                raise RuntimeError("a pruned request read the prefix cache")
+    hits, queries = (engine.metric(name) - value for name, value in zip(names, before, strict=True))
+    return {"cached": cached, "hits": hits, "queries": queries}
+
+
+def _decoder_module(model: Any) -> str:
+    return type(model.language_model).__module__
+
+
+SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "grid": scenario_grid,
+    "preemption": scenario_preemption,
+    "capacity": scenario_capacity,
+    "top": scenario_top,
+    "tensor_parallel": scenario_tensor_parallel,
+    "no_layer": scenario_no_layer,
+    "plain": scenario_plain,
+}
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    name, folder, out = sys.argv[1:]
+    torch.save(SCENARIOS[name](folder), out)

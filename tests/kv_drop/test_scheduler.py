@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both schedulers and the block managers, on vLLM's real ones, without a model: what a step may hold."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.kv_config import config
+from vllm_vtprune.kv_drop.hooks.cache import split_specs
+from vllm_vtprune.kv_drop.hooks.scheduler import build_scheduler
+from vllm_vtprune.settings import KVSettings
+
+BLOCK = 32
+LAYERS, PRUNE_LAYER = 6, 2
+BUDGET = 128
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
+    checkpoint: Path = random_llava(tmp_path_factory.mktemp("llava"), layers=LAYERS)
+    return config(checkpoint, max_num_batched_tokens=BUDGET, max_num_seqs=6, block_size=BLOCK)
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def scheduler(request: pytest.FixtureRequest, vllm_config: VllmConfig) -> Scheduler:
+    # the CPU platform allows the synchronous one only
+    vllm_config.scheduler_config.async_scheduling = request.param
+    return make(vllm_config, blocks=31)
+
+
+def make(vllm_config: VllmConfig, blocks: int) -> Scheduler:
+    init_none_hash(sha256)
+    vllm_config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    specs = split_specs({f"model.layers.{i}.attn": spec for i in range(LAYERS)}, PRUNE_LAYER)
+    names = list(specs)
+    groups = [KVCacheGroupSpec(names[i : i + 2], specs[names[i]]) for i in (0, 2, 4)]
+    return build_scheduler(
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=BLOCK,
+    )
+
+
+def request(
+    request_id: str,
+    tokens: int,
+    keep: float,
+    *,
+    output: int = 4,
+    image: int = 0,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Request:
+    dice = random.Random(seed)
+    features = []
+    if image:
+        item = MultiModalFeatureSpec(
+            data=MultiModalKwargsItem({}),
+            modality="image",
+            identifier=f"image-{seed}",
+            mm_position=PlaceholderRange(offset=1, length=image),
+        )
+        features.append(item)
+    return Request(
+        request_id,
+        [dice.randrange(5, 200) for _ in range(tokens)],
+        SamplingParams(
+            max_tokens=output, ignore_eos=True, extra_args=KVSettings(keep).extra_args(), **kwargs
+        ),
+        None,
+        mm_features=features,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+def held(scheduler: Scheduler, request_id: str) -> list[int]:
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return [len(m.req_to_blocks.get(request_id, ())) for m in managers]
+
+
+def finish_step(scheduler: Scheduler, output: Any) -> None:
+    """What a model runner answers: a token for each request whose prompt is through."""
+    ids = list(output.num_scheduled_tokens)
+    done = [not scheduler.requests[i].is_prefill_chunk if i in scheduler.requests else True for i in ids]
+    scheduler.update_from_output(
+        output,
+        ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={i: n for n, i in enumerate(ids)},
+            sampled_token_ids=[[7] if through else [] for through in done],
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        ),
+    )
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def test_a_pruned_prompt_is_taken_whole_or_not_yet(scheduler: Scheduler) -> None:
+    scheduler.add_request(request("chunked", 100, 1.0, seed=1))
+    scheduler.add_request(request("pruned", 60, 0.5, seed=2))
+    first = scheduler.schedule()
+    assert first.num_scheduled_tokens == {"chunked": 100}  # 28 tokens are left, the prompt needs 60
+    finish_step(scheduler, first)
+    second = scheduler.schedule()
+    assert second.num_scheduled_tokens["pruned"] == 60
+    assert held(scheduler, "pruned") == [2, 1, 1]
+    finish_step(scheduler, second)
+
+
+def test_an_unpruned_prompt_in_its_place_is_split(scheduler: Scheduler) -> None:
+    scheduler.add_request(request("first", 100, 1.0, seed=1))
+    scheduler.add_request(request("second", 60, 1.0, seed=2))
+    assert scheduler.schedule().num_scheduled_tokens == {"first": 100, "second": 28}
+
+
+def test_a_prompt_longer_than_a_step_is_split_and_counted(scheduler: Scheduler) -> None:
+    # 6 requests may run: 123 tokens are the longest that fit beside five others
+    scheduler.add_request(request("long", 124, 0.5, seed=1))
+    scheduler.add_request(request("longest", 123, 0.5, seed=2))
+    assert scheduler.unpruned == {"too_long": 1}
+    assert list(scheduler.prompt_plans) == ["longest"]
+
+
+def test_pruned_blocks_are_neither_read_nor_published(scheduler: Scheduler) -> None:
+    def run(request_id: str, keep: float) -> int:
+        scheduler.add_request(request(request_id, 100, keep, output=1, seed=3))
+        output = scheduler.schedule()
+        computed = output.scheduled_new_reqs[0].num_computed_tokens
+        finish_step(scheduler, output)
+        return computed
+
+    assert run("pruned", 0.5) == 0
+    assert run("unpruned", 1.0) == 0  # nothing was published
+    assert run("again", 1.0) == 96
+    assert run("pruned again", 0.5) == 0  # and nothing is read
+
+
+def test_a_prompt_that_may_grow_is_served_whole(scheduler: Scheduler) -> None:
+    streaming = request("stream", 60, 0.5)
+    streaming.resumable = True
+    scheduler.add_request(streaming)
+    assert scheduler.unpruned == {"streaming_input": 1} and not scheduler.prompt_plans
+    # what the worker will read says so, too
+    assert streaming.sampling_params is not None
+    assert streaming.sampling_params.extra_args == KVSettings(1.0).extra_args()
+
+
+def random_traffic(scheduler: Scheduler, seed: int) -> int:
+    """Thirty requests, some aborted, each step checked against every rule; returns the preemptions."""
+    dice = random.Random(seed)
+    pool = scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    arriving = []
+    for i in range(30):
+        tokens = dice.choice([5, 31, 32, 33, 60, 100, 123, 124, 200])
+        image = dice.choice([0, tokens - 3])
+        keep = dice.choice([1.0, 0.5, 0.25, 0.05])
+        arriving.append(request(str(i), tokens, keep, output=dice.randint(1, 60), image=image, seed=i))
+    everyone = list(arriving)
+    pending: list[Any] = []
+    for _ in range(4000):
+        if arriving and dice.random() < 0.5:
+            scheduler.add_request(arriving.pop())
+        output = scheduler.schedule()
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            one = scheduler.requests[request_id]
+            through = one.num_computed_tokens  # advanced past this step already
+            plan = scheduler.prompt_plans.get(request_id)
+            if plan is not None and through - scheduled < plan.tokens:
+                assert through - scheduled == 0 and scheduled >= plan.tokens
+            dropped = plan.dropped if plan else 0
+            below, *above = held(scheduler, request_id)
+            assert below == blocks_for(through)
+            assert set(above) == {blocks_for(through - dropped)}
+        pending.append(output)
+        # the asynchronous scheduler runs one step ahead of the model
+        ahead = 1 if scheduler.scheduler_config.async_scheduling else 0
+        while len(pending) > ahead:
+            finish_step(scheduler, pending.pop(0))
+        if dice.random() < 0.03 and scheduler.requests:
+            victim = dice.choice(list(scheduler.requests))
+            scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+        if not arriving and not scheduler.has_unfinished_requests():
+            break
+    for output in pending:
+        finish_step(scheduler, output)
+    assert not scheduler.requests and not arriving
+    assert pool.get_num_free_blocks() == free
+    assert not scheduler.prompt_plans
+    return sum(r.num_preemptions for r in everyone)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_random_traffic_keeps_every_rule_and_returns_every_block(
+    vllm_config: VllmConfig, asynchronous: bool
+) -> None:
+    vllm_config.scheduler_config.async_scheduling = asynchronous
+    preemptions = [random_traffic(make(vllm_config, blocks=31), seed) for seed in range(6)]
+    assert sum(preemptions) > 10  # otherwise the rules were not put to the test

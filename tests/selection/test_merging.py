@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the methods that merge, against slow and plain versions of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.slow_selection import (
+    GRID,
+    TOKENS,
+    Array,
+    cosines,
+    features,
+    field,
+    image_numbers,
+    kept,
+    ratios,
+    select,
+    top,
+)
+from vllm_vtprune.selection import Budget, Selection, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection.methods.prumerge import outlier_counts
+
+
+def merged(selection: Selection) -> Array:
+    assert selection.features is not None
+    return np.asarray(selection.features.double().numpy())
+
+
+@ratios
+@image_numbers
+def test_visionzip_averages_the_rest_into_contextual_tokens(number: int, ratio: float) -> None:
+    given = features(number)
+    patches, keys = field(given, "patches"), field(given, "keys")
+    count = share_count(ratio, TOKENS)
+    dominant = top(field(given, "cls_attention"), int(np.ceil(count * 27 / 32)))
+    rest = [token for token in range(TOKENS) if token not in dominant]
+    contextual = count - len(dominant)
+    targets = [rest[int((j + 0.5) * len(rest) / contextual)] for j in range(contextual)]
+    groups = {target: [target] for target in targets}
+    for token in rest:
+        if targets and token not in targets:
+            groups[targets[int(cosines(keys[[token]], keys[targets])[0].argmax())]].append(token)
+    selection = select("visionzip", given, ratio)
+    assert kept(selection) == dominant
+    expected = np.concatenate([patches[dominant], *(patches[groups[t]].mean(0)[None] for t in targets)])
+    np.testing.assert_allclose(merged(selection), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 9, 144, 577])
+@pytest.mark.parametrize("aggressiveness", [0.3, 0.5, 0.6, 0.9, 1.0])
+def test_prumerge_counts_the_outliers_of_the_box_plot(tokens: int, aggressiveness: float) -> None:
+    scores = np.random.default_rng(tokens).lognormal(sigma=1.5, size=(6, tokens)).astype(np.float32)
+    lower, upper = np.percentile(scores.astype(np.float64), [25, 75], axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        whisker = np.float64(1.5) * aggressiveness / np.float64(1 - aggressiveness)
+    expected = (scores > upper + whisker * (upper - lower)).sum(axis=1)
+    assert outlier_counts(torch.from_numpy(scores), aggressiveness).tolist() == expected.tolist()
+
+
+def test_prumerge_keeps_its_own_count_under_aggressiveness_and_the_share_under_keep_ratio() -> None:
+    given = features(0)
+    assert given.cls_attention is not None
+    outliers = int(outlier_counts(given.cls_attention[:, -1], 0.5)[0])
+    assert outliers > 0
+    for name, density in (("prumerge", 1), ("prumerge_plus", 4)):
+        selection = get_method(name).select(given, Budget(0.5))[0]
+        assert selection.count == density * outliers + 1
+        assert len(selection.indices) == density * outliers
+        assert select(name, given, 0.25).count == 10
+
+
+@ratios
+@image_numbers
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_prumerge_adds_neighbours_by_attention_and_a_summary(name: str, number: int, ratio: float) -> None:
+    given = features(number)
+    patches, keys, attention = (field(given, part) for part in ("patches", "keys", "cls_attention"))
+    count = share_count(ratio, TOKENS)
+    wanted = max(count - 1, 1)
+    anchors = top(attention, wanted if name == "prumerge" else -(-wanted // 4))
+    left = [token for token in range(TOKENS) if token not in anchors]
+    spread = wanted - len(anchors)
+    anchors = sorted(anchors + [left[int((j + 0.5) * len(left) / spread)] for j in range(spread)])
+    dropped = [token for token in range(TOKENS) if token not in anchors]
+    rows = []
+    for anchor in anchors:
+        near = np.argsort(-cosines(keys[[anchor]], keys[dropped])[0], kind="stable")[:32]
+        rows.append(patches[anchor] + sum(attention[dropped[j]] * patches[dropped[j]] for j in near))
+    if count > 1:
+        rows.append((attention[dropped, None] * patches[dropped]).sum(axis=0))
+    selection = select(name, given, ratio)
+    assert kept(selection) == anchors
+    np.testing.assert_allclose(merged(selection), np.stack(rows), atol=1e-5)
+
+
+@ratios
+@image_numbers
+def test_aim_merge_halves_by_bipartite_matching(number: int, ratio: float) -> None:
+    given = features(number)
+    patches = field(given, "patches")
+    count = share_count(ratio, TOKENS)
+    groups = [[token] for token in range(TOKENS)]  # by where they stand; the last member is that place
+    while len(groups) > count:
+        means = np.stack([patches[group].mean(axis=0) for group in groups])
+        similarity = cosines(means[::2], means[1::2])
+        fewer = min(len(groups) - count, len(groups) // 2)
+        for source in np.argsort(-similarity.max(axis=1), kind="stable")[:fewer]:
+            groups[2 * int(similarity[source].argmax()) + 1][:0] = groups[2 * source]
+            groups[2 * source] = []
+        groups = [group for group in groups if group]
+    selection = select("aim_merge", given, ratio)
+    assert kept(selection) == [group[-1] for group in groups]
+    np.testing.assert_allclose(
+        merged(selection), np.stack([patches[group].mean(axis=0) for group in groups]), atol=1e-5
+    )
+
+
+def test_aim_merge_to_one_token_is_the_mean_of_all_patches() -> None:
+    given = features(0)
+    np.testing.assert_allclose(
+        merged(select("aim_merge", given, 0.001))[0], field(given, "patches").mean(axis=0), atol=1e-5
+    )
+
+
+def test_merging_keeps_a_constant_image_constant_where_it_averages() -> None:
+    given = features(0)
+    flat = VisionFeatures(
+        torch.full_like(given.patches, 3.0), None, GRID, (0,), given.cls_attention, keys=given.keys
+    )
+    for name in ("visionzip", "aim_merge"):
+        np.testing.assert_allclose(merged(select(name, flat, 0.3)), 3.0, rtol=1e-6)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV-cache specs and block managers: layers above the prune layer hold blocks for kept tokens only.
+
+Hooks, all of vLLM 0.32: `KVCacheSpecRegistry.register` (made for out-of-tree specs), and of
+`vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` the methods `get_num_blocks_to_allocate`,
+`allocate_new_blocks` and `cache_blocks`. Both specs are full attention to all of vLLM; they only refuse to
+merge with each other, so that vLLM (`get_kv_cache_groups`) puts the two halves of the decoder into groups of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from vllm_vtprune.kv_drop.plan import PromptPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HalfSpec(FullAttentionSpec):
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """`FullAttentionSpec.merge`, for layers of the same half alone.
+
+        Raises:
+            AssertionError: the layers are of both halves; vLLM's grouping asks by catching this.
+        """
+        if not all(type(spec) is cls for spec in specs):
+            raise AssertionError("Layers below and above the prune layer share no KV-cache group.")
+        return super().merge(specs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BelowPruneLayerSpec(_HalfSpec):
+    """Cache of a layer that sees every prompt token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbovePruneLayerSpec(_HalfSpec):
+    """Cache of a layer that sees kept tokens only."""
+
+
+class PlannedBlocksManager(FullAttentionManager):
+    """Full attention that publishes no blocks of pruned requests.
+
+    Attributes:
+        plans: pruned requests by id; `KVDropScheduler` puts its own mapping here.
+    """
+
+    plans: Mapping[str, PromptPlan] = MappingProxyType({})
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Publish full blocks for prefix caching, except those of a pruned request."""
+        if request.request_id not in self.plans:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+class BelowPruneLayerManager(PlannedBlocksManager):
+    """Blocks of the layers that see every prompt token."""
+
+
+class AbovePruneLayerManager(PlannedBlocksManager):
+    """Blocks of the layers above: none for tokens that were dropped."""
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        """Blocks missing for `num_tokens` tokens of the request, the dropped ones not counted."""
+        return super().get_num_blocks_to_allocate(
+            request_id, self._slots(request_id, num_tokens), *args, **kwargs
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Blocks for `num_tokens` tokens of the request, the dropped ones not counted."""
+        slots = self._slots(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        plan = self.plans.get(request_id)
+        if plan is None:
+            return num_tokens
+        if num_tokens < plan.tokens:
+            raise RuntimeError(
+                f"Request {request_id} was scheduled for {num_tokens} of its {plan.tokens} prompt tokens, "
+                "but a pruned prompt cannot be split."
+            )
+        return num_tokens - plan.dropped
+
+
+def split_specs(specs: Mapping[str, KVCacheSpec], prune_layer: int) -> dict[str, KVCacheSpec]:
+    """Give the layers of each half of the decoder the half's spec.
+
+    Args:
+        specs: layer name -> spec, as vLLM's model runner reports them.
+        prune_layer: K; layers of index K and more are above.
+
+    Raises:
+        ValueError: a layer that is not full attention.
+    """
+    split: dict[str, KVCacheSpec] = {}
+    for name, spec in specs.items():
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"vtprune's second stage needs full-attention layers, and {name} has {type(spec).__name__}: "
+                "leave prune_layer out."
+            )
+        half = BelowPruneLayerSpec if extract_layer_index(name) < prune_layer else AbovePruneLayerSpec
+        split[name] = replace_as(spec, half)
+    return split
+
+
+def groups_above(specs: Sequence[KVCacheSpec]) -> list[int]:
+    """Indices of the KV-cache groups above the prune layer."""
+    return [i for i, spec in enumerate(specs) if isinstance(spec, AbovePruneLayerSpec)]
+
+
+# At import: vLLM's engine-core process gets the specs pickled from the workers, which imports this module
+# there, and groups them next. Registering into an empty table would keep vLLM from filling in its own specs.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(BelowPruneLayerSpec, BelowPruneLayerManager, BelowPruneLayerSpec)
+KVCacheSpecRegistry.register(AbovePruneLayerSpec, AbovePruneLayerManager, AbovePruneLayerSpec)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam in Model Runner V1: tells each step's plan to the layers above the prune layer.
+
+Hooks, all of `vllm.v1.worker.gpu_model_runner.GPUModelRunner` in vLLM 0.32, by subclassing: `_prepare_inputs`
+(the step's batch is settled), `_get_slot_mappings` (which slots the step writes), `_dummy_run` and
+`_on_request_state_removed`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_vtprune.kv_drop.hooks.cache import groups_above
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.requests import request_drop
+from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+@cache
+def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
+    """A subclass of a V1 model runner with the seam. One class per base."""
+
+    class KVDropModelRunner(base):  # type: ignore[misc, valid-type]
+        """The platform's model runner; what it adds is in four overrides."""
+
+        _drops: dict[str, RequestDrop | None]
+
+        @property
+        def _kv_drop(self) -> KVDropState:
+            state: KVDropState = self.get_model().kv_drop
+            return state
+
+        def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            batch = self.input_batch
+            drops = [self._drop(request_id) for request_id in batch.req_ids]
+            self._kv_drop.begin(drops, num_scheduled_tokens, batch.num_computed_tokens_cpu[: len(drops)])
+            return prepared
+
+        def _drop(self, request_id: str) -> RequestDrop | None:
+            if request_id not in self._drops:
+                request = self.requests[request_id]
+                self._drops[request_id] = request_drop(
+                    request.prompt_token_ids,
+                    request.mm_features,
+                    request.sampling_params,
+                    kv_drop_config(self.vllm_config),
+                )
+            return self._drops[request_id]
+
+        def _get_slot_mappings(
+            self, *args: Any, **kwargs: Any
+        ) -> tuple[dict[int, Tensor] | None, dict[str, Tensor] | list[dict[str, Tensor]] | None]:
+            by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
+            if by_group is not None:
+                for group_id in groups_above([g.kv_cache_spec for g in self.kv_cache_config.kv_cache_groups]):
+                    table = self.input_batch.block_table[group_id]
+                    rows = table.get_device_tensor(self.input_batch.num_reqs)
+                    # the tensors by layer are the same
+                    self._kv_drop.write_slots(rows, table.block_size, by_group[group_id])
+            return by_group, by_layer
+
+        def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+            self._kv_drop.clear()
+            return super()._dummy_run(*args, **kwargs)
+
+        def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+            super()._on_request_state_removed(req_id, req_state)
+            self._drops.pop(req_id, None)
+
+    return KVDropModelRunner
+
+
+def install(runner: GPUModelRunner) -> None:
+    """Turn a model runner into its subclass with the seam.
+
+    The worker's `init_device` names vLLM's class outright, so the instance changes its class once it is
+    built. Idempotent.
+    """
+    if not hasattr(runner, "_drops"):
+        runner.__class__ = dropping_runner(type(runner))  # type: ignore[arg-type]
+        runner._drops = {}  # type: ignore[attr-defined]

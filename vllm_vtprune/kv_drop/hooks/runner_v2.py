@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam in Model Runner V2, vLLM's default on CUDA: a model state that plans each step.
+
+The model class names it through `get_model_state_cls`. Hooks, all of
+`vllm.v1.worker.gpu.model_states.default.DefaultModelState` in vLLM 0.32: `add_request`, `remove_request` and
+`prepare_attn`, which every real and dummy step with attention passes through. All else is shared with V1.
+V2 removes a preempted request like a finished one and adds it anew when it resumes, so `KVDropWorker` says
+beforehand which is which: what was kept of a preempted prompt must be kept again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_vtprune.kv_drop.hooks.cache import groups_above
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.requests import request_drop
+from vllm_vtprune.kv_drop.step import RequestDrop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_vtprune.kv_drop.step import KVDropState
+
+
+class KVDropModelState(DefaultModelState):
+    """The default model state; knows what each request loses and tells the layers above the prune layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._config = kv_drop_config(self.vllm_config)
+        self._drops: dict[str, RequestDrop | None] = {}
+        self._preempted: dict[str, RequestDrop | None] = {}
+        self._leaving: frozenset[str] = frozenset()
+
+    def expect(self, finished: Collection[str], preempted: Collection[str]) -> None:
+        """Say which of the requests that a step is about to remove will come back.
+
+        Args:
+            finished: ids that will not, those that were aborted while they waited to resume among them.
+            preempted: ids that will.
+        """
+        self._leaving = frozenset(preempted)
+        for request_id in finished:
+            self._preempted.pop(request_id, None)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Plan the request as the scheduler did, or go on with what a preempted one lost."""
+        super().add_request(req_index, new_req_data)
+        if new_req_data.req_id in self._preempted:
+            self._drops[new_req_data.req_id] = self._preempted.pop(new_req_data.req_id)
+            return
+        self._drops[new_req_data.req_id] = request_drop(
+            new_req_data.prompt_token_ids,
+            new_req_data.mm_features,
+            new_req_data.sampling_params,
+            self._config,
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request that finished; put one that was preempted aside."""
+        super().remove_request(req_id)
+        drop = self._drops.pop(req_id, None)
+        if req_id in self._leaving:
+            self._preempted[req_id] = drop
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: Any,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Start the step, then let vLLM build the metadata of every group.
+
+        Dummy requests are not known and lose nothing.
+        """
+        state = cast("KVDropState", self.model.kv_drop)
+        drops = [self._drops.get(request_id) for request_id in input_batch.req_ids]
+        state.begin(drops, input_batch.num_scheduled_tokens, input_batch.num_computed_tokens_np)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        for group_id in groups_above(specs):
+            state.write_slots(block_tables[group_id], specs[group_id].block_size, slot_mappings[group_id])
+        return super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            *args,
+            **kwargs,
+        )

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler with one more rule: a prompt that will be pruned is taken whole, or not yet.
+
+Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`, and
+`_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not
+yet".
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_vtprune.kv_drop.hooks.cache import PlannedBlocksManager
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.requests import plan_request
+from vllm_vtprune.kv_drop.plan import PromptPlan
+from vllm_vtprune.settings import KVSettings
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_WHY = {
+    "too_long": "a prompt longer than one step can take (raise --max-num-batched-tokens)",
+    "prompt_logprobs": "prompt_logprobs together with kv_keep below 1",
+    "prompt_embeds": "a prompt given as embeddings",
+    "streaming_input": "a prompt that may still grow",
+    "bad_settings": "an entry in extra_args that is no KV setting (build it with request_kwargs)",
+}
+
+
+class _KVDropMixin(Scheduler):
+    """What both of vLLM's schedulers gain.
+
+    Attributes:
+        prompt_plans: pruned requests by id, from arrival until they are freed.
+        unpruned: how many requests were served whole although they asked for less, by reason.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kv_drop_config = kv_drop_config(self.vllm_config)
+        self.prompt_plans: dict[str, PromptPlan] = {}
+        self.unpruned: dict[str, int] = {}
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if not isinstance(manager, PlannedBlocksManager):
+                raise RuntimeError(
+                    "vtprune: the worker did not split the KV-cache groups at the prune layer."
+                )
+            manager.plans = self.prompt_plans
+
+    def add_request(self, request: Request) -> None:
+        """Plan the request's prompt before it is queued."""
+        if request.request_id not in self.requests:
+            self._plan(request)
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> None:
+        plan = plan_request(
+            request.prompt_token_ids,
+            request.mm_features,
+            request.sampling_params,
+            self.kv_drop_config,
+            num_tokens=request.num_prompt_tokens,
+            streaming_input=request.resumable,
+        )
+        if plan.dropped:
+            self.prompt_plans[request.request_id] = plan
+            # what lies in the cache was computed for whole prompts
+            request.skip_reading_prefix_cache = True
+        if plan.unpruned is not None:
+            first = plan.unpruned not in self.unpruned
+            self.unpruned[plan.unpruned] = self.unpruned.get(plan.unpruned, 0) + 1
+            if first:
+                logger.warning("vtprune: served unpruned: %s. Not logged again.", _WHY[plan.unpruned])
+            if plan.unpruned == "streaming_input" and request.sampling_params is not None:
+                # the worker cannot see that the prompt may grow, so it is told in the settings it reads
+                request.sampling_params = request.sampling_params.clone()
+                request.sampling_params.extra_args = {
+                    **(request.sampling_params.extra_args or {}),
+                    **KVSettings().extra_args(),
+                }
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        plan = self.prompt_plans.get(request.request_id)
+        if plan is not None and num_computed_tokens + tokens < plan.tokens:
+            return 0
+        return tokens
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)
+        self.prompt_plans.pop(request.request_id, None)
+        return freed
+
+
+class KVDropScheduler(_KVDropMixin, Scheduler):
+    """`vllm.v1.core.sched.scheduler.Scheduler` with pruned prompts."""
+
+
+class AsyncKVDropScheduler(_KVDropMixin, AsyncScheduler):
+    """`vllm.v1.core.sched.async_scheduler.AsyncScheduler` with pruned prompts."""
+
+
+def build_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler vLLM would pick, with pruned prompts.
+
+    `SchedulerConfig.scheduler_cls` names this function. vLLM decides between the two only after the
+    configuration hook ran, so the choice is made when it builds one.
+    """
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    scheduler = AsyncKVDropScheduler if vllm_config.scheduler_config.async_scheduling else KVDropScheduler
+    return scheduler(*args, **kwargs)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker with stage 2: KV-cache specs split at the prune layer, and the model runner's seam installed.
+
+`ParallelConfig.worker_cls` names `KVDropWorker`. Hooks of `vllm.v1.worker.gpu_worker.Worker` in vLLM 0.32:
+`init_device`, which builds the model runner, `get_kv_cache_spec` and `execute_model`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+
+from vllm_vtprune.kv_drop.hooks.cache import split_specs
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.runner_v1 import install
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+elif current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+
+class KVDropWorker(_Worker):
+    """The platform's worker. Model Runner V2 takes the rest from the model class (`runner_v2`)."""
+
+    def init_device(self) -> None:
+        """Build the model runner, then give it the seam."""
+        super().init_device()
+        if not self.use_v2_model_runner:
+            install(self.model_runner)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Tell Model Runner V2's model state which requests leave for good, then let vLLM run the step."""
+        if self.use_v2_model_runner:
+            runner: Any = self.model_runner
+            runner.model_state.expect(
+                scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ()
+            )
+        return super().execute_model(scheduler_output)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The layers' specs, those below and above the prune layer apart."""
+        return split_specs(super().get_kv_cache_spec(), kv_drop_config(self.vllm_config).prune_layer)

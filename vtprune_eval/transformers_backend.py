@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-stage method on transformers: each picture through the tower once, questions in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vllm_vtprune.vision.encoder import VisionEncoder
+from vtprune_eval.backend import Reply, RunnerError
+from vtprune_eval.decoder import Decoder, Dropping, Prompt
+from vtprune_eval.pictures import EncodedPictures
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import Questions
+
+#: Prompt tokens, padding aside, that go through the decoder at once.
+_BATCH_TOKENS = 6000
+
+
+class LocalModel:
+    """A LLaVA checkpoint with a CLIP tower and a Llama decoder, on one device."""
+
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        config = AutoConfig.from_pretrained(checkpoint)
+        if not isinstance(config, LlavaConfig) or not isinstance(config.text_config, LlamaConfig):
+            raise RunnerError(
+                f"{checkpoint} is not a LLaVA with a Llama decoder: evaluate it through a server (--server)."
+            )
+        self.name = Path(checkpoint).name
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="sdpa"
+        )
+        model.eval().requires_grad_(False)
+        self.encoder = VisionEncoder.load(config, checkpoint, device=torch.device(device), dtype=dtype)
+        language: nn.Module = model.model.language_model.to(device)
+        ends = model.generation_config.eos_token_id
+        stop = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.decoder = Decoder(language, model.lm_head.to(device), stop)
+        self.image_token = config.image_token_index
+        tokenizer = self.processor.tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids) - {self.image_token}
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels."""
+        return int(self.encoder.tower.config.image_size)
+
+    def encode(self, questions: Questions, outputs: frozenset[str]) -> EncodedPictures:
+        """Run the tower over the pictures."""
+        return EncodedPictures.encode(
+            self.encoder, questions.pictures, self.processor.image_processor, outputs
+        )
+
+    def prompts(self, questions: Questions) -> list[Prompt]:
+        """The questions through the chat template, cut at the picture."""
+        prompts = []
+        for question in questions.asked:
+            content = [{"type": "image"}, {"type": "text", "text": question.text}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+            if ids.count(self.image_token) != 1:
+                raise RunnerError(f"The question {question.text!r} must not contain the image placeholder.")
+            place = ids.index(self.image_token)
+            prompts.append(Prompt(tuple(ids[:place]), question.picture, tuple(ids[place + 1 :])))
+        return prompts
+
+
+class LocalRunner:
+    """Answers questions with a `LocalModel`. Settings that keep the same tokens are run once."""
+
+    draws = 5
+
+    def __init__(
+        self, model: LocalModel, questions: Questions, outputs: frozenset[str], limit: int = 16
+    ) -> None:
+        """Encode the pictures.
+
+        Args:
+            model: what answers.
+            questions: what is asked.
+            outputs: the tower's optional outputs that the settings to come read (`vision.outputs_for`).
+            limit: tokens of an answer at most.
+        """
+        self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
+        self.model, self.questions = model, questions
+        self.pictures = model.encode(questions, outputs)
+        self.prompts = model.prompts(questions)
+        self._replies: dict[object, list[Reply]] = {}
+
+    def answer(self, setting: Setting) -> list[Reply]:
+        """One reply per question, in their order.
+
+        Raises:
+            RunnerError: stage 2 is asked for without a prune layer between the decoder's layers.
+        """
+        dropping = self._dropping(setting)
+        embeddings = self.pictures.embed(self.pictures.select(setting))
+        key = (_digest(embeddings), dropping)
+        if key not in self._replies:
+            self._replies[key] = self._answer(embeddings, dropping)
+        return self._replies[key]
+
+    def _answer(self, embeddings: list[Tensor], dropping: Dropping | None) -> list[Reply]:
+        replies: dict[int, Reply] = {}
+        for numbers in self._batches([len(rows) for rows in embeddings], shared=dropping is None):
+            shown = sorted({self.prompts[n].picture for n in numbers})
+            place = {picture: at for at, picture in enumerate(shown)}
+            prompts = [
+                Prompt(p.before, place[p.picture], p.after) for p in (self.prompts[n] for n in numbers)
+            ]
+            answers = self.model.decoder.answer(
+                [embeddings[picture] for picture in shown], prompts, dropping, self.limit
+            )
+            for number, prompt, (tokens, kept) in zip(numbers, prompts, answers, strict=True):
+                vision = len(embeddings[shown[prompt.picture]])
+                replies[number] = Reply(
+                    self.model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                    self.pictures.tokens + self.model.encoder.with_cls,
+                    vision,
+                    len(prompt.before) + vision + len(prompt.after),
+                    kept,
+                )
+        return [replies[number] for number in range(len(self.prompts))]
+
+    def _batches(self, kept: Sequence[int], *, shared: bool) -> Iterator[list[int]]:
+        """Numbers of questions to answer together: of similar length, those of a picture side by side."""
+        order = sorted(range(len(self.prompts)), key=lambda n: (kept[self.prompts[n].picture], n))
+        batch: list[int] = []
+        tokens = 0
+        for picture, numbers in groupby(order, key=lambda n: self.prompts[n].picture):
+            members = list(numbers)
+            cost = sum(len(self.prompts[n].after) for n in members)
+            cost += kept[picture] * (1 if shared else len(members))
+            if batch and tokens + cost > _BATCH_TOKENS:
+                yield batch
+                batch, tokens = [], 0
+            batch += members
+            tokens += cost
+        if batch:
+            yield batch
+
+    def _dropping(self, setting: Setting) -> Dropping | None:
+        if not setting.kv.drops:
+            return None
+        if setting.prune_layer is None or not 1 <= setting.prune_layer < self.layers:
+            raise RunnerError(
+                f"kv_keep {setting.kv.keep:g} needs --prune-layer: 1 to {self.layers - 1} for this decoder."
+            )
+        return Dropping(
+            setting.kv, setting.prune_layer, setting.window, setting.relevance, self.model.special_ids
+        )
+
+
+def _digest(embeddings: Sequence[Tensor]) -> bytes:
+    digest = hashlib.blake2b()
+    for rows in embeddings:
+        digest.update(len(rows).to_bytes(4))
+        digest.update(rows.float().cpu().numpy().tobytes())
+    return digest.digest()

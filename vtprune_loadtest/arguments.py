@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line's arguments and the numbers in them."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.config import IgnoreEos
+from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.plan import Interleave
+
+DEFAULT_REQUESTS = 100
+DEFAULT_CONCURRENCY = 4
+N = TypeVar("N", int, float)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what every other bad argument raises, instead of printing the usage."""
+        raise LoadTestError(f"{message}. See {self.prog} --help.")
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser; it raises `LoadTestError` instead of exiting."""
+    parser = _Parser(
+        prog=prog,
+        description="Load an OpenAI-compatible server with picture questions; report throughput and latency.",
+        epilog=f"Example: {prog} --sweep off,light,balanced,aggressive --interleave blocks --concurrency 4",
+    )
+    add = parser.add_argument_group("server").add_argument
+    add("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="default: %(default)s")
+    add("--path", default="/v1/chat/completions", help="default: %(default)s")
+    add("--model", metavar="NAME", help="default: the first one the server lists")
+    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="default: $OPENAI_API_KEY")
+    add(
+        "--header",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="sent with every request; repeatable",
+    )
+    add("--insecure", action="store_true", help="accept any TLS certificate")
+    add("--timeout", type=positive, default=600.0, metavar="S", help="per request; default: %(default)g")
+    add(
+        "--ready-timeout",
+        type=_not_negative,
+        default=0.0,
+        metavar="S",
+        help="wait so long for the server to start",
+    )
+
+    add = parser.add_argument_group("load").add_argument
+    add("--rate", metavar="R[,R]", help="open loop: requests per second; several make several load points")
+    add(
+        "--concurrency",
+        metavar="N[,N]",
+        help=f"closed loop, or with --rate a cap; default: {DEFAULT_CONCURRENCY}",
+    )
+    add(
+        "--arrivals",
+        choices=[p.value for p in ArrivalProcess],
+        default="poisson",
+        help="default: %(default)s",
+    )
+    add("--num-prompts", type=count, metavar="N", help=f"requests per setting; default: {DEFAULT_REQUESTS}")
+    add("--duration", type=positive, metavar="S", help="instead of a number: seconds of load per setting")
+    add(
+        "--ramp",
+        type=_not_negative,
+        default=0.0,
+        metavar="S",
+        help="let the load rise for S seconds, left out",
+    )
+    add(
+        "--warmup",
+        type=_whole,
+        default=2,
+        metavar="N",
+        help="requests per setting, left out; default: %(default)s",
+    )
+    add(
+        "--seed",
+        type=_whole,
+        default=0,
+        help="of arrivals, order, pictures and lengths; default: %(default)s",
+    )
+
+    add = parser.add_argument_group("settings under test").add_argument
+    add(
+        "--sweep",
+        metavar="PRESET,...",
+        help="values of X-VTPrune-Preset, for example off,light,balanced,aggressive",
+    )
+    add(
+        "--sweep-header",
+        action="append",
+        default=[],
+        metavar="NAME=V,...",
+        help="of any header; several multiply",
+    )
+    add(
+        "--interleave",
+        choices=[i.value for i in Interleave],
+        default="requests",
+        help="what alternates between "
+        "settings: single requests, or drained phases of one setting each; default: %(default)s",
+    )
+    add(
+        "--rounds",
+        type=count,
+        default=4,
+        metavar="N",
+        help="phases per setting with blocks; default: %(default)s",
+    )
+
+    add = parser.add_argument_group("requests").add_argument
+    add("--images", type=Path, metavar="FOLDER", help="send its pictures; default: drawn ones")
+    add(
+        "--image-size",
+        default="336",
+        metavar="W[xH]",
+        help="of drawn pictures, in pixels; default: %(default)s",
+    )
+    add(
+        "--image-format",
+        choices=["jpeg", "png"],
+        default="jpeg",
+        help="of drawn pictures; default: %(default)s",
+    )
+    add("--images-per-prompt", default="1", metavar="N[-M]", help="0 for text only; default: %(default)s")
+    add(
+        "--repeat-share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of pictures sent before; default: 0",
+    )
+    add("--prompt", default="What is in this picture?", help="default: %(default)r")
+    add(
+        "--prompt-words",
+        type=_whole,
+        default=0,
+        metavar="N",
+        help="random words before it; default: %(default)s",
+    )
+    add(
+        "--output-len", default="64", metavar="N[-M]", help="max_tokens, fixed or drawn; default: %(default)s"
+    )
+    add(
+        "--ignore-eos",
+        choices=[i.value for i in IgnoreEos],
+        default="auto",
+        help="answers run to their full length; auto: if the server is vLLM",
+    )
+    add("--temperature", type=_not_negative, default=0.0, help="default: %(default)g")
+    add(
+        "--include-usage", action=argparse.BooleanOptionalAction, default=True, help="ask for the usage chunk"
+    )
+    add("--extra-body", metavar="JSON", help="fields added to every request's body")
+
+    add = parser.add_argument_group("results").add_argument
+    add(
+        "--slo",
+        metavar="NAME:MS,...",
+        help="limits for goodput: ttft, tpot, e2el, for example ttft:500,e2el:5000",
+    )
+    add(
+        "--max-error-share",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help="exit status 1 above it; default: %(default)g",
+    )
+    add("--result-dir", type=Path, metavar="FOLDER", help="write result.json, requests.jsonl and plots there")
+    add("--plots", action=argparse.BooleanOptionalAction, default=True, help="PNG plots in --result-dir")
+    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="a bar, on a terminal only")
+    return parser
+
+
+def positive(text: str) -> float:
+    """A float above 0; `argparse.ArgumentTypeError` for anything else."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a positive number")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of 0 or more")
+
+
+def count(text: str) -> int:
+    """An integer of 1 or more; `argparse.ArgumentTypeError` for anything else."""
+    return _number(text, int, lambda value: value > 0, "a whole number of 1 or more")
+
+
+def _whole(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number of 0 or more")
+
+
+def _number(text: str, convert: Callable[[str], N], accept: Callable[[N], bool], wanted: str) -> N:
+    try:
+        value = convert(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+    if not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
