@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from vllm_vtprune.settings import HEADERS
+from vllm_vtprune.contract import HEADERS
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Questions

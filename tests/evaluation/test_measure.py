@@ -26,7 +26,8 @@ from demo.evaluation.runner import Reply
 from demo.evaluation.setting import Setting
 from demo.evaluation.tables import by_kind, content, summary
 from demo.questions import KINDS
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.settings import KVSettings, VisionSettings
 
 PICTURES, N = 40, 100
 BALANCED = Setting(VisionSettings(aggressiveness=0.5))

@@ -9,8 +9,8 @@ import pytest
 from demo.evaluation.local import LocalModel
 from demo.evaluation.study import SHARES, fingerprint
 from tests.conftest import DEMO_MODEL, REPOSITORY
+from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.demo_model import PRUNE_LAYER
-from vllm_vtprune.settings import PRESETS
 
 
 @pytest.fixture(scope="module")

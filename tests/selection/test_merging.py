@@ -18,8 +18,9 @@ from tests.helpers.slow_selection import (
     select,
     top,
 )
-from vllm_vtprune.selection import Budget, Selection, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection import Selection, VisionFeatures, get_method, share_count
 from vllm_vtprune.selection.methods.prumerge import outlier_counts
+from vllm_vtprune.settings import VisionSettings
 
 
 def merged(selection: Selection) -> Array:
@@ -64,7 +65,7 @@ def test_prumerge_keeps_its_own_count_under_aggressiveness_and_the_share_under_k
     outliers = int(outlier_counts(given.cls_attention[:, -1], 0.5)[0])
     assert outliers > 0
     for name, density in (("prumerge", 1), ("prumerge_plus", 4)):
-        selection = get_method(name).select(given, Budget(0.5))[0]
+        selection = get_method(name).select(given, VisionSettings(aggressiveness=0.5))[0]
         assert selection.count == density * outliers + 1
         assert len(selection.indices) == density * outliers
         assert select(name, given, 0.25).count == 10

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vtprune.settings import KVSettings, SettingsError
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import KVSettings
 
 
 def install_request_check() -> None:
