@@ -36,8 +36,8 @@ def _pool(patches: Tensor, grid: tuple[int, int], count: int) -> Selection:
 def cells(grid: tuple[int, int], count: int, device: torch.device) -> Tensor:
     """[N] int64: the cell, 0 to count - 1, of each patch of `grid` (rows, columns), in raster order.
 
-    Bands of rows as even as can be, each cut into cells as even as can be; bands differ by at most one cell. A
-    patch belongs where its middle lies.
+    Bands of rows as even as can be, each cut into cells as even as can be; bands differ by at most one cell.
+    A patch belongs where its middle lies.
     """
     height, width = grid
     lines = rows_used(height, width, count)
