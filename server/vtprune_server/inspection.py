@@ -14,6 +14,7 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.errors import SettingsError
@@ -64,6 +65,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         "policy": context.policy.model_dump(mode="json"),
         "model": {
             "id": state.openai_serving_models.model_name(),
+            "demo": model_config.model == str(demo_model.FOLDER),
             "architecture": hf_config.architectures[0],
             "vision_tokens_per_image": context.vision_tokens,
             "grid": list(encoder.grid),
