@@ -79,7 +79,7 @@ class Soak:
 
     def check(self, request: Request, output: Any) -> None:
         """Compare one answer with the reference's."""
-        from tests.helpers.kv_run import answer
+        from tests.helpers.kv_engine import answer
 
         if output.outputs[0].finish_reason == "abort":
             return
@@ -105,7 +105,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from tests.helpers.kv_run import Engine
+    from tests.helpers.kv_engine import Engine
 
     folder = random_llava(Path(tempfile.mkdtemp()), layers=6, heads=4, kv_heads=2, weight_scale=5.0, seed=3)
     engine = Engine(
