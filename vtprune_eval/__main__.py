@@ -27,8 +27,10 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_vtprune import demo_model
+from vllm_vtprune.contract import FIELDS, PRESETS
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
-from vllm_vtprune.settings import KV_SCOPES, PRESETS, Controls, KVSettings, SettingsError, VisionSettings
+from vllm_vtprune.settings import Controls, KVSettings, VisionSettings
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.draw import draw_kept
@@ -183,7 +185,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument("--keep-ratio", type=_numbers("keep_ratio"), default=[])
     how.add_argument("--score", choices=tuple(SCORES), default="cosine")
     how.add_argument("--kv-keep", type=_numbers("kv_keep"), default=[1.0])
-    how.add_argument("--kv-scope", type=_names(KV_SCOPES), default=["all"])
+    how.add_argument("--kv-scope", type=_names(FIELDS["kv_scope"].choices), default=["all"])
     how.add_argument("--prune-layer", type=_counts, default=[], help="K; a server has its own")
     how.add_argument("--window", type=_counts, default=[8])
     how.add_argument("--relevance", type=_names(RATINGS), default=["attention"])

@@ -13,10 +13,9 @@ from itertools import product
 
 import numpy as np
 
+from vllm_vtprune.contract import HEADER_PREFIX, HEADERS
 from vtprune_loadtest.errors import LoadTestError
 
-PRESET_HEADER = "X-VTPrune-Preset"
-_LABEL_PREFIX = "x-vtprune-"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name, RFC 9110 section 5.6.2
 
 
@@ -40,7 +39,7 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Se
     """
     axes: list[tuple[str, list[str]]] = []
     if presets is not None:
-        axes.append((PRESET_HEADER, _values("--sweep", presets)))
+        axes.append((HEADERS["preset"], _values("--sweep", presets)))
         if "" in axes[0][1]:
             raise LoadTestError(
                 f"--sweep has an empty preset name in {presets!r}: write it like off,balanced."
@@ -87,6 +86,6 @@ def _values(option: str, text: str) -> list[str]:
 
 
 def _label(name: str, value: str) -> str:
-    if name == PRESET_HEADER:
+    if name == HEADERS["preset"]:
         return value
-    return f"{name.lower().removeprefix(_LABEL_PREFIX)}={value or 'unset'}"
+    return f"{name.lower().removeprefix(HEADER_PREFIX)}={value or 'unset'}"

@@ -47,7 +47,7 @@ def test_the_rust_front_end(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
-    assert "max_aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
+    assert "--vtprune-max-aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
     assert "number" in serve(tmp_path, "--prune-layer", "three")
 
 
