@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> i
     written = (
         _write(config.result_dir, config.plots, session, document) if config.result_dir is not None else []
     )
-    print(render(document, error_samples(failures)))
+    print(render(document, error_samples(failures), config.server_counters))
     for path in written:
         print(f"wrote {path}")
     if session.interrupted:

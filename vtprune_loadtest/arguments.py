@@ -84,8 +84,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--seed",
         type=_whole,
-        default=0,
-        help="of arrivals, order, pictures and lengths; default: %(default)s",
+        metavar="N",
+        help="of arrivals, order, lengths and drawn pictures; default: another one each run, since a server "
+        "has the pictures of an earlier run in its caches",
     )
 
     add = parser.add_argument_group("settings under test").add_argument
@@ -99,7 +100,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=V,...",
-        help="of any header; several multiply",
+        help="of any header; several multiply, and combinations that cannot differ are run once",
     )
     add(
         "--interleave",
@@ -111,9 +112,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=count,
-        default=4,
+        default=6,
         metavar="N",
-        help="phases per setting with blocks; default: %(default)s",
+        help="phases per setting with blocks; 6 and more give a 95 %% interval; default: %(default)s",
     )
 
     add = parser.add_argument_group("requests").add_argument
@@ -175,6 +176,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="exit status 1 above it; default: %(default)g",
     )
     add("--result-dir", type=Path, metavar="FOLDER", help="write result.json, requests.jsonl and plots there")
+    add("--server-counters", action="store_true", help="print how much the server's own counters grew")
     add("--plots", action=argparse.BooleanOptionalAction, default=True, help="PNG plots in --result-dir")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="a bar, on a terminal only")
     return parser
