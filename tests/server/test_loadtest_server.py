@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load tester against the real server: what it sweeps acts, and a second run with the same seed is caught."""
+"""The load tester on the real server: what it sweeps acts, and a second run with the same seed is told of."""
 
 from __future__ import annotations
 
