@@ -5,11 +5,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.command import SentenceParser
 from vtprune_loadtest.config import IgnoreEos
-from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.plan import Interleave
 
 DEFAULT_REQUESTS = 100
@@ -17,15 +17,9 @@ DEFAULT_CONCURRENCY = 4
 N = TypeVar("N", int, float)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise what every other bad argument raises, instead of printing the usage."""
-        raise LoadTestError(f"{message}. See {self.prog} --help.")
-
-
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """The parser; it raises `LoadTestError` instead of exiting."""
-    parser = _Parser(
+    parser = SentenceParser(
         prog=prog,
         description="Load an OpenAI-compatible server with picture questions; report throughput and latency.",
         epilog=f"Example: {prog} --sweep off,light,balanced,aggressive --interleave blocks --concurrency 4",

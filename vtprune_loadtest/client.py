@@ -167,7 +167,7 @@ class ChatClient:
             self._idle.append(client)
         if response.status_code != httpx.codes.OK:
             hint = (
-                " Give the server's key with --api-key."
+                " Give the server's key with --api-key or in $OPENAI_API_KEY."
                 if response.status_code == httpx.codes.UNAUTHORIZED
                 else ""
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of text as aligned columns, plain or Markdown."""
+"""Rows of text as aligned columns for a terminal."""
 
 from collections.abc import Sequence
 
@@ -27,16 +27,3 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
         ]
         lines.append(_GAP.join(padded).rstrip())
     return lines
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; all but the first are right-aligned."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])

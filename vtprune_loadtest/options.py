@@ -148,4 +148,4 @@ def _element(option: str, text: str, convert: Callable[[str], N]) -> N:
     try:
         return convert(text)
     except argparse.ArgumentTypeError as error:
-        raise LoadTestError(f"argument {option}: {error}.") from None
+        raise LoadTestError(f"{option}: {error}.") from None
