@@ -8,9 +8,9 @@
     vtprune eval --draw picture.png --aggressiveness 0.5
     vtprune eval --study --out docs/evaluation
 
-Without MODEL the embedded demo model answers, on transformers. `random` and `uniform` at the same counts, and
-the agreement with the unpruned answers, stand beside every result. Also `python -m vtprune_eval` in a
-checkout. Exit status: 0, or 2 with one sentence where something cannot run.
+Without MODEL the embedded demo model answers, on transformers. `random`, `uniform` and `downscale` (a smaller
+picture) at the same counts, and the agreement with the unpruned answers, stand beside every result. Also
+`python -m vtprune_eval` in a checkout. Exit status: 0, or 2 with one sentence where something cannot run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vtprune_eval.plots import plot_accuracy, series_by_method
 from vtprune_eval.report import dump
 from vtprune_eval.scenes import BASE_SIZE
 from vtprune_eval.server_backend import RemoteRunner
-from vtprune_eval.setting import BASELINES, Setting
+from vtprune_eval.setting import Setting
 from vtprune_eval.study import StudySize, run_study
 from vtprune_eval.tables import by_kind, content, summary
 from vtprune_eval.tasks import DataError, Questions, file_questions, scene_questions
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     settings = settings_of(options)
     runner = _runner(options, settings)
-    document = evaluate(runner, settings, _progress, BASELINES if not options.no_baselines else ())
+    document = evaluate(runner, settings, _progress, () if options.no_baselines else None)
     rows = document["rows"]
     print("", *filter(None, (summary(document), by_kind(rows), content(rows))), sep="\n\n")
     if options.out is None:
@@ -112,7 +112,7 @@ def _runner(options: argparse.Namespace, settings: list[Setting]) -> Runner:
             concurrency=options.concurrency,
             limit=options.max_tokens,
         )
-    outputs = outputs_for([setting.vision for setting in settings])
+    outputs = outputs_for([setting.counted for setting in settings])
     config = model_config(options.model)
     questions = _questions(options, config.vision_config.image_size)  # a bad file is told before models load
     return LocalRunner(_model(options), questions, outputs, options.max_tokens)

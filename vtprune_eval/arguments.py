@@ -12,6 +12,7 @@ from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
 from vllm_vtprune.settings import HEADERS, KV_SCOPES, PRESETS, Controls, SettingsError
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.scenes import SPLITS
+from vtprune_eval.setting import DOWNSCALE
 from vtprune_loadtest.command import SentenceParser
 
 
@@ -30,7 +31,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--scenes", type=_count, default=300, help="drawn scenes; default: %(default)s")
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
-    how.add_argument("--method", type=_names(METHODS), default=[DEFAULT_METHOD])
+    how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])
     how.add_argument("--aggressiveness", type=_numbers("aggressiveness"), default=[])
     how.add_argument("--keep-ratio", type=_numbers("keep_ratio"), default=[])
     how.add_argument("--score", choices=tuple(SCORES), default="cosine")
@@ -44,7 +45,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     )
     how.add_argument("--window", type=_counts, default=[8])
     how.add_argument("--relevance", type=_names(RATINGS), default=["attention"])
-    how.add_argument("--no-baselines", action="store_true", help="run no random and uniform beside")
+    how.add_argument("--no-baselines", action="store_true", help="run nothing else at the same counts")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--server", metavar="URL", help="a running vtprune server, instead of transformers")
     where.add_argument(
