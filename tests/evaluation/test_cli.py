@@ -41,7 +41,7 @@ def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     for row in document["rows"][1:]:
         assert row["vision_tokens_kept"] == 72
-        assert {"random", "uniform", "unpruned"} == set(row["versus"])
+        assert {"random", "uniform", "downscale", "unpruned"} == set(row["versus"])
     assert document["rows"][2]["prompt_tokens_kept"] < document["rows"][1]["prompt_tokens_kept"]
     with Image.open(tmp_path / "evaluation.png") as plot:
         assert plot.width > 400
