@@ -52,8 +52,8 @@ class VisionService:
         max_batch: most images in one pass.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         observer: called after each pass with (images in it, seconds); for metrics.
-        waiting_observer: called with the change in the number of images that wait for a pass, from the threads
-            that change it; for metrics.
+        waiting_observer: called with each change in the number of images that wait for a pass, from the
+            threads that make it; for metrics.
     """
 
     def __init__(
