@@ -42,7 +42,7 @@ async def send_error(send: Send, message: str, status: int, headers: list[tuple[
 
 
 class ReplicaFront:
-    """The app under Serve: the request id is left to Serve, and a dead engine is answered as one that comes back.
+    """The app under Serve: leaves the request id to Serve, and answers for a dead engine that it comes back.
 
     Serve puts the `X-Request-Id` on every answer (`ray.serve._private.http_util.RequestIdMiddleware`), beside
     the app's own. vLLM answers 500 to what was in flight when its engine died; another replica would have

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 import socket
 from typing import Any
 
@@ -29,11 +27,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from vtprune_server.exposition import merged
+
 _NAMESPACE = b"vtprune_metrics"
 #: A replica that does not answer within this time, in seconds, is left out and said to be down.
 _TIMEOUT_SECONDS = 5.0
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-UP = "vtprune_replica_up"
 
 
 class ReplicaMetrics:
@@ -119,34 +118,3 @@ async def _scrape(client: httpx.AsyncClient, target: str) -> str | None:
 
 def _short(replica: str) -> str:
     return replica.rsplit("#", 1)[-1]
-
-
-def merged(texts: dict[str, str | None]) -> str:
-    """Join expositions of Prometheus's text format, each sample labelled with its replica.
-
-    Args:
-        texts: by replica; None where it did not answer. `vtprune_replica_up` says which did.
-    """
-    heads: dict[str, list[str]] = {UP: [f"# HELP {UP} Whether the replica answered.", f"# TYPE {UP} gauge"]}
-    samples: dict[str, list[str]] = {UP: []}
-    for replica, text in texts.items():
-        label = f"replica={json.dumps(replica)}"
-        samples[UP].append(f"{UP}{{{label}}} {int(text is not None)}")
-        family = ""
-        for line in (text or "").splitlines():
-            if line.startswith("# "):
-                family = line.split(" ", 3)[2]
-                head = heads.setdefault(family, [])
-                samples.setdefault(family, [])
-                if line not in head and len(head) < 2:
-                    head.append(line)
-            elif match := _SAMPLE.fullmatch(line):
-                name, labels, value = match.groups()
-                inside = f"{label},{labels}" if labels else label
-                samples.setdefault(family, []).append(f"{name}{{{inside}}} {value}")
-    lines = [line for family in heads for line in (*heads[family], *samples[family])]
-    return "\n".join(lines) + "\n"
-
-
-#: A sample: its name, its labels without the braces, and its value with what follows.
-_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (.+)")

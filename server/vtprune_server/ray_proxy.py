@@ -2,8 +2,8 @@
 """Inside Ray Serve's HTTP proxies: affinity of pictures to replicas, one request id, errors as JSON.
 
 Loaded by ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=vtprune_server.ray_proxy.middlewares`` on every node.
-Without it requests are answered all the same: pictures without a session id go to any replica, and Serve's own
-errors are plain text.
+Without it requests are answered all the same: pictures without a session id go to any replica, and Serve's
+own errors are plain text.
 """
 
 from __future__ import annotations
