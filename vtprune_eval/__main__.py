@@ -9,7 +9,7 @@
     vtprune eval --study --out docs/evaluation
 
 Without MODEL the embedded demo model answers, on transformers. `random` and `uniform` at the same counts, and
-the agreement with the unpruned answers, stand beside every result. Also `python -m demo.evaluate` in a
+the agreement with the unpruned answers, stand beside every result. Also `python -m vtprune_eval` in a
 checkout. Exit status: 0, or 2 with one sentence where something cannot run.
 """
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.evaluation.measure import evaluate
-from demo.evaluation.questions import Question, Questions
-from demo.evaluation.remote import RemoteRunner
-from demo.evaluation.runner import RunnerError
-from demo.evaluation.setting import Setting
 from vllm_vtprune.selection import share_count
 from vllm_vtprune.settings import Controls, KVSettings, VisionSettings
+from vtprune_eval.backend import RunnerError
+from vtprune_eval.measure import evaluate
+from vtprune_eval.server_backend import RemoteRunner
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import Question, Questions
 
 N = 144
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.evaluation.local import LocalModel, LocalRunner
-from demo.evaluation.questions import Question, Questions
-from demo.evaluation.runner import RunnerError
-from demo.evaluation.setting import Setting
-from demo.evaluation.vision import outputs_for
-from demo.scenes import make_scene
 from tests.helpers.checkpoints import random_llava
 from tests.reference import Reference, Request
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vtprune_eval.backend import RunnerError
+from vtprune_eval.pictures import outputs_for
+from vtprune_eval.scenes import make_scene
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import Question, Questions
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 LAYERS, LIMIT = 4, 5
 TEXTS = ("What is it?", "Where?", "A longer question about what the picture shows, to be padded to?")
