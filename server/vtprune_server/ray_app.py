@@ -17,9 +17,10 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 
 from vtprune_server.ray_replica import VTPruneReplica
-from vtprune_server.serve import flags_given, parse, prepare_environment
+from vtprune_server.serve import flags_given, parse, prepare_environment, reason
 
 #: The deployment's name in Serve's file and status.
 DEPLOYMENT = "VTPrune"
@@ -49,17 +50,17 @@ _OPTIONS: dict[str, Any] = {
 _NOT_HERE = {
     **dict.fromkeys(
         ("--host", "--port", "--uds", "--root-path"),
-        "Serve's proxies listen: use http_options in Serve's file",
+        "whose proxies listen: use http_options in Serve's file",
     ),
     **dict.fromkeys(
         ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers"),
-        "Serve's proxies listen: end TLS before them",
+        "whose proxies listen: end TLS before them",
     ),
     **dict.fromkeys(
         ("--headless", "--api-server-count", "--data-parallel-size", "-dp", "--data-parallel-rank"),
-        "a replica is one engine: raise num_replicas",
+        "where a replica is one engine: raise num_replicas",
     ),
-    "--api-key": "it would stand in Serve's file and on its dashboard: set VLLM_API_KEY on every node",
+    "--api-key": "where it would stand in the file and on the dashboard: set VLLM_API_KEY on every node",
 }
 
 
@@ -71,7 +72,22 @@ def app(args: Mapping[str, Any]) -> Application:
             the embedded demo model.
 
     Raises:
-        ValueError: flags that cannot work, in a sentence. Serve shows it as the application's status.
+        RayServeException: flags that cannot work, in a sentence. Serve shows it as the application's status;
+            after any other exception it would try again.
+    """
+    try:
+        flags = checked_flags(args)
+    except (ValueError, TypeError, OSError) as error:
+        raise RayServeException(reason(error)) from error
+    replica = serve.ingress()(VTPruneReplica)
+    return serve.deployment(replica, name=DEPLOYMENT, **_OPTIONS).bind(flags)
+
+
+def checked_flags(args: Mapping[str, Any]) -> list[str]:
+    """Read the flags as a replica will, so that a mistake is seen before any replica starts.
+
+    Raises:
+        ValueError: flags that cannot work, in a sentence; a TypeError or OSError where vLLM raises those.
     """
     unknown = sorted(set(args) - {"flags"})
     if unknown:
@@ -81,20 +97,9 @@ def app(args: Mapping[str, Any]) -> Application:
         )
     given = args.get("flags") or []
     flags = shlex.split(given) if isinstance(given, str) else [str(flag) for flag in given]
-    check_flags(flags)
-    replica = serve.ingress()(VTPruneReplica)
-    return serve.deployment(replica, name=DEPLOYMENT, **_OPTIONS).bind(flags)
-
-
-def check_flags(flags: list[str]) -> None:
-    """Read the flags as a replica will, so that a mistake is seen before any replica starts.
-
-    Raises:
-        ValueError: flags that cannot work, in a sentence.
-    """
     for flag in sorted(flags_given(flags) | ({"-dp"} & set(flags))):
         if flag in _NOT_HERE:
-            raise ValueError(f"{flag} cannot be used on Ray Serve: {_NOT_HERE[flag]}.")
+            raise ValueError(f"{flag} cannot be used on Ray Serve, {_NOT_HERE[flag]}.")
     prepare_environment()
     said = io.StringIO()
     try:
@@ -104,3 +109,4 @@ def check_flags(flags: list[str]) -> None:
         # argparse prints its sentence after the usage
         sentence = said.getvalue().strip().rsplit("error: ", 1)[-1]
         raise ValueError(f"The flags of `vtprune serve` cannot be read: {sentence}") from None
+    return flags

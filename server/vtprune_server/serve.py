@@ -34,7 +34,6 @@ def main(rest: list[str]) -> int:
     except UnsupportedError as error:
         return _refuse(error)
 
-    from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     try:
@@ -44,11 +43,8 @@ def main(rest: list[str]) -> int:
                 args.host, args.port, args.served_model_name[0], demo_model.EXAMPLE, demo_model.QUESTION
             )
         ServeSubcommand().cmd(args)
-    except ValidationError as error:
-        # vLLM's configuration classes wrap the sentence of whatever check refused
-        return _refuse("; ".join(_sentence(e) for e in error.errors()))
     except (ValueError, TypeError, OSError) as error:
-        return _refuse(error)
+        return _refuse(reason(error))
     except KeyboardInterrupt:
         return 130
     return 0
@@ -165,8 +161,13 @@ def _given(rest: list[str], flag: str) -> bool:
     return flag in flags_given(rest)
 
 
-def _sentence(error: Any) -> str:
-    return str(error.get("msg", error)).removeprefix("Value error, ")
+def reason(error: Exception) -> str:
+    """The sentence of whatever refused; vLLM's configuration classes wrap it in a `ValidationError`."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(str(one.get("msg", one)).removeprefix("Value error, ") for one in error.errors())
 
 
 def _refuse(reason: object) -> int:

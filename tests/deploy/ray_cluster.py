@@ -48,6 +48,7 @@ class RayCluster:
             **os.environ,
             **node_environment(),
             **env,
+            "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             # the checkout's packages, wherever the environment's install points
             "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'server'}",
@@ -79,15 +80,15 @@ class RayCluster:
     def api(self, path: str) -> Any:
         """Ask the dashboard, from the head, where alone it listens."""
         code = (
-            "import sys, urllib.request as u; r = u.Request(sys.argv[1], headers={'Authorization': 'Bearer ' + "
-            "sys.argv[2]}); print(u.urlopen(r, timeout=20).read().decode())"
+            "import sys, urllib.request as u; h = {'Authorization': 'Bearer ' + sys.argv[2]}; "
+            "print(u.urlopen(u.Request(sys.argv[1], headers=h), timeout=20).read().decode())"
         )
         command = self.nodes[0].command(
             sys.executable, "-I", "-c", code, f"http://127.0.0.1:8265{path}", self.token
         )
         done = subprocess.run(command, capture_output=True, text=True, timeout=40)
         if done.returncode:
-            raise RuntimeError(done.stderr[-500:])
+            raise ConnectionError(done.stderr[-500:])
         return json.loads(done.stdout)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
