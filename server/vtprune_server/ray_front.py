@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,10 +19,8 @@ RETRY_AFTER_SECONDS = 2
 
 def error_document(message: str, status: int) -> dict[str, object]:
     """An error as vLLM's OpenAI routes answer it."""
-    kind = {408: "Request Timeout", 429: "Too Many Requests", 503: "Service Unavailable"}
-    return {
-        "error": {"message": message, "type": kind.get(status, "Server Error"), "param": None, "code": status}
-    }
+    kind = HTTPStatus(status).phrase
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 async def send_error(send: Send, message: str, status: int, headers: list[tuple[bytes, bytes]]) -> None:

@@ -59,8 +59,7 @@ class ReplicaMetrics:
         listener = socket.create_server((address, 0), family=family)
         app = Starlette(routes=[Route("/metrics", own)])
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-        # a replica runs in no main thread, and its signals are Ray's
-        serving = asyncio.create_task(server._serve([listener]))
+        serving = asyncio.create_task(server.serve([listener]))
         port = listener.getsockname()[1]
         host = f"[{address}]" if ":" in address else address
         internal_kv._internal_kv_put(self.replica, f"{host}:{port}", namespace=_NAMESPACE)

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 
 import psutil
 
@@ -54,6 +55,14 @@ class Node:
                 found.append(psutil.Process(pid))
         return found
 
+    def stop(self) -> None:
+        """Ask the programs started here to end."""
+        for process in self._started:
+            process.terminate()
+        for process in self._started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+
     def kill(self) -> None:
         """Lose the machine: everything on it is killed at once."""
         for process in self.processes():
@@ -65,24 +74,28 @@ class Node:
         self._started.clear()
 
 
+_LENT = count()
+
+
 @contextmanager
-def machines(count: int) -> Iterator[list[Node]]:
+def machines(wanted: int) -> Iterator[list[Node]]:
     """Lend machines that can reach each other and that the test can reach."""
     if not namespaces_allowed():
-        nodes = [Node(f"127.0.0.{i + 1}") for i in range(count)]
+        nodes = [Node(f"127.0.0.{i + 1}") for i in range(wanted)]
         try:
             yield nodes
         finally:
             for node in nodes:
                 node.kill()
         return
-    tag, net = f"vtp{os.getpid() % 100000}", f"10.78.{os.getpid() % 250}"
+    number = (os.getpid() + 97 * next(_LENT)) % 250
+    tag, net = f"vtp{number}", f"10.78.{number}"
     _ip("link", "add", f"{tag}b", "type", "bridge")
     nodes = []
     try:
         _ip("addr", "add", f"{net}.254/24", "dev", f"{tag}b")
         _ip("link", "set", f"{tag}b", "up")
-        for i in range(count):
+        for i in range(wanted):
             name = f"{tag}n{i}"
             _ip("netns", "add", name)
             nodes.append(Node(f"{net}.{i + 1}", name))

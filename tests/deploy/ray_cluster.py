@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +89,11 @@ class RayCluster:
         if done.returncode:
             raise ConnectionError(done.stderr[-500:])
         return json.loads(done.stdout)
+
+    def nodes_alive(self) -> int:
+        """How many nodes Ray counts."""
+        nodes = self.api("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """`serve deploy FILE` on the head."""
@@ -206,18 +210,19 @@ def ray_cluster(count: int = 2, env: Mapping[str, str] | None = None) -> Iterato
             wait_until(lambda: "version" in json.dumps(cluster.api("/api/version")), 90, cluster_log(cluster))
             for number in range(1, count):
                 cluster.start_node(number)
+            wait_until(lambda: cluster.nodes_alive() == count, 90, cluster_log(cluster))
             try:
                 yield cluster
             finally:
                 for node in reversed(nodes):
-                    for process in node.processes():
-                        if "start" in process.cmdline() and "--block" in process.cmdline():
-                            process.send_signal(signal.SIGTERM)
+                    node.stop()
     finally:
         if not os.environ.get("VTPRUNE_KEEP_LOGS"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def cluster_log(cluster: RayCluster) -> Callable[[], str]:
-    """What `ray start` said on the head."""
-    return lambda: (cluster.folder / "node0.log").read_text(errors="replace")[-3000:]
+    """What `ray start` said on the nodes."""
+    return lambda: "\n".join(
+        log.read_text(errors="replace")[-3000:] for log in sorted(cluster.folder.glob("node*.log"))
+    )
