@@ -37,7 +37,7 @@ class VTPruneReplica:
         flags: the arguments of `vtprune serve`.
     """
 
-    async def __init__(self, flags: list[str]) -> None:
+    async def __init__(self, flags: list[str]) -> None:  # type: ignore[misc]  # Serve awaits it
         # Ray's address of this node: vLLM would look for one by the default route, which a node may lack
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         prepare_environment()
