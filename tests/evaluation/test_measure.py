@@ -36,6 +36,7 @@ class FakeRunner:
     """Says `answer(setting, question number)` and keeps 10 tokens a shape."""
 
     name, layers, draws = "fake", 4, 4
+    baselines = ("random", "uniform")
 
     def __init__(self, answer: Callable[[Setting, int], str]) -> None:
         self._answer = answer
