@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+from vllm_vtprune.compat import check_cpu_kernels, check_front_end, check_vllm_version
+from vllm_vtprune.errors import UnsupportedError
 from vtprune_server.ready_hint import announce_when_ready
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def main(rest: list[str]) -> int:
     try:
         check_vllm_version()
         check_front_end()
+        check_cpu_kernels()
     except UnsupportedError as error:
         return _refuse(error)
 
