@@ -48,3 +48,33 @@ def check_front_end() -> None:
         raise UnsupportedError(
             "vtprune prunes in vLLM's Python front end, which VLLM_USE_RUST_FRONTEND=1 bypasses: unset it."
         )
+
+
+#: Set once the hooks were checked, for the processes that this one starts.
+_CHECKED = "VTPRUNE_HOOKS_CHECKED"
+
+
+def check_hooks() -> None:
+    """Refuse a vLLM in which a method that the plugin overrides or replaces is not as it was read.
+
+    The version alone does not tell: builds are patched, and nightlies carry the last release's number.
+
+    Raises:
+        UnsupportedError: naming the first such hook and how many there are.
+    """
+    from vllm.version import __version__ as installed
+
+    if os.environ.get(_CHECKED) == installed:
+        return
+    from vllm_vtprune.hooks.record import broken_hooks
+
+    broken = broken_hooks(SUPPORTED_VLLM)
+    if broken:
+        first = broken[0]
+        raise UnsupportedError(
+            f"vtprune does not fit this build of vLLM {installed}: {first.symbol}, on which "
+            f"{first.uses[0].where} relies, is {first.what if first.what == 'gone' else 'changed'} "
+            f"({first.detail}), and {len(broken) - 1} more. Install an unpatched vLLM {SUPPORTED_VLLM}.x; "
+            "python -m vllm_vtprune.hooks lists all."
+        )
+    os.environ[_CHECKED] = installed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+from vllm_vtprune.compat import UnsupportedError, check_front_end, check_hooks, check_vllm_version
 from vtprune_server.ready_hint import announce_when_ready
 
 
@@ -27,6 +27,7 @@ def main(rest: list[str]) -> int:
     try:
         check_vllm_version()
         check_front_end()
+        check_hooks()
     except UnsupportedError as error:
         return _refuse(error)
 
