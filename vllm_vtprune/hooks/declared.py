@@ -158,6 +158,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "what a stream says of an error",
         ),
         (_CHAT + "chat_completion_stream_generator", "order", "ends a stream that failed"),
+        (
+            "vllm.entrypoints.serve.engine.serving:BaseServing.create_error_response",
+            "replace",
+            "makes the errors of 0.33's chat streams",
+        ),
         (_MESSAGES + "sanitize_message", "replace", "the text of an error in a messages stream"),
         (_MESSAGES + "AnthropicServingMessages.create_messages", "replace", ""),
         (_MESSAGES + "AnthropicServingMessages.count_tokens", "replace", ""),
