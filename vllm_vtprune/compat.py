@@ -110,7 +110,7 @@ def check_cpu_kernels() -> None:
 
 
 def serve_parser() -> tuple[Any, Any]:
-    """VLLM's `make_arg_parser` and `cli_env_setup`, wherever this release keeps them."""
+    """Give `make_arg_parser` and `cli_env_setup` of vLLM, wherever this release keeps them."""
     try:
         from vllm.entrypoints.common.cli_args import make_arg_parser
         from vllm.entrypoints.common.startup import cli_env_setup

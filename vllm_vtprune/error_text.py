@@ -16,8 +16,8 @@ from collections.abc import Mapping
 #: Set by the server, read in the engine's process, which does not know the server's flags.
 WITHHOLD_VARIABLE = "VTPRUNE_WITHHOLD_ERROR_TEXT"
 
-# What vLLM's engine logs of one request and survives, of `StructuredOutputManager` and `EngineCoreProc` (the last
-# since 0.33). What ends the engine is logged whole.
+# What vLLM's engine logs of one request and survives, of `StructuredOutputManager` and `EngineCoreProc` (the
+# last since 0.33). What ends the engine is logged whole.
 _ENGINE = {
     "vllm.v1.structured_output": ("_create_grammar",),
     "vllm.v1.engine.core": ("_handle_request_preproc_error", "_handle_request_validation_error"),

@@ -48,9 +48,9 @@ def disclosable(error: BaseException) -> BaseException:
 def disclose_in_streams(handlers: Any) -> None:
     """Have what serving handlers write into a stream that fails pass through `disclosable`.
 
-    Hooks: `vllm.entrypoints.generate.base.serving.GenerateBaseServing.create_streaming_error_response`, and since
-    vLLM 0.33, whose chat streams (`OpenAIServingChat.chat_completion_stream_generator`) make their errors with
-    it, `vllm.entrypoints.serve.engine.serving.BaseServing.create_error_response`.
+    Hooks: `vllm.entrypoints.generate.base.serving.GenerateBaseServing.create_streaming_error_response`, and
+    `vllm.entrypoints.serve.engine.serving.BaseServing.create_error_response`, with which 0.33's chat streams
+    (`OpenAIServingChat.chat_completion_stream_generator`) make their errors.
 
     Args:
         handlers: vLLM's serving handlers; what has no such method is passed over.

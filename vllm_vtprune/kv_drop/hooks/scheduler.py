@@ -93,8 +93,8 @@ class _KVDropMixin(Scheduler):
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.prompt_plans.get(request.request_id)
         if plan is not None and num_computed_tokens + tokens < plan.tokens:
-            # 0.32 ends the step's admissions here; 0.33 goes on to the next in the queue, which could overtake
-            # this prompt without end. No more than none may be running, so they end in both.
+            # 0.32 ends the step's admissions here; 0.33 goes on to the next in the queue, which could
+            # overtake this prompt without end. No more than none may be running, so they end in both.
             self.max_num_active_reqs = 0
             return 0
         return tokens
