@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
 from vllm_vtprune.settings import (
+    AUTO_SCORE,
     PRESETS,
     SCORES,
     Controls,
@@ -41,7 +42,7 @@ class PrunePolicy:
         prune_layer: decoder layer K of stage 2, 1 <= K < number of layers; None switches stage 2 off.
         window: last prompt tokens whose queries rate the others, and which always stay.
         relevance: how stage 2 rates tokens (`vllm_vtprune.kv_drop.relevance`).
-        score: what ranks vision tokens in stage 1.
+        score: what ranks vision tokens in stage 1; `auto` is the model family's own choice.
         min_tokens: vision tokens every image keeps at least.
         default_preset: what a request gets that says nothing.
         max_aggressiveness: the most a client may ask for.
@@ -62,7 +63,7 @@ class PrunePolicy:
     prune_layer: int | None = None
     window: int = 8
     relevance: Relevance = "attention"
-    score: str = "cosine"
+    score: str = AUTO_SCORE
     min_tokens: int = 1
     default_preset: str = "off"
     max_aggressiveness: float = 1.0
@@ -87,7 +88,8 @@ class PrunePolicy:
         _require(self.encoder_threads >= 0, "encoder_threads must not be negative")
         _require(self.encoder_batch >= 1, "encoder_batch must be at least 1")
         _require(self.feature_cache_gb >= 0, "feature_cache_gb must not be negative")
-        _require(self.score in SCORES, f"score must be one of {', '.join(SCORES)}")
+        scores = (AUTO_SCORE, *SCORES)
+        _require(self.score in scores, f"score must be one of {', '.join(scores)}")
         _require(self.relevance in RELEVANCES, f"relevance must be one of {', '.join(RELEVANCES)}")
         _require(self.default_preset in PRESETS, f"default_preset must be one of {', '.join(PRESETS)}")
         for name in ("max_aggressiveness", "min_keep_ratio", "min_kv_keep"):
@@ -137,6 +139,11 @@ class PrunePolicy:
             if value != field.default:
                 out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
+
+    @property
+    def asks_for_pruning(self) -> bool:
+        """Whether the operator wants something pruned that no client asks for."""
+        return self.prune_layer is not None or self.default_preset != "off"
 
     @cached_property
     def default_settings(self) -> PruneSettings:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 KVScope = Literal["all", "vision"]
 KV_SCOPES: tuple[KVScope, ...] = ("all", "vision")
 SCORES = ("cosine", "cls_attention", "received")
+#: The score that the model's family names (`families.base.Family.default_score`).
+AUTO_SCORE = "auto"
 
 HEADER_PREFIX = "x-vtprune-"
 #: Field of the contract -> header that carries it.
@@ -64,7 +66,7 @@ class VisionSettings:
         aggressiveness: in [0, 1]; the inflection point decides the count. None with `keep_ratio`.
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
         min_tokens: tokens every image keeps at least.
-        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, or `received` attention.
+        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
     """
 
     method: str = "inflection"

@@ -29,11 +29,11 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_vtprune import demo_model
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
 from vllm_vtprune.settings import KV_SCOPES, PRESETS, Controls, KVSettings, SettingsError, VisionSettings
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import evaluate
-from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import plot_accuracy, series_by_method
 from vtprune_eval.report import dump
 from vtprune_eval.scenes import BASE_SIZE, SPLITS
@@ -146,7 +146,7 @@ def _runner(options: argparse.Namespace, settings: list[Setting]) -> Runner:
             limit=options.max_tokens,
         )
     model = _model(options)
-    outputs = outputs_for([setting.vision for setting in settings])
+    outputs = needs_of([setting.vision for setting in settings])
     return LocalRunner(model, _questions(options, model.image_size), outputs, options.max_tokens)
 
 

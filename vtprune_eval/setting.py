@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_vtprune.selection import Budget
 from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
 
 #: The rules that every method is compared with at its own counts.
@@ -90,13 +89,3 @@ class Setting:
             "window": self.window if self.kv.drops else None,
             "relevance": self.relevance if self.kv.drops else None,
         }
-
-
-def budget_of(vision: VisionSettings) -> Budget:
-    """Stage 1's settings as selection takes them."""
-    return Budget(
-        aggressiveness=vision.aggressiveness,
-        keep_ratio=vision.keep_ratio,
-        min_tokens=vision.min_tokens,
-        score=vision.score,
-    )

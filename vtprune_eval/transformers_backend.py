@@ -51,7 +51,7 @@ class LocalModel:
     @property
     def image_size(self) -> int:
         """Side of a picture in pixels."""
-        return int(self.encoder.tower.config.image_size)
+        return int(self.encoder.family.config.vision_config.image_size)
 
     def encode(self, questions: Questions, outputs: frozenset[str]) -> EncodedPictures:
         """Run the tower over the pictures."""
@@ -88,7 +88,7 @@ class LocalRunner:
         Args:
             model: what answers.
             questions: what is asked.
-            outputs: the tower's optional outputs that the settings to come read (`vision.outputs_for`).
+            outputs: the tower's optional outputs that the settings to come read (`vllm_vtprune.vision.features.needs_of`).
             limit: tokens of an answer at most.
         """
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
@@ -125,7 +125,7 @@ class LocalRunner:
                 vision = len(embeddings[shown[prompt.picture]])
                 replies[number] = Reply(
                     self.model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                    self.pictures.tokens + self.model.encoder.with_cls,
+                    self.pictures.outputs[shown[prompt.picture]].places,
                     vision,
                     len(prompt.before) + vision + len(prompt.after),
                     kept,

@@ -15,7 +15,7 @@ from tests.reference import Reference, Request
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.backend import RunnerError
-from vtprune_eval.pictures import outputs_for
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.scenes import make_scene
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Question, Questions
@@ -45,7 +45,7 @@ def questions() -> Questions:
 
 @pytest.fixture(scope="module")
 def runner(model: LocalModel, questions: Questions) -> LocalRunner:
-    outputs = outputs_for([VisionSettings(method=name, aggressiveness=0.5) for name in METHODS])
+    outputs = needs_of([VisionSettings(method=name, aggressiveness=0.5) for name in METHODS])
     return LocalRunner(model, questions, outputs, LIMIT)
 
 
