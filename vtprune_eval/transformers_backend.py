@@ -88,7 +88,7 @@ class LocalRunner:
         Args:
             model: what answers.
             questions: what is asked.
-            outputs: the tower's optional outputs that the settings to come read (`vllm_vtprune.vision.features.needs_of`).
+            outputs: the tower's optional outputs that the settings read (`vision.features.needs_of`).
             limit: tokens of an answer at most.
         """
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit

@@ -149,7 +149,7 @@ class VisionService:
                     self._pass_done.notify_all()
 
     def _next_batch(self) -> list[_Job]:
-        """The images that wait longest: as many as `max_batch`, counting each thousand patches as one more."""
+        """The images that wait longest, up to `max_batch`; each thousand patches count as one more."""
         batch = [self._waiting.popleft()]
         size = self._size(batch[0])
         while self._waiting and size + self._size(self._waiting[0]) <= self._max_batch:
