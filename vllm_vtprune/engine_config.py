@@ -9,16 +9,16 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from vllm_vtprune.context import PluginContext, attach_context
-from vllm_vtprune.families.base import CheckpointError, Family
+from vllm_vtprune.errors import CheckpointError, PolicyError, UnsupportedConfigError
+from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
-from vllm_vtprune.kv_drop.hooks.config import UnsupportedConfigError, install, special_token_ids
-from vllm_vtprune.policy import PolicyError, PrunePolicy
+from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
+from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
 
@@ -105,15 +105,17 @@ def policy_for(policy: PrunePolicy, family: Family) -> PrunePolicy:
             f"vtprune: methods names {', '.join(unable)}, which do not work with this model's vision tower; "
             f"choose among {', '.join(methods)}."
         )
-    return replace(policy, score=score, methods=methods if every else policy.methods)
+    return PrunePolicy(
+        **{**policy.to_config(), "score": score, "methods": methods if every else policy.methods}
+    )
 
 
 def _refuse_conflicts(model_config: ModelConfig, vllm_config: VllmConfig) -> None:
     mm_config = model_config.get_multimodal_config()
     if vllm_config.compilation_config.cudagraph_mm_encoder:
         raise UnsupportedConfigError(
-            "vtprune: cudagraph_mm_encoder captures the engine's vision tower, which vtprune takes out of the "
-            "engine; leave it out."
+            "vtprune: cudagraph_mm_encoder captures the engine's vision tower, and with vtprune it has none; "
+            "leave it out."
         )
     if mm_config.is_multimodal_pruning_enabled():
         raise UnsupportedConfigError(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.backend import Reply
 from vtprune_eval.measure import evaluate
 from vtprune_eval.report import dump
@@ -36,6 +37,7 @@ class FakeRunner:
     """Says `answer(setting, question number)` and keeps 10 tokens a shape."""
 
     name, layers, draws = "fake", 4, 4
+    baselines = ("random", "uniform")
 
     def __init__(self, answer: Callable[[Setting, int], str]) -> None:
         self._answer = answer

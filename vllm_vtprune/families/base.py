@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model family tells the rest: its tower, what the tower computes, and how kept units become embeddings.
+"""What a model family tells the rest: its tower, what that computes, and how kept units become embeddings.
 
 A unit is the smallest thing that can be dropped: a patch, or a 2x2 block of patches where the model merges
-them. A view is a part of the picture with a softmax of its own: the whole picture, or one of its tiles; scores
-of different views are not comparable, so each is pruned by its own curve.
+them. A view is a part of the picture with a softmax of its own, the whole of it or a tile; scores of
+different views are not comparable, so each is pruned by its own curve.
 
 An image's N units stand view after view, each view's in raster order. The prompt holds T places for its
-embeddings before pruning (T = N where every place is a unit's, more where the model adds embeddings of its own,
-such as a newline after each row of patches).
+embeddings before pruning: T = N where every place is a unit's, more where the model adds embeddings of its
+own, such as a newline after each row of patches.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
 
 #: A crop that is the whole picture.
 WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}
-
-
-class CheckpointError(ValueError):
-    """The checkpoint cannot be pruned, or lacks weights; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +129,8 @@ class Family(ABC):
     Attributes:
         outputs: the fields of `selection.VisionFeatures` the tower can give, beyond the patches.
         default_score: what ranks tokens where nobody says.
-        prefixes: prefix of a weight's name in the checkpoint -> prefix in the module of `build`; the first that
-            fits counts, after a leading "model." was taken off.
+        prefixes: prefix of a weight's name in the checkpoint -> prefix in the module of `build`; the first
+            that fits counts, after a leading "model." was taken off.
         adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
     """
 

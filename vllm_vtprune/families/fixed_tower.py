@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vllm_vtprune.families.base import CheckpointError
+from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.vision.tower_pass import TowerPass, tower_pass
 
 
@@ -86,7 +86,7 @@ class FixedTower:
     def run(
         self, tower: CLIPVisionModel, pixel_values: Tensor, outputs: frozenset[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states of the feature layer [B, 1 + N, D], CLS first, and the optional outputs by name [B, ...].
+        """Hidden states of the feature layer [B, 1 + N, D], CLS first, and the optional outputs by name.
 
         Args:
             tower: the same one each time.

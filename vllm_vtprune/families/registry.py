@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
-from vllm_vtprune.families.base import CheckpointError, Family
+from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import Family
 
 
 @dataclass(frozen=True, slots=True)

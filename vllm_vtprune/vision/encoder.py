@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_vtprune.families.base import CheckpointError, Family, Item, Kept, Projected, TowerOutput
+from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.vision.checkpoint import load_vision_weights
 

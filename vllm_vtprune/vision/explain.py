@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.selection.base import Selection, SelectionMethod
@@ -12,7 +12,7 @@ from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import get_score
-from vllm_vtprune.vision.features import budget_of, for_family, kept_of, seed_of, stack
+from vllm_vtprune.vision.features import for_family, kept_of, seed_of, stack
 from vllm_vtprune.vision.processor import PrunedProcessor
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class ViewExplanation:
         curve: the scores in that order, normalised to 1 at the first and 0 at the last.
         cut: how many units lie before the curve's cut; None where the settings or the method do not cut the
             curve, and for equal scores, which have no inflection point.
-        kept: whether each unit stays. A method that merges folds the others into these.
+        kept: whether each unit stays.
+        merged: whether the units that do not stay are folded into tokens that do.
+        summary_tokens: tokens that stand for merged units alone, beside those that stay.
     """
 
     grid: tuple[int, int]
@@ -41,21 +43,23 @@ class ViewExplanation:
     curve: list[float]
     cut: int | None
     kept: list[bool]
+    merged: bool
+    summary_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
-    """What stage 1 does to one image.
+class Explanation(ViewExplanation):
+    """What stage 1 does to one image; of its views the first.
 
     Attributes:
-        views: the parts of the picture that are pruned each by a curve of their own.
+        more_views: the other parts of the picture that are pruned each by a curve of their own: tiles.
         image_size: width and height of the decoded picture, in pixels.
         score: name of the score.
         vision_tokens: vision tokens before pruning.
         vision_tokens_kept: vision tokens the language model is given.
     """
 
-    views: list[ViewExplanation]
+    more_views: list[ViewExplanation]
     image_size: tuple[int, int]
     score: str
     vision_tokens: int
@@ -86,15 +90,17 @@ def explain(
     selections: dict[int, Selection] = {}
     views: dict[int, ViewExplanation] = {}
     for numbers, features in stack([output], [seed_of(key)]):
-        chosen = get_method(settings.method).select(features, budget_of(settings))
+        chosen = get_method(settings.method).select(features, settings)
         scores = get_score(settings.score)(features)
         for row, ((_, number), selection) in enumerate(zip(numbers, chosen, strict=True)):
             selections[number] = selection
             views[number] = _view(features, scores[row : row + 1], selection, settings, crops[number])
     kept = kept_of(output, [selections[v] for v in sorted(selections)])
     (projected,) = processor.vision.encoder.project([kept])
+    first, *others = (views[v] for v in sorted(views))
     return Explanation(
-        views=[views[v] for v in sorted(views)],
+        **asdict(first),
+        more_views=others,
         image_size=size,
         score=settings.score,
         vision_tokens=output.places,
@@ -128,6 +134,8 @@ def _view(
         curve=curve.y[0].tolist(),
         cut=cut,
         kept=kept,
+        merged=selection.features is not None,
+        summary_tokens=selection.count - sum(kept),
     )
 
 

@@ -10,20 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.families.base import OPTIONAL_OUTPUTS, Family, Kept, TowerOutput, View
-from vllm_vtprune.selection.base import Budget, Selection
+from vllm_vtprune.selection.base import Selection
 from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.registry import METHODS, get_method
 from vllm_vtprune.selection.scores import SCORE_NEEDS, SCORES
-from vllm_vtprune.settings import AUTO_SCORE, SettingsError, VisionSettings
+from vllm_vtprune.settings import AUTO_SCORE, VisionSettings
 
 #: A view by the number of its image among those at hand, and its own number in it.
 ViewKey = tuple[int, int]
-
-
-def budget_of(settings: VisionSettings) -> Budget:
-    """What the settings let stay, in selection's terms."""
-    return Budget(settings.aggressiveness, settings.keep_ratio, settings.min_tokens, settings.score)
 
 
 def for_family(settings: VisionSettings, family: Family) -> VisionSettings:
@@ -110,10 +106,10 @@ def select(outputs: Sequence[TowerOutput], keys: Sequence[str], settings: Vision
     """
     if settings.keeps_all:
         return [everything(output) for output in outputs]
-    method, budget = get_method(settings.method), budget_of(settings)
+    method = get_method(settings.method)
     chosen: dict[ViewKey, Selection] = {}
     for views, features in stack(outputs, [seed_of(key) for key in keys]):
-        chosen |= zip(views, method.select(features, budget), strict=True)
+        chosen |= zip(views, method.select(features, settings), strict=True)
     return [
         kept_of(output, [chosen[i, v] for v in range(len(output.views))]) for i, output in enumerate(outputs)
     ]

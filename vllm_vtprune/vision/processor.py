@@ -30,9 +30,10 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.contract import KWARG
 from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
-from vllm_vtprune.settings import KWARG, VisionSettings
+from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.content import content
 from vllm_vtprune.vision.features import for_family, needs_of, select
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
