@@ -131,8 +131,9 @@ class Qwen2_5VL(QwenVL):
 
 
 class Qwen3VL(QwenVL):
-    """A unit is a final embedding and its deepstack levels, [hidden * (1 + levels)]: smaller than the states
-    before the mergers, which are a tenth of the tower.
+    """A unit is a final embedding and its deepstack levels, [hidden * (1 + levels)].
+
+    That is smaller than the states before the mergers, which are a tenth of the tower.
     """
 
     def build(self) -> nn.Module:

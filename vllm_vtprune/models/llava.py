@@ -30,7 +30,7 @@ class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         drops = plugin_context(vllm_config.model_config).policy.prune_layer is not None
         if drops:
-            # the decoder in two halves; `init_vllm_registered_model` builds what the text model's config names
+            # the decoder in two halves: `init_vllm_registered_model` builds what the text's config names
             ModelRegistry.register_model(_DECODER, f"vllm_vtprune.models.llama:{_DECODER}")
             vllm_config.model_config.hf_config.text_config.architectures = [_DECODER]
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -26,8 +26,8 @@ def restore_positions(
         mm_features: its images and videos, of which a prefix-cache hit leaves the CPU fields only.
 
     Returns:
-        Positions [3, n] of the n tokens, and what to add to a token's number for those that follow: the next one
-        comes after the unpruned prompt.
+        Positions [3, n] of the n tokens, and what to add to a token's number for those that follow: the next
+        one comes after the unpruned prompt.
     """
     tokens: list[int] = []
     stays: list[bool] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any multimodal class of vLLM without its vision tower: the processor delivers the embeddings that stay.
 
-Three seams are the same in all of them: `SupportsMultiModal._mark_tower_model`, in which every class builds its
-tower and projector; `embed_multimodal`, which turns an item's fields into embeddings; and
+Three seams are the same in all of them: `SupportsMultiModal._mark_tower_model`, in which every class builds
+its tower and projector; `embed_multimodal`, which turns an item's fields into embeddings; and
 `SupportsMRoPE.get_mrope_input_positions` where positions have three dimensions.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the attention that patches receive out of any vision tower of transformers, without slowing it down.
 
-Hook: `transformers.AttentionInterface`, through which the towers call their attention with queries and keys after
-rotary embedding and normalisation.
+Hook: `transformers.AttentionInterface`, through which the towers call their attention with queries and keys
+after rotary embedding and normalisation.
 """
 
 from __future__ import annotations

@@ -52,9 +52,10 @@ def load_vision_weights(
                 tensor = shard.get_tensor(key)
                 if key.endswith(_QUANTISED) or not _whole(tensor):
                     raise CheckpointError(
-                        f"{key} of {model} is quantised ({str(tensor.dtype).removeprefix('torch.')}): vtprune "
-                        "runs the vision tower itself and needs its weights in 16 or 32 bits; use a checkpoint "
-                        "that quantises the language model only, or set VLLM_PLUGINS='' to run without vtprune."
+                        f"{key} of {model} is quantised ({str(tensor.dtype).removeprefix('torch.')}): "
+                        "vtprune runs the vision tower itself and needs its weights in 16 or 32 bits; use a "
+                        "checkpoint that quantises the language model only, or set VLLM_PLUGINS='' to run "
+                        "without vtprune."
                     )
                 weights[name] = tensor
     return weights

@@ -115,8 +115,8 @@ class VisionEncoder:
             fits = count == kept.output.places if whole else 1 <= count <= kept.output.places
             if embeddings.shape[0] != count or not fits:
                 raise ValueError(
-                    f"{embeddings.shape[0]} embeddings and {count} places for an image of {kept.output.places}: "
-                    "the tower's adapter does not fit this checkpoint"
+                    f"{embeddings.shape[0]} embeddings and {count} places for an image of "
+                    f"{kept.output.places}: the tower's adapter does not fit this checkpoint"
                 )
         return projected
 
@@ -151,8 +151,8 @@ def _assign(modules: nn.Module, weights: dict[str, Tensor], family: Family, mode
     for prefix, new in family.prefixes.items():
         if not any(name.startswith(new) for name in given):
             raise CheckpointError(
-                f"{model} holds no {prefix}* weights: vtprune needs a checkpoint in safetensors format with its "
-                "vision tower and projector."
+                f"{model} holds no {prefix}* weights: vtprune needs a checkpoint in safetensors format with "
+                "its vision tower and projector."
             )
     missing = [name for name in wanted if name not in given and not name.endswith("position_ids")]
     if missing:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ViewExplanation:
-    """What stage 1 does to one view: the whole picture, or a tile. N units, in raster order unless said otherwise.
+    """What stage 1 does to one view, the whole picture or a tile: N units, in raster order by default.
 
     Attributes:
         grid: rows and columns of the units.

@@ -34,8 +34,8 @@ def for_family(settings: VisionSettings, family: Family) -> VisionSettings:
         settings = replace(settings, score=family.default_score)
     if settings.score not in servable_scores(family):
         raise SettingsError(
-            f"The score {settings.score!r} needs {', '.join(sorted(SCORE_NEEDS[settings.score]))}, which this "
-            f"model's vision tower does not give; choose among {', '.join(servable_scores(family))}.",
+            f"The score {settings.score!r} needs {', '.join(sorted(SCORE_NEEDS[settings.score]))}, which "
+            f"this model's vision tower does not give; choose among {', '.join(servable_scores(family))}.",
             "score",
         )
     if settings.method not in servable_methods(family):
@@ -53,7 +53,7 @@ def servable_scores(family: Family) -> tuple[str, ...]:
 
 
 def servable_methods(family: Family) -> tuple[str, ...]:
-    """The methods that work with a family: its tower gives what they read, and they add no token it cannot place."""
+    """The methods that work with a family: they read what its tower gives, and add no token it cannot place."""
     return tuple(
         name
         for name, method in METHODS.items()

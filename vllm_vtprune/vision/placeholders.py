@@ -2,7 +2,7 @@
 """Thinned placeholders: vLLM's own prompt update for an image, without the places of units that were dropped.
 
 `vllm.multimodal.processing.PromptUpdate` says which tokens stand for an image, and which of them take an
-embedding. Those that take none (`<img>`, `[IMG_BREAK]`, a newline between rows) all stay, whatever the family.
+embedding. Those that take none (`<img>`, `[IMG_BREAK]`) all stay, whatever the family.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 vLLM sizes the placeholders here, before the scheduler sees the request, so this is where the exact number of
 kept tokens must be known. Hooks, all of `vllm.multimodal.processing.BaseMultiModalProcessor` in vLLM 0.32:
 `_cached_apply_hf_processor`, `_get_mm_hashes`, `_get_cache_missing_processor_kwargs`,
-`_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates`, `_maybe_apply_prompt_updates`, `apply`
-and `get_dummy_inputs`.
+`_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates`, `_maybe_apply_prompt_updates`,
+`apply` and `get_dummy_inputs`.
 
 An image's way: content key -> (tower's output, from the cache or by `vision.service`) -> selection ->
 embeddings and the mask of the places that stay -> the base class's placeholder, thinned.
