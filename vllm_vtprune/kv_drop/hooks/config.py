@@ -42,7 +42,7 @@ def recommended_prune_layer(layers: int) -> int:
 def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     """Check the configuration and have vLLM build our scheduler and worker.
 
-    Called by the configuration hook (`LlavaPruneConfig`), before vLLM resolves which scheduler and worker it
+    Called by the configuration hook (`PruneConfig`), before vLLM resolves which scheduler and worker it
     wants. Idempotent.
 
     Raises:
@@ -111,7 +111,8 @@ def special_token_ids(model_config: ModelConfig) -> frozenset[int]:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         ids = set(cached_tokenizer_from_config(model_config).all_special_ids)
-    return frozenset(ids - {hf_config.image_token_index})
+    names = ("image_token_id", "image_token_index", "video_token_id")
+    return frozenset(ids - {getattr(hf_config, name, None) for name in names})
 
 
 def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
