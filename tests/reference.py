@@ -193,8 +193,11 @@ class Reference:
         layer = self._decoder.layers[self.prune_layer - 1]
         attention = layer.self_attn
         x = layer.input_layernorm(below[None])
-        q = attention.q_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
-        k = attention.k_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
+        q = attention.q_proj(x).view(1, n, -1, attention.head_dim)
+        k = attention.k_proj(x).view(1, n, -1, attention.head_dim)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         if self.relevance != "no_rope":
             q, k = apply_rotary_pos_emb(q, k, *self._decoder.rotary_emb(x, positions[None]))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    CONFIG_MAPPING,
     CLIPImageProcessor,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
 )
 
 from benchmarks.models import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, byte_tokenizer
@@ -41,13 +43,14 @@ def random_llava(
     vision_layers: int = 3,
     vocab_size: int | None = None,
     max_positions: int = 4096,
+    decoder: str = "llama",
     sliding_window: int | None = None,
     public_names: bool = True,
     weight_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Write a random LLaVA-1.5 (CLIP tower with CLS, two-layer projector, Llama) into `folder`.
+    """Write a random LLaVA-1.5 (CLIP tower with CLS, two-layer projector, a decoder) into `folder`.
 
     Args:
         folder: where to write; made if missing.
@@ -64,7 +67,8 @@ def random_llava(
         vision_layers: layers of the tower.
         vocab_size: None is the tokenizer's own size (261); more only adds rows to the embedding tables.
         max_positions: positions of the decoder.
-        sliding_window: makes it a Mistral with sliding-window attention, which stage 2 refuses.
+        decoder: `model_type` of the decoder: `llama`, `mistral`, `qwen2`, `qwen3`.
+        sliding_window: gives a Mistral sliding-window attention, which stage 2 refuses.
         public_names: name the tower's weights `vision_tower.vision_model.*`, as public checkpoints and vLLM
             do; False leaves what transformers 5 writes, `vision_tower.*`.
         weight_scale: factor on the decoder's initial weights; above 1 makes attention less uniform.
@@ -99,13 +103,19 @@ def random_llava(
             patch_size=patch_size,
             projection_dim=vision_hidden,
         ),
-        text_config=_text_config(text, sliding_window),
+        text_config=_text_config(decoder, text, sliding_window),
         image_token_id=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).to(dtype)
+    for name, parameter in model.model.language_model.named_parameters():
+        # they start at one and nought, which would hide one that is missing
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+        elif name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     config.dtype = dtype
     model.save_pretrained(folder)
     if public_names:
@@ -132,12 +142,14 @@ def edit_config(folder: Path, changes: Mapping[str, object]) -> Path:
     return folder
 
 
-def _text_config(fields: Mapping[str, object], sliding_window: int | None) -> object:
-    if sliding_window is None:
-        return LlamaConfig(**fields)
-    from transformers import MistralConfig
-
-    return MistralConfig(**fields, sliding_window=sliding_window)
+def _text_config(decoder: str, fields: Mapping[str, Any], sliding_window: int | None) -> PreTrainedConfig:
+    more: dict[str, Any] = {}
+    if decoder == "mistral":  # 4096 unless said
+        more["sliding_window"] = sliding_window
+    if decoder == "qwen3":  # 128 unless said
+        more["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    config: PreTrainedConfig = CONFIG_MAPPING[decoder](**fields, **more)
+    return config
 
 
 def _rename_tower(path: Path) -> None:

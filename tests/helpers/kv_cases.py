@@ -35,6 +35,11 @@ def corners() -> list[Request]:
     return [r for r in grid() if r.kv_keep in (1.0, 0.25, 0.001) or len(r.images) == 2]
 
 
+def decoder_cases() -> list[Request]:
+    """Few of the grid, for one more decoder: both scopes, text alone, two images."""
+    return [r for r in corners() if r.kv_keep in (0.25, 0.6) or not r.images]
+
+
 def crowd() -> list[Request]:
     """Ten requests that together outgrow a small cache."""
     shares = (0.25, 0.5, 1.0, 0.3, 0.75, 0.001, 0.4, 1.0, 0.6, 0.2)

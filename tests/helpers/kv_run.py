@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.helpers.kv_cases import QUESTION, corners, crowd, decoder_cases, grid, unpruned
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
@@ -261,6 +262,19 @@ def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
     return {"batch": engine.run(corners())}
 
 
+def scenario_decoders(folder: str) -> dict[str, Any]:
+    """Decoders other than Llama, one checkpoint each, traced by torch.compile."""
+    found = {}
+    for checkpoint in sorted(Path(folder).iterdir()):
+        engine = Engine(
+            str(checkpoint), prune_layer=2, enforce_eager=False, kv_cache_memory_bytes=1 << 28, block_size=32
+        )
+        batch = engine.run(decoder_cases())
+        found[checkpoint.name] = {"batch": batch, "bands": engine.llm.apply_model(_bands)[0]}
+        engine.llm.llm_engine.engine_core.shutdown()
+    return found
+
+
 def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
     """The plugin without a prune layer."""
     engine = Engine(checkpoint)
@@ -298,12 +312,20 @@ def _decoder_module(model: Any) -> str:
     return type(model.language_model).__module__
 
 
+def _bands(model: Any) -> tuple[str, list[tuple[str, int, bool]]]:
+    """The decoder's class in vLLM; name, layers and whether it is compiled of each band."""
+    decoder = model.language_model.model
+    bands = [(type(b).__name__, len(b.layers), not b.do_not_compile) for b in decoder.bands]
+    return type(decoder).__mro__[1].__name__, bands
+
+
 SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "grid": scenario_grid,
     "preemption": scenario_preemption,
     "capacity": scenario_capacity,
     "top": scenario_top,
     "tensor_parallel": scenario_tensor_parallel,
+    "decoders": scenario_decoders,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,
 }

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from tests.helpers.checkpoints import BOS, EOS, IMAGE, PAD, random_llava
+from tests.helpers.checkpoints import BOS, EOS, IMAGE, PAD, edit_config, random_llava
 from tests.helpers.kv_config import config
 from vllm_vtprune.kv_drop.hooks import scheduler
 from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
@@ -30,7 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_llava(tmp_path_factory.mktemp("mistral"), layers=4, sliding_window=64)
+    folder = tmp_path_factory.mktemp("mistral")
+    return random_llava(folder, layers=4, decoder="mistral", sliding_window=64)
 
 
 def test_every_process_reads_the_same(checkpoint: Path) -> None:
@@ -86,8 +87,14 @@ def test_what_cannot_work_is_refused_in_a_sentence(
         config(checkpoint, **arguments)
 
 
-def test_another_decoder_is_refused(mistral: Path) -> None:
-    with pytest.raises(ValueError, match="a mistral decoder; the supported ones are llama"):
+def test_another_decoder_is_refused(tmp_path: Path) -> None:
+    gemma = edit_config(random_llava(tmp_path, layers=4), {"text_config": {"model_type": "gemma2"}})
+    with pytest.raises(ValueError, match="a gemma2 decoder; the supported ones are llama, mistral, qwen2"):
+        config(gemma)
+
+
+def test_a_sliding_window_is_refused(mistral: Path) -> None:
+    with pytest.raises(ValueError, match="a sliding-window decoder"):
         config(mistral)
 
 
@@ -105,7 +112,7 @@ def test_vllm_keeps_the_halves_in_groups_of_their_own(depth: tuple[int, int]) ->
     specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, prune_layer)
     assert not is_kv_cache_spec_uniform(specs)
     groups = _get_kv_cache_groups_uniform_page_size(specs)
-    above = groups_above([g.kv_cache_spec for g in groups])
+    above = [i for i, _ in groups_above([g.kv_cache_spec for g in groups])]
     for i, group in enumerate(groups):
         indices = [int(name.split(".")[2]) for name in group.layer_names]
         assert all((index >= prune_layer) == (i in above) for index in indices)

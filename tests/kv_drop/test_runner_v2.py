@@ -19,12 +19,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from tests.helpers.kv_rows import kept_rows
+from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks import worker
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
 from vllm_vtprune.kv_drop.plan import KVDropConfig
-from vllm_vtprune.kv_drop.relevance import kept_rows
-from vllm_vtprune.kv_drop.step import KVDropState
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 4
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def model_state(monkeypatch: pytest.MonkeyPatch) -> KVDropModelState:
     """Built past the constructor, which wants an accelerator; vLLM's `prepare_attn` returns its arguments."""
     state = object.__new__(KVDropModelState)
-    state.model = SimpleNamespace(kv_drop=KVDropState(8, 400, CPU))  # type: ignore[assignment]
+    state.model = SimpleNamespace(kv_drop=KVDropBands(1, 8, 400, CPU))  # type: ignore[assignment]
     state.rope_state = state.prompt_embeds_state = None
     state._config = KVDropConfig(prune_layer=1, window=2, longest_prompt=300)
     state._drops, state._preempted, state._leaving = {}, {}, frozenset()
@@ -75,7 +75,7 @@ def input_batch(req_ids: list[str], scheduled: list[int], computed: list[int]) -
 
 def cache_config() -> KVCacheConfig:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    specs = split_specs({f"model.layers.{i}.attn": spec for i in range(2)}, prune_layer=1)
+    specs = split_specs({f"model.layers.{i}.attn": spec for i in range(2)}, 1)
     groups = [KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
     return KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=groups)
 
@@ -109,7 +109,7 @@ def test_a_step_writes_compacted_slots_above_the_prune_layer_only(model_state: K
         return slots, passed
 
     slots, _ = step([12, 12], [0, 0])
-    prompts = model_state.model.kv_drop.prompts
+    prompts = model_state.model.kv_drop.bands[0].prompts
     assert prompts is not None and (prompts.rows, prompts.rows_kept) == (24, 18)
     above = [4 * (17 + p // 4) + p % 4 for p in range(12)] + [4 * (25 + p // 4) + p % 4 for p in range(6)]
     assert slots[1].tolist() == above + [-1] * 22
@@ -120,7 +120,7 @@ def test_a_step_writes_compacted_slots_above_the_prune_layer_only(model_state: K
     assert rows[:12].tolist() == list(range(12)) and {12, 22, 23} <= set(rows[12:].tolist())
 
     slots, _ = step([1, 1], [12, 12])
-    assert model_state.model.kv_drop.prompts is None
+    assert model_state.model.kv_drop.bands[0].prompts is None
     # the whole request's 13th token, and the pruned one's 7th
     assert slots[1, :2].tolist() == [4 * 20, 4 * 26 + 2]
 
@@ -133,23 +133,24 @@ def test_dummy_and_removed_requests_lose_nothing(model_state: KVDropModelState) 
         slots = torch.full((2, 40), 7, dtype=torch.int64)
         batch = input_batch(["req_0_dummy"], [12], [0])
         model_state.prepare_attn(batch, CUDAGraphMode.FULL, tables, slots, [], cache_config(), True)
-        assert (slots == 7).all() and model_state.model.kv_drop.step is None
+        assert (slots == 7).all() and model_state.model.kv_drop.bands[0].step is None
     batch = input_batch(["pruned"], [12], [0])
     model_state.prepare_attn(batch, CUDAGraphMode.NONE, tables, slots, [], cache_config())
-    assert model_state.model.kv_drop.step is None
+    assert model_state.model.kv_drop.bands[0].step is None
 
 
 def test_a_preempted_request_loses_the_same_tokens_when_it_resumes(model_state: KVDropModelState) -> None:
     def remembered() -> Any:
         drop = model_state._drops["pruned"]
-        return None if drop is None else drop.kept
+        return None if drop is None else drop[0].kept
 
     def resume() -> None:
         model_state.add_request(0, new_request("pruned", 12, 0.5))
 
     resume()
-    drop = model_state._drops["pruned"]
-    assert drop is not None
+    drops = model_state._drops["pruned"]
+    assert drops is not None
+    (drop,) = drops
     drop.kept = torch.arange(6), 0
 
     model_state.expect(finished=["other"], preempted=["pruned"])

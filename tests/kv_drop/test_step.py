@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.kv_rows import kept_rows
 from vllm_vtprune.kv_drop import step as step_module
-from vllm_vtprune.kv_drop.relevance import kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
 
 
@@ -134,7 +134,7 @@ def test_geometry_of_a_mixed_step():
     )
     assert step.query_start_loc.tolist() == [0, 4, 5, 9]
     assert step.positions.tolist() == [0, 1, 2, 3, 7, 3, 4, 5, 6]
-    assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0], 9)
+    assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0, 10, 11], 9)
 
 
 def test_a_decode_step_of_the_same_requests_reuses_their_geometry(monkeypatch):

@@ -52,6 +52,11 @@ class KVDropConfig:
     default: KVSettings = field(default_factory=KVSettings)
     relevance: str = "attention"
 
+    @property
+    def prune_layers(self) -> tuple[int, ...]:
+        """Every prune layer, from the lowest up."""
+        return (self.prune_layer,)
+
 
 @dataclass(frozen=True)
 class PromptPlan:

@@ -26,32 +26,6 @@ _MIN_BUCKET = 64
 
 
 @dataclass(frozen=True)
-class Relevance:
-    """One way to rate tokens.
-
-    Attributes:
-        rotary: queries and keys after rotary embedding, as attention uses them; before it otherwise.
-        last_only: the last prompt token's query alone; those of the whole window otherwise.
-    """
-
-    rotary: bool = True
-    last_only: bool = False
-
-    def queries(self, window: int) -> int:
-        """How many of the last prompt tokens rate the others."""
-        return 1 if self.last_only else window
-
-
-RELEVANCE: Mapping[str, Relevance] = MappingProxyType(
-    {
-        "attention": Relevance(),
-        "last_token": Relevance(last_only=True),
-        "no_rope": Relevance(rotary=False),
-    }
-)
-
-
-@dataclass(frozen=True)
 class Bucket:
     """Prompts of similar length, padded to one.
 
@@ -76,9 +50,11 @@ class PrunedPrompts:
         rows: N, tokens in the step's batch, those of other requests included.
         rows_kept: how many of them go on to the layers above.
         protected: rows that stay whatever their relevance, [N]; only rows of pruned prompts are looked at.
-        buckets: the prompts to rate.
+            Above a lower prune layer, in the rows of the whole batch that the lowest one is given.
+        buckets: the prompts to rank.
         known: prompts pruned before, then preempted: first row, length, and the positions that stayed,
             [kept].
+        settled: prompts of which exactly the protected tokens stay: first row and length.
     """
 
     rows: int
@@ -86,6 +62,12 @@ class PrunedPrompts:
     protected: Tensor
     buckets: tuple[Bucket, ...]
     known: tuple[tuple[int, int, Tensor], ...] = ()
+    settled: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any row leaves here."""
+        return self.rows_kept < self.rows
 
 
 def make_buckets(
@@ -140,55 +122,99 @@ def attention_received(q: Tensor, k: Tensor, bucket: Bucket, queries: int, scale
     return weights.sum((1, 2))
 
 
-def kept_rows(
+@dataclass(frozen=True)
+class Relevance:
+    """One way to rate tokens.
+
+    Attributes:
+        rotary: queries and keys after rotary embedding, as attention uses them; before it otherwise.
+        last_only: the last prompt token's query alone; those of the whole window otherwise.
+        rating: scores of a bucket's tokens, [R, L], from queries, keys, the bucket, how many queries ask and
+            the logits' scale; summed over heads.
+    """
+
+    rotary: bool = True
+    last_only: bool = False
+    rating: Callable[[Tensor, Tensor, Bucket, int, float], Tensor] = attention_received
+
+    def queries(self, window: int) -> int:
+        """How many of the last prompt tokens rate the others."""
+        return 1 if self.last_only else window
+
+
+RELEVANCE: Mapping[str, Relevance] = MappingProxyType(
+    {
+        "attention": Relevance(),
+        "last_token": Relevance(last_only=True),
+        "no_rope": Relevance(rotary=False),
+    }
+)
+
+
+def rate(
     q: Tensor,
     k: Tensor,
     prompts: PrunedPrompts,
     *,
+    relevance: Relevance = RELEVANCE["attention"],
     queries: int,
     total_heads: int,
     scale: float,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The rows of a step's batch that go on to the layers above the prune layer, in order.
-
-    Of each pruned prompt the protected tokens and the most relevant others stay, exactly as many as planned;
-    equal scores go to the earlier position. Rows outside the pruned prompts all stay.
+    """How relevant each row of a step's batch is.
 
     Args:
-        q: queries of layer K-1, [rows >= N, heads, head_size]; this rank's heads.
-        k: keys of layer K-1, [rows >= N, kv_heads, head_size].
-        prompts: what is pruned.
+        q: queries of the layer below the prune layer, [rows >= N, heads, head_size]; this rank's heads.
+        k: keys of that layer, [rows >= N, kv_heads, head_size].
+        prompts: what is pruned; prompts outside its buckets are not rated.
+        relevance: the rating.
         queries: how many of a prompt's last tokens rate it.
         total_heads: query heads of the layer over all tensor-parallel ranks.
         scale: of the attention logits.
         all_reduce: sums over tensor-parallel ranks, which would otherwise keep different tokens.
 
     Returns:
-        [rows_kept] int64.
+        [N] in float32; 0 for rows that are not rated.
     """
     n, device = prompts.rows, q.device
-    # one place past the end takes what belongs nowhere: padding, and rows that leave
     scores = torch.zeros(n + 1, dtype=torch.float32, device=device)
-    places = []
     for bucket in prompts.buckets:
-        column = torch.arange(bucket.padded, device=device)
-        place = torch.where(_inside(bucket, column), bucket.start[:, None] + column, n)
-        received = attention_received(q, k, bucket, queries, scale) / (total_heads * queries)
-        scores.scatter_(0, place.flatten(), received.flatten())
-        places.append(place)
+        received = relevance.rating(q, k, bucket, queries, scale) / (total_heads * queries)
+        scores.scatter_(0, _places(bucket, n).flatten(), received.flatten())
     if all_reduce is not None:
         scores = all_reduce(scores)
+    return scores[:n]
 
-    scores[:n].masked_fill_(prompts.protected, torch.inf)
-    scores[n] = -torch.inf
+
+def keep(scores: Tensor | None, protected: Tensor, prompts: PrunedPrompts) -> Tensor:
+    """The rows of a step's batch that go on to the layers above the prune layer, in order.
+
+    Of each pruned prompt the protected tokens and the most relevant others stay, exactly as many as planned;
+    equal scores go to the earlier position. Rows outside the pruned prompts all stay.
+
+    Args:
+        scores: relevance of each row, [N]; None where no prompt is to be ranked.
+        protected: rows that stay in any case, [N].
+        prompts: what is pruned.
+
+    Returns:
+        [rows_kept] int64.
+    """
+    n, device = prompts.rows, protected.device
+    # one place past the end takes what belongs nowhere: padding, and rows that leave
     stays = torch.ones(n + 1, dtype=torch.bool, device=device)
-    for bucket, place in zip(prompts.buckets, places, strict=True):
-        order = scores[place].sort(dim=1, descending=True, stable=True).indices
-        column = torch.arange(bucket.padded, device=device)
-        rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
-        stays.scatter_(0, place.flatten(), (rank < bucket.kept[:, None]).flatten())
-
+    if scores is not None:
+        ranked = torch.full((n + 1,), -torch.inf, dtype=torch.float32, device=device)
+        ranked[:n] = scores.masked_fill(protected, torch.inf)
+        for bucket in prompts.buckets:
+            place = _places(bucket, n)
+            order = ranked[place].sort(dim=1, descending=True, stable=True).indices
+            column = torch.arange(bucket.padded, device=device)
+            rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
+            stays.scatter_(0, place.flatten(), (rank < bucket.kept[:, None]).flatten())
+    for start, length in prompts.settled:
+        stays[start : start + length] = protected[start : start + length]
     for start, length, kept in prompts.known:
         stays[start : start + length] = False
         stays[start + kept] = True
@@ -198,6 +224,12 @@ def kept_rows(
     slot = torch.where(stays, stays.cumsum(0) - 1, prompts.rows_kept)
     rows = torch.empty(prompts.rows_kept + 1, dtype=torch.int64, device=device)
     return rows.scatter_(0, slot, torch.arange(n, device=device))[: prompts.rows_kept]
+
+
+def _places(bucket: Bucket, n: int) -> Tensor:
+    """The row of each of a bucket's tokens, [R, L]; n for padding."""
+    column = torch.arange(bucket.padded, device=bucket.start.device)
+    return torch.where(_inside(bucket, column), bucket.start[:, None] + column, n)
 
 
 def _inside(bucket: Bucket, column: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-1.5 for vLLM without a vision tower of its own: the processor delivers projected embeddings.
 
-With a prune layer the decoder is the one of `vllm_vtprune.models.llama`; without one it is vLLM's own.
+The decoder is the one vLLM builds; with a prune layer, `vllm_vtprune.models.decoder` cuts it there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from vllm_vtprune.context import plugin_context
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 if TYPE_CHECKING:
+    from vllm_vtprune.kv_drop.bands import KVDropBands
     from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
-    from vllm_vtprune.kv_drop.step import KVDropState
-    from vllm_vtprune.models.llama import KVDropLlamaModel
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -55,17 +54,19 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             self.language_model = initialize_model(
                 vllm_config.with_hf_config(config.text_config),
                 prefix=maybe_prefix(prefix, "language_model"),
-                model_class=_decoder_class(vllm_config),
             )
         if plugin_context(vllm_config.model_config).policy.prune_layer is not None:
+            from vllm_vtprune.models.decoder import split
+
+            split(self.language_model.model, vllm_config)
             # on the instance: vLLM takes the attribute's presence for a model with a state of its own
             self.get_model_state_cls = _model_state_class
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     @property
-    def kv_drop(self) -> KVDropState:
+    def kv_drop(self) -> KVDropBands:
         """The second stage's present step, where there is a prune layer."""
-        return cast("KVDropLlamaModel", self.language_model.model).kv_drop
+        return cast("KVDropBands", self.language_model.model.kv_drop)
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """The processor's embeddings as they are: per image [k, hidden]."""
@@ -82,15 +83,6 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_mm_mapping(self) -> MultiModelKeys:
         """Module prefixes: there is no tower and no connector here."""
         return MultiModelKeys.from_string_field(language_model="language_model", connector=[], tower_model=[])
-
-
-def _decoder_class(vllm_config: VllmConfig) -> type[nn.Module] | None:
-    """The decoder in two halves where there is a prune layer; None leaves the choice to vLLM."""
-    if plugin_context(vllm_config.model_config).policy.prune_layer is None:
-        return None
-    from vllm_vtprune.models.llama import KVDropLlamaForCausalLM
-
-    return KVDropLlamaForCausalLM
 
 
 def _model_state_class() -> type[KVDropModelState]:

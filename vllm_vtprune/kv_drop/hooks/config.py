@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 
 _SCHEDULER = "vllm_vtprune.kv_drop.hooks.scheduler.build_scheduler"
 _WORKER = "vllm_vtprune.kv_drop.hooks.worker.KVDropWorker"
-#: `model_type` of the decoders whose layers the plugin can run in two halves.
-DECODERS = ("llama",)
+#: `model_type` of the decoders whose layers the plugin can run in bands: full attention in every layer.
+DECODERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
 
 
 class UnsupportedConfigError(ValueError):
@@ -56,6 +65,12 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
             f"vtprune: prune_layer must be 1 to {layers - 1} for this model's {layers} decoder layers, "
             f"not {layer}; {recommended_prune_layer(layers)} is recommended."
         )
+    levels = deepstack_levels(vllm_config.model_config)
+    if layer < levels:
+        raise UnsupportedConfigError(
+            f"vtprune: prune_layer must be at least {levels} for this model, which adds visual features "
+            f"after each of its first {levels} decoder layers, not {layer}."
+        )
     problem = _problem(vllm_config, policy)
     if problem is not None:
         raise UnsupportedConfigError(f"vtprune: prune_layer cannot be used with {problem}.")
@@ -87,6 +102,12 @@ def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
     )
 
 
+def deepstack_levels(model_config: ModelConfig) -> int:
+    """After how many of the first decoder layers visual features are added (Qwen3-VL); 0 for most models."""
+    vision = getattr(model_config.hf_config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
 def longest_whole_prompt(vllm_config: VllmConfig) -> int:
     """Tokens of the longest prompt that a step can take whole.
 
@@ -102,7 +123,7 @@ def longest_whole_prompt(vllm_config: VllmConfig) -> int:
 
 
 def special_token_ids(model_config: ModelConfig) -> frozenset[int]:
-    """The tokenizer's special tokens, the image placeholder aside; the config's own without a tokenizer."""
+    """The tokenizer's special tokens, the placeholders aside; the config's own without a tokenizer."""
     hf_config, text = model_config.hf_config, model_config.hf_text_config
     if model_config.skip_tokenizer_init:
         named = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
@@ -111,7 +132,9 @@ def special_token_ids(model_config: ModelConfig) -> frozenset[int]:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         ids = set(cached_tokenizer_from_config(model_config).all_special_ids)
-    return frozenset(ids - {hf_config.image_token_index})
+    # the name of old LLaVA configurations, and the one of all others
+    names = ("image_token_index", "image_token_id", "video_token_id")
+    return frozenset(ids - {getattr(hf_config, name, None) for name in names})
 
 
 def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:

@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt, protected_positions, settings_of
 from vllm_vtprune.kv_drop.step import RequestDrop
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.sampling_params import SamplingParams
 
 
 def placeholder_ranges(mm_features: Sequence[MultiModalFeatureSpec]) -> list[tuple[int, int]]:
-    """(offset, length) of each image's tokens, from `Request.mm_features` or `NewRequestData.mm_features`."""
-    return [
-        (f.mm_position.offset, f.mm_position.length) for f in mm_features if f.modality != "prompt_embeds"
-    ]
+    """(offset, length) of the visual tokens, from `Request.mm_features` or `NewRequestData.mm_features`."""
+    return embedded_ranges(f.mm_position for f in mm_features if f.modality != "prompt_embeds")
+
+
+def embedded_ranges(placeholders: Iterable[PlaceholderRange]) -> list[tuple[int, int]]:
+    """(offset, length) of the tokens that stand for embeddings.
+
+    What else lies in an image's range, as row breaks, tags and start and end tokens do, is text.
+    """
+    spans = (span for placeholder in placeholders for span in placeholder.extract_embeds_range())
+    return [(start, end - start + 1) for start, end in spans]
 
 
 def plan_request(
@@ -53,8 +60,8 @@ def request_drop(
     mm_features: Sequence[MultiModalFeatureSpec],
     sampling_params: SamplingParams | None,
     config: KVDropConfig,
-) -> RequestDrop | None:
-    """What a worker keeps of a request; None where nothing is dropped."""
+) -> tuple[RequestDrop, ...] | None:
+    """What a worker keeps of a request, per prune layer; None where nothing is dropped."""
     plan = plan_request(token_ids, mm_features, sampling_params, config)
     if plan.dropped == 0 or token_ids is None or sampling_params is None:
         return None
@@ -62,4 +69,4 @@ def request_drop(
     protected = protected_positions(
         token_ids, placeholder_ranges(mm_features), config.special_ids, settings, config.window
     )
-    return RequestDrop(plan.tokens, plan.dropped, protected)
+    return (RequestDrop(plan.tokens, plan.dropped, protected),)
