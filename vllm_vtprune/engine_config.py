@@ -8,14 +8,14 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import LlavaConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_vtprune.context import PluginContext, attach_context
-from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
-from vllm_vtprune.policy import PrunePolicy
+from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
+from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.vision.encoder import feature_layer_index, patch_grid
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
         feature_layer_index(hf_config)
         policy = PrunePolicy.from_config(vllm_config.additional_config)
         special_ids = frozenset[int]()
-        if policy.prune_layer is not None:
+        if policy.has_prune_layer:
+            policy = with_schedule(policy, model_config)
+            cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
         context = PluginContext(

@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
+from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
 from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
 from vllm_vtprune.settings import (
     PRESETS,
@@ -25,8 +26,7 @@ from vllm_vtprune.settings import (
 )
 
 CONFIG_KEY = "vtprune"
-Relevance = Literal["attention", "last_token", "no_rope"]
-RELEVANCES: tuple[Relevance, ...] = ("attention", "last_token", "no_rope")
+RELEVANCES = ("attention", "last_token", "no_rope", "pagerank", "key_norm", "inherited")
 
 
 class PolicyError(ValueError):
@@ -39,8 +39,11 @@ class PrunePolicy:
 
     Attributes:
         prune_layer: decoder layer K of stage 2, 1 <= K < number of layers; None switches stage 2 off.
+        prune_layers: several prune layers, each with the largest share kept above it
+            (`vllm_vtprune.kv_drop.schedule`); `prune_layer` is then the first of them.
         window: last prompt tokens whose queries rate the others, and which always stay.
-        relevance: how stage 2 rates tokens (`vllm_vtprune.kv_drop.relevance`).
+        relevance: how stage 2 rates tokens (`vllm_vtprune.kv_drop.relevance`); names separated by commas are
+            for one prune layer each, and the last holds for the rest.
         score: what ranks vision tokens in stage 1.
         min_tokens: vision tokens every image keeps at least.
         default_preset: what a request gets that says nothing.
@@ -60,8 +63,9 @@ class PrunePolicy:
     """
 
     prune_layer: int | None = None
+    prune_layers: str = ""
     window: int = 8
-    relevance: Relevance = "attention"
+    relevance: str = "attention"
     score: str = "cosine"
     min_tokens: int = 1
     default_preset: str = "off"
@@ -82,13 +86,19 @@ class PrunePolicy:
             object.__setattr__(self, "methods", tuple(self.methods))
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
+        self._check_prune_layers()
         _require(self.window >= 1, "window must be at least 1")
         _require(self.min_tokens >= 1, "min_tokens must be at least 1")
         _require(self.encoder_threads >= 0, "encoder_threads must not be negative")
         _require(self.encoder_batch >= 1, "encoder_batch must be at least 1")
         _require(self.feature_cache_gb >= 0, "feature_cache_gb must not be negative")
         _require(self.score in SCORES, f"score must be one of {', '.join(SCORES)}")
-        _require(self.relevance in RELEVANCES, f"relevance must be one of {', '.join(RELEVANCES)}")
+        wrong = [name for name in self.relevances if name not in RELEVANCES]
+        _require(
+            not wrong and self.relevances[0] != "inherited",
+            f"relevance must be one of {', '.join(RELEVANCES)}, or one a prune layer separated by commas, "
+            "the first of which is not inherited",
+        )
         _require(self.default_preset in PRESETS, f"default_preset must be one of {', '.join(PRESETS)}")
         for name in ("max_aggressiveness", "min_keep_ratio", "min_kv_keep"):
             _require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1]")
@@ -107,6 +117,23 @@ class PrunePolicy:
             raise PolicyError(
                 f"default_preset {self.default_preset!r} is beyond the caps: {error}"
             ) from error
+
+    def _check_prune_layers(self) -> None:
+        if not self.prune_layers:
+            return
+        first = None
+        if not is_reference(self.prune_layers):
+            try:
+                first = self.schedule[0].layer
+            except ScheduleError as error:
+                raise PolicyError(f"vtprune: prune_layers: {error}.") from error
+        _require(self.prune_layer in (None, first), "give prune_layer or prune_layers, not both")
+        object.__setattr__(self, "prune_layer", first)
+
+    @property
+    def has_prune_layer(self) -> bool:
+        """Whether stage 2 is on."""
+        return self.prune_layer is not None or bool(self.prune_layers)
 
     @staticmethod
     def from_config(additional_config: Any) -> PrunePolicy:
@@ -137,6 +164,18 @@ class PrunePolicy:
             if value != field.default:
                 out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
+
+    @property
+    def relevances(self) -> tuple[str, ...]:
+        """How each prune layer rates tokens; the last holds for the rest."""
+        return tuple(name.strip() for name in self.relevance.split(","))
+
+    @cached_property
+    def schedule(self) -> tuple[PruneLayer, ...]:
+        """The prune layers of an engine that has them; names and files have been resolved by then."""
+        if self.prune_layers:
+            return parse(self.prune_layers)
+        return () if self.prune_layer is None else (PruneLayer(self.prune_layer),)
 
     @cached_property
     def default_settings(self) -> PruneSettings:
@@ -191,8 +230,15 @@ class PrunePolicy:
         asked = controls.get("kv_keep")
         scope = controls.get("kv_scope", "all")
         if self.prune_layer is not None:
-            return KVSettings(asked if asked is not None else preset_keep, scope)
-        if asked is not None and asked < 1.0:
+            if asked is not None and len(asked) > max(1, len(self.schedule)):
+                name = controls.name("kv_keep")
+                raise SettingsError(
+                    f"{name} names {len(asked)} shares, and this server has {len(self.schedule)} prune "
+                    "layers: send at most one for each.",
+                    name,
+                )
+            return KVSettings.of(asked if asked is not None else (preset_keep,), scope)
+        if asked is not None and min(asked) < 1.0:
             name = controls.name("kv_keep")
             raise SettingsError(
                 f"{name} below 1 needs a prune layer, and this server has none; leave it out, "
@@ -217,9 +263,9 @@ class PrunePolicy:
                 f"{self.min_keep_ratio:g} (min_keep_ratio).",
                 blame("keep_ratio"),
             )
-        if kv.keep < self.min_kv_keep:
+        if min(kv.shares) < self.min_kv_keep:
             raise SettingsError(
-                f"{blame('kv_keep')} asks for kv_keep {kv.keep:g}; this server keeps at least "
+                f"{blame('kv_keep')} asks for kv_keep {min(kv.shares):g}; this server keeps at least "
                 f"{self.min_kv_keep:g} (min_kv_keep).",
                 blame("kv_keep"),
             )
@@ -235,7 +281,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
-    "Relevance": (str,),
     "bool": (bool,),
     "tuple[str, ...]": (tuple,),
 }

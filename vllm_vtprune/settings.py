@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,7 +36,9 @@ HEADERS: Mapping[str, str] = MappingProxyType(
     }
 )
 _FIELD_OF_HEADER = {header.lower(): field for field, header in HEADERS.items()}
-_NUMBERS = frozenset({"aggressiveness", "keep_ratio", "kv_keep"})
+_NUMBERS = frozenset({"aggressiveness", "keep_ratio"})
+#: Shares that may be named at once: one a prune layer.
+_MOST_SHARES = 4
 
 #: The key under which the canonical vision settings travel in `mm_processor_kwargs`,
 #: and the KV settings in `SamplingParams.extra_args`.
@@ -121,24 +123,32 @@ class VisionSettings:
 
 @dataclass(frozen=True, slots=True)
 class KVSettings:
-    """Stage 2: which share of the prompt stays above the prune layer.
+    """Stage 2: which share of the prompt stays above each prune layer.
 
     Attributes:
-        keep: in (0, 1]; 1 drops nothing.
+        keep: in [0, 1], above the first prune layer; 1 drops nothing, 0 every visual token.
         scope: `all` (visual and text tokens compete) or `vision` (text tokens are protected).
+        above: the same for further prune layers; the last share given holds for the rest.
     """
 
     keep: float = 1.0
     scope: KVScope = "all"
+    above: tuple[float, ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Every share, from the lowest prune layer up."""
+        return (self.keep, *self.above)
 
     @property
     def drops(self) -> bool:
         """Whether anything may leave the cache."""
-        return self.keep < 1.0
+        return min(self.shares) < 1.0
 
     def extra_args(self) -> dict[str, Any]:
         """What `SamplingParams.extra_args` carries to scheduler and worker."""
-        return {KWARG: {"kv_keep": float(self.keep), "kv_scope": self.scope}}
+        keep: float | list[float] = list(map(float, self.shares)) if self.above else float(self.keep)
+        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope}}
 
     @staticmethod
     def from_extra_args(extra_args: Mapping[str, Any] | None, default: KVSettings) -> KVSettings:
@@ -156,7 +166,13 @@ class KVSettings:
                 f"extra_args.{KWARG}",
             )
         controls = Controls.from_mapping(entry, where=f"extra_args.{KWARG}", fields=("kv_keep", "kv_scope"))
-        return KVSettings(keep=controls.get("kv_keep", 1.0), scope=controls.get("kv_scope", "all"))
+        return KVSettings.of(controls.get("kv_keep", (1.0,)), controls.get("kv_scope", "all"))
+
+    @staticmethod
+    def of(shares: Sequence[float], scope: KVScope = "all") -> KVSettings:
+        """From the shares of one or more prune layers."""
+        keep, *above = shares
+        return KVSettings(keep, scope, tuple(above))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +190,7 @@ class PruneSettings:
             "method": self.vision.method,
             "aggressiveness": self.vision.aggressiveness,
             "keep_ratio": self.vision.keep_ratio,
-            "kv_keep": self.kv.keep,
+            "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
         }
 
@@ -277,6 +293,8 @@ class Controls:
 def _parse(field: str, value: Any, name: str, *, text: bool) -> Any:
     if field in _NUMBERS:
         return _number(field, value, name, text=text)
+    if field == "kv_keep":
+        return _shares(value, name, text=text)
     if not isinstance(value, str):
         raise SettingsError(f"{name} must be a string, not {_kind(value)}.", name)
     value = value.strip().lower()
@@ -287,8 +305,20 @@ def _parse(field: str, value: Any, name: str, *, text: bool) -> Any:
     return value
 
 
+def _shares(value: Any, name: str, *, text: bool) -> tuple[float, ...]:
+    """One share, or one a prune layer: ``0.5,0.25`` in a header or a body's string, a list in a body."""
+    if isinstance(value, str):
+        values: list[Any] = value.split(",")
+        text = True
+    else:
+        values = value if isinstance(value, list | tuple) else [value]
+    if not 1 <= len(values) <= _MOST_SHARES:
+        raise SettingsError(f"{name} must be one share, or one a prune layer, not {len(values)}.", name)
+    return tuple(_number("kv_keep", one.strip() if text else one, name, text=text) for one in values)
+
+
 def _number(field: str, value: Any, name: str, *, text: bool) -> float:
-    bounds = "[0, 1]" if field == "aggressiveness" else "(0, 1]"
+    bounds = "(0, 1]" if field == "keep_ratio" else "[0, 1]"
     number = math.nan
     if text:
         # float() takes '1_0', which no HTTP client means as a number
@@ -299,7 +329,7 @@ def _number(field: str, value: Any, name: str, *, text: bool) -> float:
         number = float(value) if abs(value) <= 2 else math.inf
     else:
         raise SettingsError(f"{name} must be a number in {bounds}, not {_kind(value)}.", name)
-    low_ok = number >= 0.0 if field == "aggressiveness" else number > 0.0
+    low_ok = number > 0.0 if field == "keep_ratio" else number >= 0.0
     if not (low_ok and number <= 1.0):  # NaN fails both comparisons
         raise SettingsError(f"{name} must be a number in {bounds}, not {_clip(str(value))}.", name)
     return number + 0.0  # -0.0 becomes 0.0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from tests.helpers.pictures import noise, scene
 from tests.reference import Request
@@ -38,6 +39,36 @@ def corners() -> list[Request]:
 def decoder_cases() -> list[Request]:
     """Few of the grid, for one more decoder: both scopes, text alone, two images."""
     return [r for r in corners() if r.kv_keep in (0.25, 0.6) or not r.images]
+
+
+def band_cases() -> list[Request]:
+    """Shares a prune layer, one for all, none at some, the schedule's own, and the exit."""
+    shares: list[tuple[float | tuple[float, ...], str]] = [
+        (1.0, "all"),
+        (0.999, "all"),
+        ((1.0, 0.25), "all"),
+        ((0.5, 0.25), "all"),
+        ((0.5, 0.5, 0.1), "all"),
+        ((0.75, 0.4), "vision"),
+        ((0.25, 0.001), "all"),
+        ((0.5, 1.0, 0.2), "all"),
+        ((0.6, 0.0), "all"),
+        (0.0, "all"),
+    ]
+    cases = [Request(QUESTION, (noise(i),), kv_keep=keep, kv_scope=s) for i, (keep, s) in enumerate(shares)]
+    return [
+        *cases,
+        Request(QUESTION, (scene(),), aggressiveness=0.5, kv_keep=(0.6, 0.3)),
+        Request(TWO, (noise(1), noise(2)), kv_keep=(0.5, 0.2), max_tokens=40),
+        Request(TWO, (noise(1), scene(9)), keep_ratio=0.25, kv_keep=(0.7, 0.35), kv_scope="vision"),
+        Request(TEXT, kv_keep=(0.6, 0.2), max_tokens=70),
+        Request(TEXT, kv_keep=0.0),
+    ]
+
+
+def band_crowd() -> list[Request]:
+    """Ten requests that together outgrow a small cache, each with a share for two prune layers."""
+    return [replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0)) for i, r in enumerate(crowd())]
 
 
 def crowd() -> list[Request]:

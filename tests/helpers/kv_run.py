@@ -17,9 +17,36 @@ from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, decoder_cases, grid, unpruned
+from tests.helpers.kv_cases import (
+    QUESTION,
+    band_cases,
+    band_crowd,
+    corners,
+    crowd,
+    decoder_cases,
+    grid,
+    unpruned,
+)
 from tests.helpers.pictures import noise
 from tests.reference import Request
+
+
+#: A cache that a crowd outgrows.
+SMALL_CACHE: dict[str, Any] = {
+    "num_gpu_blocks_override": 250,
+    "max_model_len": 448,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 12,
+}
+#: Prune layers and ratings of the scenarios with several.
+BANDS: dict[str, dict[str, str]] = {
+    "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
+    "bands_preemption": {"prune_layers": "2:0.8,4:0", "relevance": "last_token"},
+    "bands_compiled": {
+        "prune_layers": "2:vision=0.6,3:vision=0.4,4:vision=0.2,5:0",
+        "relevance": "pagerank,inherited,key_norm",
+    },
+}
 
 
 class Engine:
@@ -32,13 +59,14 @@ class Engine:
         prune_layer: int | None = None,
         relevance: str = "attention",
         plugin: bool = True,
+        prune_layers: str = "",
         **kwargs: Any,
     ):
         from vllm import LLM
 
         from vllm_vtprune import engine_kwargs
 
-        policy = {"prune_layer": prune_layer, "relevance": relevance}
+        policy = {"prune_layer": prune_layer, "prune_layers": prune_layers, "relevance": relevance}
         self.llm = LLM(
             checkpoint,
             dtype="float32",
@@ -138,15 +166,14 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
     result["traffic"] = traffic(engine, (0.25,))
     engine.llm.reset_prefix_cache()
     result["unpruned"] = engine.run(unpruned())
-    result["pool"] = pool_during(engine)
+    result["pool"] = pool_during(engine, Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8))
     result |= behaviours(engine)
     result["blocks_lost"] = free - engine.pool.get_num_free_blocks()
     return result
 
 
-def pool_during(engine: Engine) -> dict[str, Any]:
-    """A batch of 16 at kv_keep 0.25: blocks by group and request, before, during and after."""
-    request = Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8)
+def pool_during(engine: Engine, request: Request) -> dict[str, Any]:
+    """A batch of 16 of a request: blocks by group and request, before, during and after."""
     before = engine.pool.get_num_free_blocks()
     for i in range(16):
         engine.add(request, f"pool-{i}")
@@ -165,6 +192,7 @@ def pool_during(engine: Engine) -> dict[str, Any]:
         "after": engine.pool.get_num_free_blocks(),
         "held": held,
         "groups": [type(s).__name__ for s in specs],
+        "bands": [s.band for s in specs],
         "block_size": specs[0].block_size,
     }
 
@@ -204,10 +232,7 @@ def scenario_preemption(checkpoint: str) -> dict[str, Any]:
         prune_layer=1,
         relevance="last_token",
         block_size=32,
-        num_gpu_blocks_override=250,
-        max_model_len=448,
-        max_num_batched_tokens=256,
-        max_num_seqs=12,
+        **SMALL_CACHE,
     )
     free = engine.pool.get_num_free_blocks()
     return {
@@ -260,6 +285,36 @@ def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
     """Two ranks, each with half of the heads: they must keep the same tokens."""
     engine = Engine(checkpoint, prune_layer=2, tensor_parallel_size=2)
     return {"batch": engine.run(corners())}
+
+
+def scenario_bands(checkpoint: str) -> dict[str, Any]:
+    """Three prune layers: a mixed batch, alone, and the block pool."""
+    engine = Engine(checkpoint, **BANDS["bands"], block_size=32, kv_cache_memory_bytes=1 << 28)
+    free = engine.pool.get_num_free_blocks()
+    request = Request(QUESTION, (noise(0),), kv_keep=(0.5, 0.25, 0.0), max_tokens=8)
+    return {
+        "batch": engine.run(band_cases()),
+        "single": [engine.run([r])[0] for r in band_cases()[:6]],
+        "pool": pool_during(engine, request),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+    }
+
+
+def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
+    """A cache too small for the crowd, and an exit."""
+    engine = Engine(checkpoint, **BANDS["bands_preemption"], block_size=32, **SMALL_CACHE)
+    free = engine.pool.get_num_free_blocks()
+    return {
+        "answers": engine.run(band_crowd()),
+        "preemptions": engine.metric("vllm:num_preemptions"),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+    }
+
+
+def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
+    """Four prune layers, bands traced by torch.compile, other ratings."""
+    engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, kv_cache_memory_bytes=1 << 28)
+    return {"batch": engine.run(band_cases()), "bands": engine.llm.apply_model(_bands)[0]}
 
 
 def scenario_decoders(folder: str) -> dict[str, Any]:
@@ -325,6 +380,9 @@ SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "capacity": scenario_capacity,
     "top": scenario_top,
     "tensor_parallel": scenario_tensor_parallel,
+    "bands": scenario_bands,
+    "bands_preemption": scenario_bands_preemption,
+    "bands_compiled": scenario_bands_compiled,
     "decoders": scenario_decoders,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,

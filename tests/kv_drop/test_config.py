@@ -20,7 +20,7 @@ from tests.helpers.kv_config import config
 from vllm_vtprune.kv_drop.hooks import scheduler
 from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config, recommended_prune_layer
-from vllm_vtprune.kv_drop.metrics import groups_above_prune_layer
+from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_process_reads_the_same(checkpoint: Path) -> None:
     built = config(checkpoint, policy={"window": 5, "relevance": "last_token"}, max_num_batched_tokens=2048)
     drop = kv_drop_config(built)
-    assert (drop.prune_layer, drop.window, drop.relevance) == (2, 5, "last_token")
+    assert (drop.prune_layers, drop.window, drop.relevance) == ((2,), 5, ("last_token",))
     assert drop.special_ids == {0, BOS, EOS, PAD} and IMAGE not in drop.special_ids
     assert drop.longest_prompt == 2048 - built.scheduler_config.max_num_seqs + 1
 
@@ -105,18 +105,31 @@ def test_the_recommended_layer_divides_the_depth(layers: int, recommended: int) 
     assert recommended_prune_layer(layers) == recommended
 
 
-@given(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
-def test_vllm_keeps_the_halves_in_groups_of_their_own(depth: tuple[int, int]) -> None:
-    layers, prune_layer = depth
+@st.composite
+def decoders(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """Depth, and one to four prune layers."""
+    layers = draw(st.integers(2, 48))
+    return layers, sorted(draw(st.sets(st.integers(1, layers - 1), min_size=1, max_size=4)))
+
+
+@given(decoders())
+def test_vllm_keeps_the_bands_in_groups_of_their_own(decoder: tuple[int, list[int]]) -> None:
+    layers, prune_layers = decoder
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, prune_layer)
+    specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, *prune_layers)
     assert not is_kv_cache_spec_uniform(specs)
     groups = _get_kv_cache_groups_uniform_page_size(specs)
-    above = [i for i, _ in groups_above([g.kv_cache_spec for g in groups])]
+    below = dict(groups_above([g.kv_cache_spec for g in groups]))
+    bands = []
     for i, group in enumerate(groups):
         indices = [int(name.split(".")[2]) for name in group.layer_names]
-        assert all((index >= prune_layer) == (i in above) for index in indices)
-    assert len(above) == groups_above_prune_layer(layers, prune_layer)
+        (band,) = {sum(index >= layer for layer in prune_layers) for index in indices}
+        assert below.get(i, -1) == band - 1
+        bands.append(band)
+    counts, empty = band_groups(band_sizes(layers, prune_layers))
+    assert [bands.count(band) for band in range(len(prune_layers) + 1)] == counts
+    largest = max(len(group.layer_names) for group in groups)
+    assert empty == pytest.approx(len(groups) * largest / layers - 1)
 
 
 def test_layers_without_full_attention_are_refused() -> None:

@@ -9,14 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.kv_rows import kept_rows
-from vllm_vtprune.kv_drop.relevance import (
-    RELEVANCE,
-    Bucket,
-    PrunedPrompts,
-    attention_received,
-    make_buckets,
-)
+from vllm_vtprune.kv_drop.ratings import Bucket, attention_received, make_buckets
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
 from vllm_vtprune.policy import RELEVANCES
 
 SIZE = 8

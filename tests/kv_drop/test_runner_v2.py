@@ -19,12 +19,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from tests.helpers.kv_rows import kept_rows
 from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks import worker
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
 from vllm_vtprune.kv_drop.plan import KVDropConfig
+from vllm_vtprune.kv_drop.relevance import kept_rows
+from vllm_vtprune.kv_drop.schedule import PruneLayer
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 4
@@ -37,7 +38,7 @@ def model_state(monkeypatch: pytest.MonkeyPatch) -> KVDropModelState:
     state = object.__new__(KVDropModelState)
     state.model = SimpleNamespace(kv_drop=KVDropBands(1, 8, 400, CPU))  # type: ignore[assignment]
     state.rope_state = state.prompt_embeds_state = None
-    state._config = KVDropConfig(prune_layer=1, window=2, longest_prompt=300)
+    state._config = KVDropConfig((PruneLayer(1),), window=2, longest_prompt=300)
     state._drops, state._preempted, state._leaving = {}, {}, frozenset()
     real = inspect.signature(DefaultModelState.prepare_attn)
 

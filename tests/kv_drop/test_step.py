@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.kv_rows import kept_rows
 from vllm_vtprune.kv_drop import step as step_module
+from vllm_vtprune.kv_drop.relevance import kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
 
 

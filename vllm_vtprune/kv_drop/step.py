@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_vtprune.kv_drop.relevance import Bucket, PrunedPrompts, make_buckets
+from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
+from vllm_vtprune.kv_drop.relevance import PrunedPrompts
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata

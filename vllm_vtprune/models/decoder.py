@@ -211,15 +211,18 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
             continue
         for attention in attentions[first:last]:
             adopt_layer(attention, state.bands[index - 1])
-        relevance = RELEVANCE[drop.relevance]
-        recorder = Recorder(
-            layers[first - 1],
-            attentions[first - 1],
-            rotary=relevance.rotary,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device=device,
-        )
+        relevance = RELEVANCE[drop.relevance_at(index - 1)]
+        recorder = None
+        # at an exit the protected tokens are all that goes on
+        if not relevance.inherits and drop.schedule[index - 1].share > 0:
+            recorder = Recorder(
+                layers[first - 1],
+                attentions[first - 1],
+                rotary=relevance.rotary,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=device,
+            )
         names = [attention.layer_name for attention in attentions[first:last]]
         borders.append(Border(relevance, relevance.queries(drop.window), recorder, names))
     graphs = device.type == "cuda" and compilation.cudagraph_mode != CUDAGraphMode.NONE
