@@ -306,15 +306,15 @@ def _parse(field: str, value: Any, name: str, *, text: bool) -> Any:
 
 
 def _shares(value: Any, name: str, *, text: bool) -> tuple[float, ...]:
-    """One share, or one a prune layer: ``0.5,0.25`` in a header or a body's string, a list in a body."""
-    if isinstance(value, str):
-        values: list[Any] = value.split(",")
-        text = True
-    else:
-        values = value if isinstance(value, list | tuple) else [value]
+    """One share, or one a prune layer: ``0.5,0.25`` in a header, a list in a body."""
+    values: Sequence[Any] = [value]
+    if text:
+        values = [part.strip() for part in value.split(",")]
+    elif isinstance(value, list | tuple):
+        values = value
     if not 1 <= len(values) <= _MOST_SHARES:
         raise SettingsError(f"{name} must be one share, or one a prune layer, not {len(values)}.", name)
-    return tuple(_number("kv_keep", one.strip() if text else one, name, text=text) for one in values)
+    return tuple(_number("kv_keep", one, name, text=text) for one in values)
 
 
 def _number(field: str, value: Any, name: str, *, text: bool) -> float:

@@ -30,7 +30,6 @@ from tests.helpers.kv_cases import (
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
-
 #: A cache that a crowd outgrows.
 SMALL_CACHE: dict[str, Any] = {
     "num_gpu_blocks_override": 250,

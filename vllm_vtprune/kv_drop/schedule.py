@@ -100,7 +100,7 @@ def check(prune_layers: Sequence[PruneLayer]) -> None:
     """
     if not 1 <= len(prune_layers) <= MOST_PRUNE_LAYERS:
         raise ScheduleError(
-            f"there are {len(prune_layers)} prune layers, and may be 1 to {MOST_PRUNE_LAYERS}"
+            f"{len(prune_layers)} prune layers are given, and may be 1 to {MOST_PRUNE_LAYERS}"
         )
     for prune_layer in prune_layers:
         if prune_layer.layer < 1:
