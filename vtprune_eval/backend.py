@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vllm_vtprune.errors import VTPruneError
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Questions
 
 
-class RunnerError(ValueError):
+class RunnerError(VTPruneError, ValueError):
     """The model or the server cannot do what was asked; the message says what to change."""
 
 
@@ -55,6 +56,11 @@ class Runner(Protocol):
     @property
     def draws(self) -> int:
         """How many different draws of `random` it can make."""
+        ...
+
+    @property
+    def baselines(self) -> Sequence[str]:
+        """The names of `setting.BASELINES` that it can run."""
         ...
 
     def answer(self, setting: Setting) -> Sequence[Reply]:

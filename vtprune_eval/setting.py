@@ -6,11 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_vtprune.selection import Budget
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.selection import DEFAULT_METHOD
+from vllm_vtprune.settings import KVSettings, VisionSettings
 
+#: Not a selection method but the picture itself made smaller, to about as many tokens.
+DOWNSCALE = "downscale"
 #: The rules that every method is compared with at its own counts.
-BASELINES = ("random", "uniform")
+BASELINES = ("random", "uniform", DOWNSCALE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class Setting:
         return replace(self, vision=replace(self.vision, method=name), like=self.vision, draw=draw)
 
     @property
+    def counted(self) -> VisionSettings:
+        """The stage 1 that says how many tokens of each picture stay."""
+        if self.like is not None:
+            return self.like
+        return replace(self.vision, method=DEFAULT_METHOD) if self.downscales else self.vision
+
+    @property
+    def downscales(self) -> bool:
+        """Whether the picture is made smaller instead of being pruned."""
+        return self.vision.method == DOWNSCALE and not self.vision.keeps_all
+
+    @property
     def prunes(self) -> bool:
         """Whether anything may be dropped."""
         return not self.vision.keeps_all or self.kv.drops
@@ -90,13 +105,3 @@ class Setting:
             "window": self.window if self.kv.drops else None,
             "relevance": self.relevance if self.kv.drops else None,
         }
-
-
-def budget_of(vision: VisionSettings) -> Budget:
-    """Stage 1's settings as selection takes them."""
-    return Budget(
-        aggressiveness=vision.aggressiveness,
-        keep_ratio=vision.keep_ratio,
-        min_tokens=vision.min_tokens,
-        score=vision.score,
-    )

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vllm_vtprune.contract import KVScope
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.selection import METHODS
-from vllm_vtprune.settings import KVScope, KVSettings, VisionSettings
+from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import Progress, evaluate
 from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
 from vtprune_eval.report import dump, write_page
-from vtprune_eval.setting import Setting
+from vtprune_eval.setting import DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions, scene_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
@@ -65,7 +66,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     rating = evaluate(held_out, _rating_grid(layer, balanced), progress, baselines=())
 
     runner = LocalRunner(model, scene_questions("test", size.test, model.image_size), everything)
-    fixed = [_fixed(name, share) for share, name in product(SHARES.values(), names)]
+    fixed = [_fixed(name, share) for share, name in product(SHARES.values(), (*names, DOWNSCALE))]
     adaptive = [
         VisionSettings(method=name, aggressiveness=amount)
         for amount, name in product(presets.values(), ("inflection", "inflection_diverse"))
@@ -155,6 +156,8 @@ def _add_objects(documents: dict[str, dict[str, Any]], runner: LocalRunner) -> N
     for name in ("fixed", "adaptive"):
         for row in documents[name]["rows"][1:]:
             asked = row["setting"]
+            if asked["method"] == DOWNSCALE:
+                continue
             vision = VisionSettings(asked["method"], asked["aggressiveness"], asked["keep_ratio"])
             row["objects"] = objects_kept(runner.pictures, vision, owner)
 

@@ -14,6 +14,17 @@ TWO = "<s>USER: <image>\n<image> compare</s> the two. ASSISTANT:"
 TEXT = "<s>USER: " + "a story that goes on and on. " * 9 + "ASSISTANT:"
 
 
+#: Prune layers and ratings of the scenarios with several.
+BANDS: dict[str, dict[str, str]] = {
+    "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
+    "bands_preemption": {"prune_layers": "2:0.8,4:0", "relevance": "last_token"},
+    "bands_compiled": {
+        "prune_layers": "2:vision=0.6,3:vision=0.4,4:vision=0.2,5:0",
+        "relevance": "pagerank,inherited,key_norm",
+    },
+}
+
+
 def grid() -> list[Request]:
     """Both stages, both scopes, shares from all to the minimum, no, one and two images."""
     cases = [
@@ -34,11 +45,6 @@ def grid() -> list[Request]:
 def corners() -> list[Request]:
     """A few of the grid, for an engine that is slow to start."""
     return [r for r in grid() if r.kv_keep in (1.0, 0.25, 0.001) or len(r.images) == 2]
-
-
-def decoder_cases() -> list[Request]:
-    """Few of the grid, for one more decoder: both scopes, text alone, two images."""
-    return [r for r in corners() if r.kv_keep in (0.25, 0.6) or not r.images]
 
 
 def band_cases() -> list[Request]:
@@ -75,6 +81,15 @@ def crowd() -> list[Request]:
     """Ten requests that together outgrow a small cache."""
     shares = (0.25, 0.5, 1.0, 0.3, 0.75, 0.001, 0.4, 1.0, 0.6, 0.2)
     return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=90) for i, k in enumerate(shares)]
+
+
+def resettable() -> list[Request]:
+    """Requests of every kind that run long enough to be interrupted twice."""
+    images = [
+        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=40)
+        for i, k in enumerate((1.0, 0.75, 0.5, 0.25, 0.25))
+    ]
+    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=40)]
 
 
 def unpruned() -> list[Request]:

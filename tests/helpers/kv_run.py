@@ -11,22 +11,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import (
-    QUESTION,
-    band_cases,
-    band_crowd,
-    corners,
-    crowd,
-    decoder_cases,
-    grid,
-    unpruned,
-)
+from tests.helpers.kv_cases import BANDS, QUESTION, band_cases, band_crowd, corners, crowd, grid, unpruned
+from tests.helpers.kv_engine import Engine, answer, refusal
+from tests.helpers.kv_events import events, graphs
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
@@ -37,129 +29,19 @@ SMALL_CACHE: dict[str, Any] = {
     "max_num_batched_tokens": 256,
     "max_num_seqs": 12,
 }
-#: Prune layers and ratings of the scenarios with several.
-BANDS: dict[str, dict[str, str]] = {
-    "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
-    "bands_preemption": {"prune_layers": "2:0.8,4:0", "relevance": "last_token"},
-    "bands_compiled": {
-        "prune_layers": "2:vision=0.6,3:vision=0.4,4:vision=0.2,5:0",
-        "relevance": "pagerank,inherited,key_norm",
-    },
-}
-
-
-class Engine:
-    """vLLM's `LLM` on a small checkpoint, with what the scenarios ask of it."""
-
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        prune_layer: int | None = None,
-        relevance: str = "attention",
-        plugin: bool = True,
-        prune_layers: str = "",
-        **kwargs: Any,
-    ):
-        from vllm import LLM
-
-        from vllm_vtprune import engine_kwargs
-
-        policy = {"prune_layer": prune_layer, "prune_layers": prune_layers, "relevance": relevance}
-        self.llm = LLM(
-            checkpoint,
-            dtype="float32",
-            **{
-                "enforce_eager": True,
-                "max_num_seqs": 16,
-                "max_model_len": 1024,
-                "max_num_batched_tokens": 1024,
-                "limit_mm_per_prompt": {"image": 4},
-                "disable_log_stats": False,
-                **(engine_kwargs(**policy) if plugin else {}),
-                **kwargs,
-            },
-        )
-        self.plugin = plugin
-        self.core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = self.core.scheduler
-        self.pool = self.scheduler.kv_cache_manager.block_pool
-
-    def prompt(self, request: Request) -> dict[str, Any]:
-        from vllm_vtprune import request_kwargs
-
-        tokens = self.llm.get_tokenizer()(request.prompt, add_special_tokens=False).input_ids
-        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-            ratio = {"keep_ratio": request.keep_ratio}
-            knee = {"aggressiveness": request.aggressiveness}
-            if self.plugin:
-                prompt["mm_processor_kwargs"] = request_kwargs(**(ratio if request.keep_ratio else knee))[0]
-        return prompt
-
-    def params(self, request: Request, **kwargs: Any) -> Any:
-        from vllm import SamplingParams
-
-        from vllm_vtprune import request_kwargs
-
-        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope)[1]
-        defaults = {
-            "temperature": 0,
-            "max_tokens": request.max_tokens,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "extra_args": extra_args if self.plugin else None,
-        }
-        return SamplingParams(**{**defaults, **kwargs})
-
-    def run(self, requests: Sequence[Request], **kwargs: Any) -> list[dict[str, Any]]:
-        """Answers of a batch given all at once."""
-        outputs = self.llm.generate(
-            [self.prompt(r) for r in requests], [self.params(r, **kwargs) for r in requests], use_tqdm=False
-        )
-        return [answer(o) for o in outputs]
-
-    def metric(self, name: str) -> float:
-        """The value of one of vLLM's own counters."""
-        return float(next(m.value for m in self.llm.get_metrics() if m.name == name))
-
-    def blocks(self, request_id: str) -> list[int]:
-        """Blocks the request holds, by KV-cache group."""
-        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return [len(m.req_to_blocks.get(request_id, ())) for m in managers]
-
-    def steps(self) -> Iterator[None]:
-        """Run what was added, giving back control after every step."""
-        while self.llm.llm_engine.has_unfinished_requests():
-            self.llm.llm_engine.step()
-            yield
-
-    def add(self, request: Request, request_id: str, **kwargs: Any) -> None:
-        self.llm.llm_engine.add_request(request_id, self.prompt(request), self.params(request, **kwargs))
-
-    def internal_id(self, request_id: str) -> str:
-        """The id the engine made of it: vLLM appends to the ids it is given."""
-        return next(i for i in self.scheduler.requests if i.startswith(request_id))
-
-
-def answer(output: Any, index: int = 0) -> dict[str, Any]:
-    """One completion as plain values."""
-    completion = output.outputs[index]
-    ids = list(completion.token_ids)
-    logprobs = completion.logprobs and [d[t].logprob for d, t in zip(completion.logprobs, ids, strict=True)]
-    return {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "cached": output.num_cached_tokens,
-        "tokens": ids,
-        "logprobs": logprobs,
-        "text": completion.text,
-    }
 
 
 def scenario_grid(checkpoint: str) -> dict[str, Any]:
     """The grid in one batch and one at a time; then everything else an engine with K = 2 must do."""
-    engine = Engine(checkpoint, prune_layer=2, block_size=32)
+    engine = Engine(
+        checkpoint,
+        prune_layer=2,
+        # for requests that say nothing; the scenarios' own say all
+        default_preset="balanced",
+        block_size=32,
+        num_gpu_blocks_override=250,
+        max_num_seqs=32,
+    )
     free = engine.pool.get_num_free_blocks()
     result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
     result["traffic"] = traffic(engine, (0.25,))
@@ -167,7 +49,16 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
     result["unpruned"] = engine.run(unpruned())
     result["pool"] = pool_during(engine, Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8))
     result |= behaviours(engine)
+    result |= events(engine)
+    result["free"] = free
+    if engine.is_v2:
+        result["graphs"] = graphs(engine)
     result["blocks_lost"] = free - engine.pool.get_num_free_blocks()
+    result["runner"] = {
+        "v2": engine.is_v2,
+        "scheduler": type(engine.scheduler).__name__,
+        "steps_ahead": engine.core.batch_queue_size,
+    }
     return result
 
 
@@ -210,8 +101,8 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
     for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
         found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
-    # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
-    long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
+    # 993 tokens are the longest of this engine: a step takes 1024 and 31 others may be decoding
+    long = Request("<s>" + "x" * 993, kv_keep=0.5, max_tokens=4)
     found["too_long"] = engine.run([long, pruned])
     found["unpruned_reasons"] = dict(engine.scheduler.unpruned)
 
@@ -263,17 +154,6 @@ def scenario_capacity(checkpoint: str) -> dict[str, Any]:
     return {"free": engine.pool.get_num_free_blocks(), "running": running, "answers": engine.run(small)}
 
 
-def refusal(engine: Engine, request: Request, **kwargs: Any) -> str:
-    """What `LLM.generate` raises for a request; empty if it answers."""
-    from vllm.exceptions import VLLMValidationError
-
-    try:
-        engine.run([request], **kwargs)
-    except VLLMValidationError as error:
-        return str(error)
-    return ""
-
-
 def scenario_top(checkpoint: str) -> dict[str, Any]:
     """K at the top end, the two halves traced by torch.compile."""
     engine = Engine(checkpoint, prune_layer=5, enforce_eager=False)
@@ -288,7 +168,7 @@ def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
 
 def scenario_bands(checkpoint: str) -> dict[str, Any]:
     """Three prune layers: a mixed batch, alone, and the block pool."""
-    engine = Engine(checkpoint, **BANDS["bands"], block_size=32, kv_cache_memory_bytes=1 << 28)
+    engine = Engine(checkpoint, **BANDS["bands"], block_size=32, num_gpu_blocks_override=1000)
     free = engine.pool.get_num_free_blocks()
     request = Request(QUESTION, (noise(0),), kv_keep=(0.5, 0.25, 0.0), max_tokens=8)
     return {
@@ -296,6 +176,7 @@ def scenario_bands(checkpoint: str) -> dict[str, Any]:
         "single": [engine.run([r])[0] for r in band_cases()[:6]],
         "pool": pool_during(engine, request),
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
+        "decoder": engine.llm.apply_model(_bands)[0],
     }
 
 
@@ -307,26 +188,14 @@ def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
         "answers": engine.run(band_crowd()),
         "preemptions": engine.metric("vllm:num_preemptions"),
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
+        "decoder": engine.llm.apply_model(_bands)[0],
     }
 
 
 def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
     """Four prune layers, bands traced by torch.compile, other ratings."""
-    engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, kv_cache_memory_bytes=1 << 28)
-    return {"batch": engine.run(band_cases()), "bands": engine.llm.apply_model(_bands)[0]}
-
-
-def scenario_decoders(folder: str) -> dict[str, Any]:
-    """Decoders other than Llama, one checkpoint each, traced by torch.compile."""
-    found = {}
-    for checkpoint in sorted(Path(folder).iterdir()):
-        engine = Engine(
-            str(checkpoint), prune_layer=2, enforce_eager=False, kv_cache_memory_bytes=1 << 28, block_size=32
-        )
-        batch = engine.run(decoder_cases())
-        found[checkpoint.name] = {"batch": batch, "bands": engine.llm.apply_model(_bands)[0]}
-        engine.llm.llm_engine.engine_core.shutdown()
-    return found
+    engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, num_gpu_blocks_override=1000)
+    return {"batch": engine.run(band_cases()), "decoder": engine.llm.apply_model(_bands)[0]}
 
 
 def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
@@ -382,7 +251,6 @@ SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "bands": scenario_bands,
     "bands_preemption": scenario_bands_preemption,
     "bands_compiled": scenario_bands_compiled,
-    "decoders": scenario_decoders,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,
 }

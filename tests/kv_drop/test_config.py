@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm import envs
+from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size, is_kv_cache_spec_uniform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,7 +22,7 @@ from tests.helpers.kv_config import config
 from vllm_vtprune.kv_drop.hooks import scheduler
 from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config, recommended_prune_layer
-from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes
+from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,21 @@ def test_what_cannot_work_is_refused_in_a_sentence(
         config(checkpoint, **arguments)
 
 
+def test_breakable_cuda_graphs_stay_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where vLLM would turn them on by itself, as it does for batch invariance on some models."""
+    monkeypatch.setattr(VllmConfig, "_uses_breakable_cudagraph_by_default", lambda self: True)
+    for policy, expected in (({}, False), ({"prune_layer": None}, True)):
+        # remembers that it was unset
+        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "")
+        monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+        config(checkpoint, policy=policy)
+        assert envs.VLLM_USE_BREAKABLE_CUDAGRAPH is expected
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="breakable CUDA graphs; leave out VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        config(checkpoint)
+    config(checkpoint, enforce_eager=True)
+
+
 def test_another_decoder_is_refused(tmp_path: Path) -> None:
     gemma = edit_config(random_llava(tmp_path, layers=4), {"text_config": {"model_type": "gemma2"}})
     with pytest.raises(ValueError, match="a gemma2 decoder; the supported ones are llama, mistral, qwen2"):
@@ -96,6 +113,26 @@ def test_another_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_sliding_window_is_refused(mistral: Path) -> None:
     with pytest.raises(ValueError, match="a sliding-window decoder"):
         config(mistral)
+
+
+def test_a_schedule_is_written_out_for_the_model(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is compiled is filed under the configuration's text."""
+    built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "pyramid"})
+    drop = kv_drop_config(built)
+    assert drop.schedule == parse("2:vision=0.5,3:vision=0.25,4:vision=0.125")
+    assert drop.relevance == ("last_token",) * 3
+    assert built.additional_config["vtprune"]["prune_layers"] == "2:vision=0.5,3:vision=0.25,4:vision=0.125"
+    built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "exit", "relevance": "no_rope"})
+    assert (kv_drop_config(built).schedule, kv_drop_config(built).relevance) == (parse("3:0"), ("no_rope",))
+    assert not caplog.records
+    config(checkpoint, policy={"prune_layer": None, "prune_layers": "2,5"})
+    (record,) = [r for r in caplog.records if r.name.startswith("vllm_vtprune")]
+    assert "prune layers 2, 5 of 6 cut the KV cache into 6 groups" in record.getMessage()
+
+
+def test_a_schedule_that_does_not_fit_the_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="prune layers must be 1 to 5 for 6 decoder layers, not 6"):
+        config(checkpoint, policy={"prune_layer": None, "prune_layers": "2,6"})
 
 
 @pytest.mark.parametrize(

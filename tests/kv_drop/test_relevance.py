@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from vllm_vtprune.kv_drop import ratings
 from vllm_vtprune.kv_drop.ratings import Bucket, attention_received, make_buckets
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
-from vllm_vtprune.policy import RELEVANCES
 
 SIZE = 8
 
@@ -189,7 +188,3 @@ def test_buckets_hold_each_prompt_once_and_pad_by_two_at_most(lengths):
     for padded, (_, length, _) in buckets:
         assert padded == length.max()
         assert padded <= 64 or (padded < 2 * length).all()
-
-
-def test_the_operators_names_are_those_of_the_ratings():
-    assert tuple(RELEVANCE) == RELEVANCES

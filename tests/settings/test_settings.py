@@ -11,17 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtprune import engine_kwargs, request_kwargs
-from vllm_vtprune.policy import PolicyError, PrunePolicy
+from vllm_vtprune.contract import HEADERS, PRESETS
+from vllm_vtprune.errors import PolicyError, SettingsError
+from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.settings import (
-    HEADERS,
-    PRESETS,
-    Controls,
-    KVSettings,
-    PruneSettings,
-    SettingsError,
-    VisionSettings,
-)
+from vllm_vtprune.settings import Controls, KVSettings, PruneSettings, VisionSettings
 
 POLICY = PrunePolicy(prune_layer=2)
 UNIT = st.floats(0, 1)
@@ -164,7 +158,7 @@ def test_a_share_for_each_prune_layer() -> None:
     ("keep", "sentence"),
     [
         ("0.5,0.4,0.3", "names 3 shares, and this server has 2 prune layers"),
-        ("0.5,0.4,0.3,0.2,0.1", "one share, or one a prune layer, not 5"),
+        ("0.5,0.4,0.3,0.2,0.1", "must be 1 to 4 numbers, not 5"),
         ("0.5,,0.2", "must be a number"),
         ("0.5,1.5", "must be a number"),
         ("0.5,0.1", "asks for kv_keep 0.1; this server keeps at least 0.2"),
@@ -180,19 +174,18 @@ def test_shares_that_cannot_be_served_are_refused(keep: str, sentence: str) -> N
     ("fields", "sentence"),
     [
         ({"prune_layers": "8:x"}, "prune_layers: '8:x' is no prune layer"),
-        ({"prune_layers": "8,16", "prune_layer": 9}, "give prune_layer or prune_layers, not both"),
-        ({"prune_layers": "aim", "prune_layer": 9}, "give prune_layer or prune_layers, not both"),
+        ({"prune_layers": 8}, "prune_layers must be text"),
         ({"prune_layers": "8,16", "relevance": "attention,unknown"}, "relevance must be one of attention"),
-        ({"prune_layers": "8,16", "relevance": "inherited"}, "the first of which is not inherited"),
+        ({"prune_layers": "8,16", "relevance": "inherited"}, "of which the first cannot inherit"),
     ],
 )
 def test_prune_layers_that_cannot_work_are_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PolicyError, match=sentence):
-        PrunePolicy(**fields)
+        PrunePolicy.from_config({"vtprune": fields})
 
 
 def test_several_prune_layers_have_a_first() -> None:
-    policy = PrunePolicy(prune_layers="8:0.5,16:0")
+    policy = PrunePolicy(prune_layer=3, prune_layers="8:0.5,16:0")
     assert (policy.prune_layer, policy.has_prune_layer) == (8, True)
     assert PrunePolicy.from_config({"vtprune": policy.to_config()}) == policy
     # what a name means is known with the model

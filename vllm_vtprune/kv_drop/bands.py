@@ -22,6 +22,11 @@ class KVDropBands:
     def __init__(self, borders: int, max_requests: int, max_tokens: int, device: torch.device) -> None:
         self.bands = [KVDropState(max_requests, max_tokens, device) for _ in range(borders)]
 
+    @property
+    def overrun(self) -> set[int]:
+        """As `KVDropState.overrun`, of any band."""
+        return set().union(*(band.overrun for band in self.bands))
+
     def clear(self) -> None:
         """No request in the batch has lost tokens, as in vLLM's dummy runs."""
         for band in self.bands:

@@ -10,17 +10,17 @@ Nothing here knows of vLLM or torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.kv_drop.schedule import PruneLayer
-from vllm_vtprune.settings import KVScope, KVSettings, SettingsError
+from vllm_vtprune.settings import KVScope, KVSettings
+from vllm_vtprune.share import share_of
 
 #: Why a prompt that asked for dropping is served whole.
 Unpruned = Literal["too_long", "prompt_logprobs", "prompt_embeds", "streaming_input", "bad_settings"]
@@ -175,8 +175,7 @@ def tokens_kept(prompt_tokens: int, visual: int, protected: int, shares: Sequenc
     for share in shares:
         if share.share < 1:
             counted = visual if share.of == "vision" else prompt_tokens
-            part = math.ceil(Fraction(repr(float(share.share))) * counted)
-            left = min(left, max(prompt_tokens - counted + part, protected))
+            left = min(left, max(prompt_tokens - counted + share_of(share.share, counted), protected))
         kept.append(left)
     return kept
 

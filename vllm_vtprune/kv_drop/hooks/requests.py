@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.kv_drop.plan import (
     KVDropConfig,
@@ -37,6 +37,17 @@ def embedded_ranges(placeholders: Iterable[PlaceholderRange]) -> list[tuple[int,
     return [(start, end - start + 1) for start, end in spans]
 
 
+def prompt_logprobs_of(params: Any) -> int | None:
+    """How many log-probabilities of each prompt token `params` (`SamplingParams`) asks for; None for none.
+
+    0 where it scores token ids of its own (`prompt_logprob_token_ids`): that reads every prompt row, too.
+    """
+    asked: int | None = params.prompt_logprobs
+    if asked is None and params.prompt_logprob_token_ids is not None:
+        return 0
+    return asked
+
+
 def plan_request(
     token_ids: Sequence[int] | None,
     mm_features: Sequence[MultiModalFeatureSpec],
@@ -56,7 +67,7 @@ def plan_request(
         placeholder_ranges(mm_features),
         settings,
         config,
-        prompt_logprobs=sampling_params.prompt_logprobs,
+        prompt_logprobs=prompt_logprobs_of(sampling_params),
         has_prompt_embeds=any(f.modality == "prompt_embeds" for f in mm_features),
         streaming_input=streaming_input,
         num_tokens=num_tokens,
