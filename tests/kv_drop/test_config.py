@@ -115,7 +115,7 @@ def test_a_sliding_window_is_refused(mistral: Path) -> None:
         config(mistral)
 
 
-def test_a_schedule_is_written_out_for_the_model(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_schedule_is_written_out_for_the_model(checkpoint: Path) -> None:
     """What is compiled is filed under the configuration's text."""
     built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "pyramid"})
     drop = kv_drop_config(built)
@@ -124,10 +124,18 @@ def test_a_schedule_is_written_out_for_the_model(checkpoint: Path, caplog: pytes
     assert built.additional_config["vtprune"]["prune_layers"] == "2:vision=0.5,3:vision=0.25,4:vision=0.125"
     built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "exit", "relevance": "no_rope"})
     assert (kv_drop_config(built).schedule, kv_drop_config(built).relevance) == (parse("3:0"), ("no_rope",))
-    assert not caplog.records
-    config(checkpoint, policy={"prune_layer": None, "prune_layers": "2,5"})
-    (record,) = [r for r in caplog.records if r.name.startswith("vllm_vtprune")]
-    assert "prune layers 2, 5 of 6 cut the KV cache into 6 groups" in record.getMessage()
+
+
+def test_bands_that_leave_the_cache_partly_empty_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seven = random_llava(tmp_path, layers=7)
+    for prune_layers, told in (("1,4", []), ("2,5", ["2, 5 of 7 cut the KV cache into 4 groups of layers"])):
+        config(seven, policy={"prune_layer": None, "prune_layers": prune_layers})
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("vllm_vtprune")]
+        assert [sentence in message for sentence, message in zip(told, ours, strict=True)] == [True] * len(
+            told
+        )
 
 
 def test_a_schedule_that_does_not_fit_the_model_is_refused(checkpoint: Path) -> None:
