@@ -73,6 +73,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "patch_size": hf_config.vision_config.patch_size,
             "decoder_layers": hf_config.text_config.num_hidden_layers,
             "prune_layer": context.policy.prune_layer,
+            "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
             "encoder_device": str(encoder.device),
             "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
         },

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from vllm_vtprune.errors import OperatorError
+
 #: KV-cache groups cost a block table and a metadata build each, so there is an end to prune layers.
 MOST_PRUNE_LAYERS = 4
 
 
-class ScheduleError(ValueError):
+class ScheduleError(OperatorError, ValueError):
     """A schedule that cannot work; the message is a clause that says why."""
 
 
