@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.step import KVDropState
+    from vllm_vtprune.kv_drop.bands import KVDropBands
 
 _ATTRIBUTE = "kv_drop_failed"
 
 
-def report_failures(output: Any, state: KVDropState) -> None:
+def report_failures(output: Any, state: KVDropBands) -> None:
     """Note in a step's output which of its requests held too few blocks.
 
     Args:
