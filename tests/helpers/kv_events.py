@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
-from tests.helpers.kv_cases import QUESTION, TEXT, crowd, grid, resettable
+import torch
+
+from tests.helpers.kv_cases import QUESTION, TEXT, grid, large_crowd, replayed, resettable, unpruned
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -20,6 +23,7 @@ def events(engine: Engine) -> dict[str, Any]:
         "reset": reset_while_running(engine),
         "reset_abort": reset_then_abort(engine),
         "dummy_runs": dummy_runs_between(engine),
+        "asleep": sleep_and_wake(engine),
         "session": session(engine),
         "overrun": overrun(engine),
     }
@@ -41,7 +45,7 @@ def capacity(engine: Engine) -> dict[float, int]:
 
 def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
     """A crowd that outgrows the cache; some of those that are preempted are aborted while they wait."""
-    asked = {f"crowd-{i}": r for i, r in enumerate(crowd() * 2)}
+    asked = {f"crowd-{i}": r for i, r in enumerate(large_crowd())}
     gone: set[str] = set()
 
     def abort(step: int) -> None:
@@ -65,7 +69,7 @@ def reset_while_running(engine: Engine) -> dict[str, Any]:
     """The prefix cache is reset under running requests: each is preempted and resumes in the same step."""
 
     def reset(step: int) -> None:
-        if step in (6, 20):
+        if step in (6, 15):
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
     before = engine.metric("vllm:num_preemptions")
@@ -108,6 +112,43 @@ def dummy_runs_between(engine: Engine) -> dict[str, Any]:
 
     answers = engine.drive({f"dummy-{i}": r for i, r in enumerate(resettable())}, dummy_run)
     return {"answers": [answers[f"dummy-{i}"] for i in range(len(answers))]}
+
+
+def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:
+    """Unpruned requests before and after a sleep of level 2, after which memory holds anything.
+
+    `vllm.v1.worker.gpu_worker.Worker` saves and restores; the CPU's worker has no device memory to give back.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class Forgetful:
+        def suspend(self, level: int) -> None:
+            for tensor in tensors_of(engine.runner.get_model().kv_drop):
+                tensor.fill_(99)
+
+        def resume(self, tags: list[str] | None) -> None:
+            pass
+
+    worker = engine.core.model_executor.driver_worker.worker
+    before = engine.run(unpruned()[:2])
+    worker.sleep_mode_backend = Forgetful()
+    with (
+        mock.patch("torch.accelerator.synchronize"),
+        mock.patch("torch.accelerator.get_memory_info", return_value=(1, 2)),
+    ):
+        Worker.sleep(worker, 2)
+        Worker.wake_up(worker)
+    return [*before, *engine.run(unpruned()[:2])]
+
+
+def tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of the plugin's own that an object holds, whatever it is registered as."""
+    for value in [*vars(state).values(), *getattr(state, "_buffers", {}).values()]:
+        for one in value if isinstance(value, list | tuple | torch.nn.ModuleList) else (value,):
+            if isinstance(one, torch.Tensor):
+                yield one
+            elif type(one).__module__.startswith("vllm_vtprune."):
+                yield from tensors_of(one)
 
 
 def leftovers(engine: Engine) -> dict[str, int]:
@@ -217,9 +258,8 @@ def graphs(engine: Engine) -> dict[str, Any]:
     from vllm_vtprune.kv_drop.step import KVDropState
 
     acted = ActedGraphs(engine.runner)
-    requests = [*grid(), *crowd()]
     before = engine.metric("vllm:num_preemptions")
-    answers = engine.run(requests)
+    answers = engine.run(replayed())
     found = {
         "answers": answers,
         "replays": acted.replays,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.helpers.kv_cases import QUESTION, alone, corners, crowd, grid, unpruned
 from tests.helpers.kv_engine import Engine, answer, refusal
 from tests.helpers.kv_events import events, graphs
 from tests.helpers.pictures import noise
@@ -35,7 +35,7 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
         max_num_seqs=32,
     )
     free = engine.pool.get_num_free_blocks()
-    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
+    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in alone()]}
     result["traffic"] = traffic(engine, (0.25,))
     engine.llm.reset_prefix_cache()
     result["unpruned"] = engine.run(unpruned())

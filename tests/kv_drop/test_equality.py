@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, resettable, unpruned
+from tests.helpers.kv_cases import (
+    QUESTION,
+    alone,
+    corners,
+    crowd,
+    grid,
+    large_crowd,
+    replayed,
+    resettable,
+    unpruned,
+)
 from tests.helpers.kv_matrix import ON, Runs, Verdicts
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -56,7 +66,7 @@ def test_a_mixed_batch_answers_as_the_reference(runs: Runs, runner: str, verdict
 
 @on("grid")
 def test_a_request_alone_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    verdicts.check("one at a time", runner, 2, corners(), runs("grid", runner)["single"])
+    verdicts.check("one at a time", runner, 2, alone(), runs("grid", runner)["single"])
 
 
 def test_dropping_changes_answers(runs: Runs) -> None:
@@ -92,7 +102,7 @@ def test_what_is_preempted_may_be_aborted_or_resume(runs: Runs, runner: str, ver
     found = runs("grid", runner)["crowd"]
     assert found["preemptions"] >= 6 and found["aborted"] == 3
     assert found["plans_left"] == 0
-    verdicts.check("aborted while preempted", runner, 2, crowd() * 2, found["answers"])
+    verdicts.check("aborted while preempted", runner, 2, large_crowd(), found["answers"])
 
 
 @on("grid")
@@ -116,6 +126,13 @@ def test_dummy_runs_between_steps_change_no_answer(runs: Runs, runner: str, verd
     """Warm-up of vLLM's kernels, its dummy batches beside other data-parallel ranks, and its profile run."""
     found = runs("grid", runner)["dummy_runs"]
     verdicts.check("dummy runs between", runner, 2, resettable(), found["answers"])
+
+
+@on("grid")
+def test_a_sleep_that_loses_device_memory_changes_no_answer(
+    runs: Runs, runner: str, verdicts: Verdicts
+) -> None:
+    verdicts.check("asleep", runner, 2, unpruned()[:2] * 2, runs("grid", runner)["asleep"])
 
 
 @on("grid")
@@ -143,8 +160,8 @@ def test_decode_batches_replay_full_graphs(runs: Runs, runner: str, verdicts: Ve
     """CUDA graphs acted out: what is not written in place does not reach the layers above."""
     found = runs("grid", runner)["graphs"]
     assert found["replays"] > 100 and found["preemptions"] >= 3
-    verdicts.check("full graphs", runner, 2, [*grid(), *crowd()], found["answers"])
-    for right, wrong in zip(found["answers"][6:8], found["not_in_place"], strict=True):
+    verdicts.check("full graphs", runner, 2, replayed(), found["answers"])
+    for right, wrong in zip(found["answers"][:2], found["not_in_place"], strict=True):
         assert right["tokens"] != wrong["tokens"]
 
 
