@@ -95,7 +95,7 @@ def reset_then_abort(engine: Engine) -> dict[str, Any]:
 
 
 def dummy_runs_between(engine: Engine) -> dict[str, Any]:
-    """What vLLM runs between steps without a request: kernels' warm-up, dummy batches, profiling."""
+    """What vLLM runs without a request: its kernels' warm-up, and dummy batches between steps."""
     worker = engine.core.model_executor.driver_worker.worker
     tell_who_finished(engine)
     if engine.is_v2:
@@ -107,8 +107,6 @@ def dummy_runs_between(engine: Engine) -> dict[str, Any]:
         if step in (2, 5, 9):
             worker.execute_dummy_batch()
             engine.runner._dummy_run(100)
-        if step == 7:
-            engine.runner.profile_run()
 
     answers = engine.drive({f"dummy-{i}": r for i, r in enumerate(resettable())}, dummy_run)
     return {"answers": [answers[f"dummy-{i}"] for i in range(len(answers))]}

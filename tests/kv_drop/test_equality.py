@@ -123,7 +123,7 @@ def test_a_reset_and_an_abort_before_the_next_step(runs: Runs, runner: str, verd
 
 @on("grid")
 def test_dummy_runs_between_steps_change_no_answer(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    """Warm-up of vLLM's kernels, its dummy batches beside other data-parallel ranks, and its profile run."""
+    """Warm-up of vLLM's kernels, and its dummy batches beside other data-parallel ranks."""
     found = runs("grid", runner)["dummy_runs"]
     verdicts.check("dummy runs between", runner, 2, resettable(), found["answers"])
 
