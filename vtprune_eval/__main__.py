@@ -8,9 +8,9 @@
     vtprune eval --draw picture.png --aggressiveness 0.5
     vtprune eval --study --out docs/evaluation
 
-Without MODEL the embedded demo model answers, on transformers. `random` and `uniform` at the same counts, and
-the agreement with the unpruned answers, stand beside every result. Also `python -m demo.evaluate` in a
-checkout. Exit status: 0, or 2 with one sentence where something cannot run.
+Without MODEL the embedded demo model answers, on transformers. `random`, `uniform` and `downscale` (a smaller
+picture) at the same counts, and the agreement with the unpruned answers, stand beside every result. Also
+`python -m vtprune_eval` in a checkout. Exit status: 0, or 2 with one sentence where something cannot run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vtprune_eval.plots import plot_accuracy, series_by_method
 from vtprune_eval.report import dump
 from vtprune_eval.scenes import BASE_SIZE, SPLITS
 from vtprune_eval.server_backend import RemoteRunner
-from vtprune_eval.setting import BASELINES, Setting
+from vtprune_eval.setting import DOWNSCALE, Setting
 from vtprune_eval.study import StudySize, run_study
 from vtprune_eval.tables import by_kind, content, summary
 from vtprune_eval.tasks import DataError, Questions, file_questions, scene_questions
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune eval") -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     settings = _settings(options)
     runner = _runner(options, settings)
-    document = evaluate(runner, settings, _progress, BASELINES if not options.no_baselines else ())
+    document = evaluate(runner, settings, _progress, () if options.no_baselines else None)
     rows = document["rows"]
     print("", *filter(None, (summary(document), by_kind(rows), content(rows))), sep="\n\n")
     if options.out is None:
@@ -146,7 +146,7 @@ def _runner(options: argparse.Namespace, settings: list[Setting]) -> Runner:
             limit=options.max_tokens,
         )
     model = _model(options)
-    outputs = outputs_for([setting.vision for setting in settings])
+    outputs = outputs_for([setting.counted for setting in settings])
     return LocalRunner(model, _questions(options, model.image_size), outputs, options.max_tokens)
 
 
@@ -178,7 +178,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--scenes", type=int, default=300, help="drawn scenes to ask about")
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
-    how.add_argument("--method", type=_names(METHODS), default=[DEFAULT_METHOD])
+    how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])
     how.add_argument("--aggressiveness", type=_numbers("aggressiveness"), default=[])
     how.add_argument("--keep-ratio", type=_numbers("keep_ratio"), default=[])
     how.add_argument("--score", choices=tuple(SCORES), default="cosine")
@@ -187,7 +187,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument("--prune-layer", type=_counts, default=[], help="K; a server has its own")
     how.add_argument("--window", type=_counts, default=[8])
     how.add_argument("--relevance", type=_names(RATINGS), default=["attention"])
-    how.add_argument("--no-baselines", action="store_true", help="run no random and uniform beside")
+    how.add_argument("--no-baselines", action="store_true", help="run nothing else at the same counts")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--server", metavar="URL", help="a running vtprune server, instead of transformers")
     where.add_argument("--api-key", help="the server's")

@@ -57,6 +57,11 @@ class Runner(Protocol):
         """How many different draws of `random` it can make."""
         ...
 
+    @property
+    def baselines(self) -> Sequence[str]:
+        """The names of `setting.BASELINES` that it can run."""
+        ...
+
     def answer(self, setting: Setting) -> Sequence[Reply]:
         """One reply per question, in their order.
 

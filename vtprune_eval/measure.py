@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
-from vtprune_eval.setting import BASELINES, Setting
+from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import OTHER, Questions, is_right, normalised
 
 Floats = NDArray[np.float64]
@@ -20,7 +20,7 @@ Progress = Callable[[str], None]
 
 
 def evaluate(
-    runner: Runner, settings: Iterable[Setting], progress: Progress, baselines: Sequence[str] = BASELINES
+    runner: Runner, settings: Iterable[Setting], progress: Progress, baselines: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Run every setting, the unpruned one first, and its baselines at the same counts.
 
@@ -28,13 +28,13 @@ def evaluate(
         runner: what answers.
         settings: what to run.
         progress: told one line per result.
-        baselines: stage-1 rules to compare with, of `BASELINES`; a setting that drops at the prune layer
-            alone is compared with dropping at random there, where the runner can.
+        baselines: stage-1 rules to compare with, of `setting.BASELINES`; None: all that the runner can. A
+            setting that drops at the prune layer alone is compared with dropping at random there.
 
     Returns:
         A JSON object: `model`, `questions`, `layers`, and `rows`, the unpruned one first. See `_row`.
     """
-    asked = runner.questions
+    asked, names = runner.questions, runner.baselines if baselines is None else baselines
     whole = runner.answer(Setting())
     rows = [_row(Setting(), asked, [whole], whole, runner.layers)]
     progress(_line(rows[0]))
@@ -44,7 +44,7 @@ def evaluate(
         draws = range(runner.draws) if setting.vision.method == "random" else range(1)
         replies = [runner.answer(replace(setting, draw=draw)) for draw in draws]
         row = _row(setting, asked, replies, whole, runner.layers)
-        for name, others in _baselines(runner, setting, baselines).items():
+        for name, others in _baselines(runner, setting, names).items():
             row["versus"][name] = _versus(asked, replies, others)
         rows.append(row)
         progress(_line(row))

@@ -79,6 +79,10 @@ class EncodedPictures:
         """What stays of each picture, [P]."""
         return [chosen for batch in self.batches for chosen in _select(batch, setting)]
 
+    def counts(self, setting: Setting) -> list[int]:
+        """How many tokens of each picture stay, [P], though they be others than a selection method's."""
+        return [selection.count for selection in self.select(Setting(setting.counted))]
+
     def embed(self, selections: Sequence[Selection]) -> list[Tensor]:
         """The embeddings the language model is given, per picture [k, hidden]."""
         rows = iter(selections)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vtprune_eval.setting import BASELINES
 from vtprune_eval.tables import Row, by_kind, content, interval, markdown, percent, points, summary
 
 
@@ -91,6 +92,7 @@ def stage1(rows: list[Row]) -> str:
             "agrees",
             "over random",
             "over uniform",
+            "over downscale",
         ],
         [
             [
@@ -100,7 +102,7 @@ def stage1(rows: list[Row]) -> str:
                 *(percent(row.get("objects", {}).get(name)) for name in ("patches", "half_seen")),
                 interval(row["accuracy"]),
                 percent(row["agreement"]["value"]),
-                *(points(row["versus"].get(name, {}).get("difference")) for name in ("random", "uniform")),
+                *(points(row["versus"].get(name, {}).get("difference")) for name in BASELINES),
             ]
             for row in rows
         ],

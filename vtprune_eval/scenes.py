@@ -2,8 +2,8 @@
 """Drawn scenes: a textured background, clutter, one to six shapes and often a printed word or digit.
 
 A scene is a pure function of its split, its index and the image size. The splits use disjoint ranges of
-seeds, and the colour-shape pairs in `HELD_OUT_PAIRS` are drawn in the test split only. `demo.questions`
-asks about scenes.
+seeds, and the colour-shape pairs in `HELD_OUT_PAIRS` are drawn in the test split only.
+`vtprune_eval.scene_questions` asks about scenes.
 """
 
 from __future__ import annotations

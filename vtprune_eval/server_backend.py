@@ -7,13 +7,15 @@ import asyncio
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
+from PIL import Image
 
 from vllm_vtprune.settings import HEADERS
 from vtprune_eval.backend import Reply, RunnerError
-from vtprune_eval.setting import Setting
+from vtprune_eval.setting import BASELINES, DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -54,18 +56,59 @@ class RemoteRunner:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._images = [_data_url(picture) for picture in questions.pictures]
         self._replies: dict[Setting, list[Reply]] = {}
+        self._downscales: bool | None = None
         self.name = model or self._first_model()
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """All, or all but the smaller picture where the model takes pictures of one size."""
+        return BASELINES if self._can_downscale() else tuple(name for name in BASELINES if name != DOWNSCALE)
 
     def answer(self, setting: Setting) -> list[Reply]:
         """One reply per question, in their order.
 
         Raises:
-            RunnerError: the server refuses the setting, or says nothing of vision tokens.
+            RunnerError: the server refuses the setting, or says nothing of vision tokens; a smaller picture
+                has as many tokens as a large one.
         """
         if setting not in self._replies:
-            headers = self._setting_headers(setting)
-            self._replies[setting] = asyncio.run(self._ask_all(headers))
+            self._replies[setting] = (
+                self._answer_smaller(setting)
+                if setting.downscales
+                else asyncio.run(self._ask_all(self._setting_headers(setting), self._images))
+            )
         return self._replies[setting]
+
+    def _answer_smaller(self, setting: Setting) -> list[Reply]:
+        """Pictures of the size that should give as many tokens as the setting keeps, and nothing pruned."""
+        if not self._can_downscale():
+            raise RunnerError(
+                f"{self.name} turns a picture of any size into as many vision tokens, so a smaller one saves "
+                f"none: compare with --method pool, or leave out {DOWNSCALE}."
+            )
+        counted = self.answer(Setting(setting.counted))
+        images = list(self._images)
+        for question, reply in zip(self.questions.asked, counted, strict=True):
+            share = reply.vision_tokens_kept / reply.vision_tokens
+            images[question.picture] = _data_url(_smaller(self.questions.pictures[question.picture], share))
+        whole = Setting(kv=setting.kv)
+        replies = asyncio.run(self._ask_all(self._setting_headers(whole), images))
+        # the share kept is of the whole picture's tokens
+        pairs = zip(replies, counted, strict=True)
+        return [replace(reply, vision_tokens=before.vision_tokens) for reply, before in pairs]
+
+    def _can_downscale(self) -> bool:
+        """Whether the first picture at half its sides has fewer tokens; asked once."""
+        if self._downscales is None:
+            half = _data_url(_smaller(self.questions.pictures[0], 0.25))
+            replies = [asyncio.run(self._ask_first(image)) for image in (self._images[0], half)]
+            self._downscales = replies[1].vision_tokens < replies[0].vision_tokens
+        return self._downscales
+
+    async def _ask_first(self, image: str) -> Reply:
+        async with httpx.AsyncClient(timeout=_TIMEOUT, headers=self._headers) as client:
+            (headers, *_) = self._setting_headers(Setting())
+            return await self._ask(client, 0, headers, image)
 
     def _setting_headers(self, setting: Setting) -> list[dict[str, str]]:
         """Headers of each question's request."""
@@ -81,7 +124,7 @@ class RemoteRunner:
             # a server without a prune layer takes neither field
             common = {"method": vision.method}
         if setting.like is not None:
-            counted = self.answer(Setting(setting.like))
+            counted = self.answer(Setting(setting.counted))
             # halfway below k of N, so that rounding up gives k whatever the fraction's last digit
             shares = [f"{(r.vision_tokens_kept - 0.5) / r.vision_tokens:.9f}" for r in counted]
             fields = [{**common, "keep_ratio": share} for share in shares]
@@ -100,20 +143,23 @@ class RemoteRunner:
         except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
             raise RunnerError(f"{self._url}/v1/models does not list a model: {error}") from None
 
-    async def _ask_all(self, headers: Sequence[dict[str, str]]) -> list[Reply]:
+    async def _ask_all(self, headers: Sequence[dict[str, str]], images: Sequence[str]) -> list[Reply]:
         slots = asyncio.Semaphore(self.concurrency)
         async with httpx.AsyncClient(timeout=_TIMEOUT, headers=self._headers) as client:
 
             async def one(number: int) -> Reply:
                 async with slots:
-                    return await self._ask(client, number, headers[number])
+                    image = images[self.questions.asked[number].picture]
+                    return await self._ask(client, number, headers[number], image)
 
             return list(await asyncio.gather(*map(one, range(len(self.questions.asked)))))
 
-    async def _ask(self, client: httpx.AsyncClient, number: int, headers: dict[str, str]) -> Reply:
+    async def _ask(
+        self, client: httpx.AsyncClient, number: int, headers: dict[str, str], image: str
+    ) -> Reply:
         question = self.questions.asked[number]
         content = [
-            {"type": "image_url", "image_url": {"url": self._images[question.picture]}},
+            {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": question.text},
         ]
         body = {
@@ -149,7 +195,13 @@ def _reply(response: httpx.Response) -> Reply:
     )
 
 
-def _data_url(picture: Any) -> str:
+def _smaller(picture: Image.Image, share: float) -> Image.Image:
+    """The picture with about this share of its pixels."""
+    width, height = (max(1, round(side * share**0.5)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -6,11 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_vtprune.selection import Budget
+from vllm_vtprune.selection import DEFAULT_METHOD, Budget
 from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
 
+#: Not a selection method but the picture itself made smaller, to about as many tokens.
+DOWNSCALE = "downscale"
 #: The rules that every method is compared with at its own counts.
-BASELINES = ("random", "uniform")
+BASELINES = ("random", "uniform", DOWNSCALE)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,18 @@ class Setting:
     def baseline(self, name: str, draw: int = 0) -> Setting:
         """The same counts and the same stage 2, the tokens chosen by a baseline."""
         return replace(self, vision=replace(self.vision, method=name), like=self.vision, draw=draw)
+
+    @property
+    def counted(self) -> VisionSettings:
+        """The stage 1 that says how many tokens of each picture stay."""
+        if self.like is not None:
+            return self.like
+        return replace(self.vision, method=DEFAULT_METHOD) if self.downscales else self.vision
+
+    @property
+    def downscales(self) -> bool:
+        """Whether the picture is made smaller instead of being pruned."""
+        return self.vision.method == DOWNSCALE and not self.vision.keeps_all
 
     @property
     def prunes(self) -> bool:

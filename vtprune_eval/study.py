@@ -27,7 +27,7 @@ from vtprune_eval.measure import Progress, evaluate
 from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
 from vtprune_eval.report import dump, write_page
-from vtprune_eval.setting import Setting
+from vtprune_eval.setting import DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions, scene_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
@@ -65,7 +65,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     rating = evaluate(held_out, _rating_grid(layer, balanced), progress, baselines=())
 
     runner = LocalRunner(model, scene_questions("test", size.test, model.image_size), everything)
-    fixed = [_fixed(name, share) for share, name in product(SHARES.values(), names)]
+    fixed = [_fixed(name, share) for share, name in product(SHARES.values(), (*names, DOWNSCALE))]
     adaptive = [
         VisionSettings(method=name, aggressiveness=amount)
         for amount, name in product(presets.values(), ("inflection", "inflection_diverse"))
@@ -152,6 +152,8 @@ def _add_objects(documents: dict[str, dict[str, Any]], runner: LocalRunner) -> N
     for name in ("fixed", "adaptive"):
         for row in documents[name]["rows"][1:]:
             asked = row["setting"]
+            if asked["method"] == DOWNSCALE:
+                continue
             vision = VisionSettings(asked["method"], asked["aggressiveness"], asked["keep_ratio"])
             row["objects"] = objects_kept(runner.pictures, vision, owner)
 

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaConfig, Ll
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.decoder import Decoder, Dropping, Prompt
+from vtprune_eval.downscale import SmallerPictures
 from vtprune_eval.pictures import EncodedPictures
-from vtprune_eval.setting import Setting
+from vtprune_eval.setting import BASELINES, Setting
 from vtprune_eval.tasks import Questions
 
 #: Prompt tokens, padding aside, that go through the decoder at once.
@@ -79,6 +80,7 @@ class LocalRunner:
     """Answers questions with a `LocalModel`. Settings that keep the same tokens are run once."""
 
     draws = 5
+    baselines = BASELINES
 
     def __init__(
         self, model: LocalModel, questions: Questions, outputs: frozenset[str], limit: int = 16
@@ -94,6 +96,8 @@ class LocalRunner:
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
         self.model, self.questions = model, questions
         self.pictures = model.encode(questions, outputs)
+        image_processor = model.processor.image_processor
+        self._smaller = SmallerPictures(model.encoder, questions.pictures, image_processor)
         self.prompts = model.prompts(questions)
         self._replies: dict[object, list[Reply]] = {}
 
@@ -104,7 +108,10 @@ class LocalRunner:
             RunnerError: stage 2 is asked for without a prune layer between the decoder's layers.
         """
         dropping = self._dropping(setting)
-        embeddings = self.pictures.embed(self.pictures.select(setting))
+        if setting.downscales:
+            embeddings = self._smaller.embed(self.pictures.counts(setting))
+        else:
+            embeddings = self.pictures.embed(self.pictures.select(setting))
         key = (_digest(embeddings), dropping)
         if key not in self._replies:
             self._replies[key] = self._answer(embeddings, dropping)

@@ -5,7 +5,7 @@
     vtprune loadtest --rate 1,2,4,8 --sweep off,balanced --duration 60 --result-dir results
     vtprune loadtest --sweep-header X-VTPrune-Aggressiveness=0,0.25,0.5 --sweep-header X-VTPrune-KV-Keep=1,0.5
 
-Also `python -m vtprune_loadtest.__main__`. Exit status: 0; 1 if more than --max-error-share of the measured
+Also `python -m vtprune_loadtest`. Exit status: 0; 1 if more than --max-error-share of the measured
 requests failed; 2 if the test could not run; 130 if it was interrupted (what was measured until then is
 reported).
 """

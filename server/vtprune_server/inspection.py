@@ -13,6 +13,7 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.selection.registry import METHODS
 from vllm_vtprune.settings import PRESETS, Controls, SettingsError
@@ -41,6 +42,8 @@ class ExplainResponse(BaseModel):
     curve: list[float]
     cut: int | None
     kept: list[bool]
+    merged: bool
+    summary_tokens: int
     vision_tokens: int
     vision_tokens_kept: int
     settings: dict[str, Any]
@@ -71,6 +74,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         "policy": dataclasses.asdict(context.policy),
         "model": {
             "id": state.openai_serving_models.model_name(),
+            "demo": model_config.model == str(demo_model.FOLDER),
             "architecture": hf_config.architectures[0],
             "vision_tokens_per_image": context.vision_tokens,
             "grid": list(encoder.grid),

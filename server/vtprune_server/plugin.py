@@ -86,7 +86,7 @@ class VTPruneEndpointPlugin:
         PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets)
         renderer: Any = engine_client.renderer
         if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
-            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "tower")
+            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "vision")
             tower.observer = observe_tower_pass
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)

@@ -17,11 +17,11 @@ from demo.curve import before_the_cut, describe_knee, similarity
 from demo.export import export, processor, tokenizer
 from demo.language import keep_some
 from demo.model import END, IMAGE, START, VOCABULARY, Size, build, words_of
+from demo.optim import schedule
 from demo.packing import answer_logits, pack
-from demo.questions import ask_each, ask_many
-from demo.run import schedule
-from demo.scenes import make_scene
 from demo.tower import encode, normalise
+from vtprune_eval.scene_questions import ask_each, ask_many
+from vtprune_eval.scenes import make_scene
 
 SIZE = Size()
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from demo.evaluation.calibrate import calibrate, mean_curves, objects_kept
-from demo.evaluation.draw import draw_kept
-from demo.evaluation.local import LocalModel
-from demo.evaluation.questions import scene_questions
-from demo.evaluation.setting import Setting
-from demo.evaluation.vision import EncodedPictures
 from tests.helpers.checkpoints import random_llava
 from vllm_vtprune.selection import VisionFeatures, inflection_counts
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
+from vtprune_eval.draw import draw_kept
+from vtprune_eval.pictures import EncodedPictures
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import scene_questions
+from vtprune_eval.transformers_backend import LocalModel
 
 N = 100
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.evaluate import CANNOT_RUN, main
-from demo.evaluation.questions import scene_questions
-from demo.evaluation.study import choose_prune_layer
+from vtprune_eval.__main__ import CANNOT_RUN, main
+from vtprune_eval.study import choose_prune_layer
+from vtprune_eval.tasks import scene_questions
 
 
 def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.evaluation.measure import evaluate
-from demo.evaluation.pages import dump
-from demo.evaluation.questions import (
+from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vtprune_eval.backend import Reply
+from vtprune_eval.measure import evaluate
+from vtprune_eval.report import dump
+from vtprune_eval.scene_questions import KINDS
+from vtprune_eval.setting import Setting
+from vtprune_eval.tables import by_kind, content, summary
+from vtprune_eval.tasks import (
     DataError,
     Question,
     Questions,
@@ -22,11 +27,6 @@ from demo.evaluation.questions import (
     normalised,
     scene_questions,
 )
-from demo.evaluation.runner import Reply
-from demo.evaluation.setting import Setting
-from demo.evaluation.tables import by_kind, content, summary
-from demo.questions import KINDS
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
 
 PICTURES, N = 40, 100
 BALANCED = Setting(VisionSettings(aggressiveness=0.5))
@@ -36,6 +36,7 @@ class FakeRunner:
     """Says `answer(setting, question number)` and keeps 10 tokens a shape."""
 
     name, layers, draws = "fake", 4, 4
+    baselines = ("random", "uniform")
 
     def __init__(self, answer: Callable[[Setting, int], str]) -> None:
         self._answer = answer

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from demo.evaluation.local import LocalModel
-from demo.evaluation.study import SHARES, fingerprint
 from tests.conftest import DEMO_MODEL, REPOSITORY
 from vllm_vtprune.demo_model import PRUNE_LAYER
 from vllm_vtprune.settings import PRESETS
+from vtprune_eval.study import SHARES, fingerprint
+from vtprune_eval.transformers_backend import LocalModel
 
 
 @pytest.fixture(scope="module")

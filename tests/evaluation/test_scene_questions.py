@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from demo.data import ATTRIBUTES, collate, objects_of
 from demo.model import IGNORE, UNKNOWN, VOCABULARY, words_of
-from demo.questions import KINDS, Question, ask, ask_each, ask_many
-from demo.scenes import HELD_OUT_PAIRS, SCENES_PER_SPLIT, SHAPES, Scene, make_scene
+from vtprune_eval.scene_questions import KINDS, Question, ask, ask_each, ask_many
+from vtprune_eval.scenes import HELD_OUT_PAIRS, SCENES_PER_SPLIT, SHAPES, Scene, make_scene
 
 scenes = st.builds(make_scene, st.sampled_from(("train", "test")), st.integers(0, SCENES_PER_SPLIT - 1))
 

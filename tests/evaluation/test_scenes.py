@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demo.scenes import (
+from vtprune_eval.scenes import (
     ALL_PAIRS,
     COLOURS,
     HELD_OUT_PAIRS,

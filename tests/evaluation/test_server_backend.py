@@ -4,32 +4,38 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from threading import Thread
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from demo.evaluation.measure import evaluate
-from demo.evaluation.questions import Question, Questions
-from demo.evaluation.remote import RemoteRunner
-from demo.evaluation.runner import RunnerError
-from demo.evaluation.setting import Setting
 from vllm_vtprune.selection import share_count
 from vllm_vtprune.settings import Controls, KVSettings, VisionSettings
+from vtprune_eval.backend import RunnerError
+from vtprune_eval.measure import evaluate
+from vtprune_eval.server_backend import RemoteRunner
+from vtprune_eval.setting import BASELINES, Setting
+from vtprune_eval.tasks import Question, Questions
 
 N = 144
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Reads headers as the real one does; keeps the share asked for, or as many tokens as the text has."""
+    """Reads headers as the real one does; keeps the share asked for, or as many tokens as the text has.
+
+    A picture has `N` tokens, or with `any_size` one for each of its pixels.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.prunes = True
+        self.any_size = False
         self.status = 200
 
     @property
@@ -52,14 +58,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.server.status, {"error": {"message": "beyond the cap"}})
             return
         text = body["messages"][0]["content"][1]["text"]
-        kept = N
+        tokens = kept = _pixels(body) if self.server.any_size else N
         if fields.get("keep_ratio"):
-            kept = share_count(fields["keep_ratio"], N)
+            kept = share_count(fields["keep_ratio"], tokens)
         elif fields.get("aggressiveness"):
             kept = len(text)
         usage: dict[str, Any] = {"prompt_tokens": kept + 10}
         if self.server.prunes:
-            usage["vtprune"] = {"vision_tokens": N, "vision_tokens_kept": kept, "kv_tokens_kept": kept + 10}
+            usage["vtprune"] = {
+                "vision_tokens": tokens,
+                "vision_tokens_kept": kept,
+                "kv_tokens_kept": kept + 10,
+            }
         answer = "wrong" if fields.get("method") == "random" else " right\n"
         self._send(200, {"choices": [{"message": {"content": answer}}], "usage": usage})
 
@@ -72,6 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def _pixels(body: dict[str, Any]) -> int:
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    with Image.open(BytesIO(b64decode(url.partition(",")[2]))) as picture:
+        return picture.width * picture.height
 
 
 @pytest.fixture
@@ -123,6 +139,32 @@ def test_baselines_keep_exactly_as_many_tokens(server: FakeServer, questions: Qu
     row = evaluate(runner, [setting], lambda line: None)["rows"][1]
     assert row["versus"]["random"]["difference"]["value"] == 1
     assert row["versus"]["uniform"]["difference"]["value"] == 0
+
+
+def test_a_smaller_picture_is_sent_whole_where_it_has_fewer_tokens(server: FakeServer) -> None:
+    server.any_size = True
+    pictures = [Image.new("RGB", (40, 20 * (1 + number))) for number in range(3)]
+    asked = [Question(number, "any", "w" * 100 * (1 + number), ("right",)) for number in range(3)]
+    runner = RemoteRunner(server.url, Questions("three", pictures, asked), model="x")
+    assert runner.baselines == BASELINES
+    setting = Setting(VisionSettings(aggressiveness=0.5))
+    server.seen.clear()
+    replies = runner.answer(setting.baseline("downscale"))
+    assert all(not fields["aggressiveness"] for _, fields in server.seen[3:])
+    for picture, question, reply in zip(pictures, asked, replies, strict=True):
+        assert reply.vision_tokens == picture.width * picture.height
+        assert reply.vision_tokens_kept == pytest.approx(len(question.text), rel=0.1)
+    row = evaluate(runner, [setting], lambda line: None)["rows"][1]
+    assert row["versus"]["downscale"]["difference"]["value"] == 0
+
+
+def test_a_smaller_picture_is_refused_where_it_has_as_many_tokens(
+    server: FakeServer, questions: Questions
+) -> None:
+    runner = RemoteRunner(server.url, questions, model="x")
+    assert runner.baselines == ("random", "uniform")
+    with pytest.raises(RunnerError, match="as many vision tokens"):
+        runner.answer(Setting(VisionSettings(method="downscale", aggressiveness=None, keep_ratio=0.5)))
 
 
 def test_a_setting_is_asked_for_once(server: FakeServer, questions: Questions) -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from demo.evaluation.statistics import Interval, correlation, difference, share, wilson
+from vtprune_eval.statistics import Interval, correlation, difference, share, wilson
 
 
 def test_wilson_has_its_published_values() -> None:

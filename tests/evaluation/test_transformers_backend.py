@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from demo.evaluation.local import LocalModel, LocalRunner
-from demo.evaluation.questions import Question, Questions
-from demo.evaluation.runner import RunnerError
-from demo.evaluation.setting import Setting
-from demo.evaluation.vision import outputs_for
-from demo.scenes import make_scene
 from tests.helpers.checkpoints import random_llava
 from tests.reference import Reference, Request
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vtprune_eval.backend import RunnerError
+from vtprune_eval.downscale import SmallerPictures, smaller_grid
+from vtprune_eval.pictures import outputs_for
+from vtprune_eval.scenes import make_scene
+from vtprune_eval.setting import DOWNSCALE, Setting
+from vtprune_eval.tasks import Question, Questions
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 LAYERS, LIMIT = 4, 5
 TEXTS = ("What is it?", "Where?", "A longer question about what the picture shows, to be padded to?")
@@ -105,6 +108,40 @@ def test_baselines_keep_as_many_tokens_of_every_picture(method: str, runner: Loc
     for name in ("random", "uniform"):
         baseline = runner.answer(setting.baseline(name))
         assert [reply.vision_tokens_kept for reply in baseline] == kept
+
+
+def test_a_smaller_picture_has_nearly_as_many_tokens(runner: LocalRunner, questions: Questions) -> None:
+    setting = Setting(VisionSettings(aggressiveness=0.5))
+    kept = [reply.vision_tokens_kept for reply in runner.answer(setting)]
+    smaller = runner.answer(setting.baseline(DOWNSCALE))
+    assert [reply.vision_tokens_kept for reply in smaller] == [
+        math.prod(smaller_grid(runner.pictures.encoder.grid, count)) for count in kept
+    ]
+    alone = runner.answer(Setting(VisionSettings(method=DOWNSCALE, aggressiveness=0.5)))
+    assert [reply.text for reply in alone] == [reply.text for reply in smaller]
+
+
+def test_a_picture_as_small_as_it_is_large_is_the_picture(runner: LocalRunner, questions: Questions) -> None:
+    whole = runner.pictures.embed(runner.pictures.select(Setting()))
+    images, processor = questions.pictures, runner.model.processor.image_processor
+    tokens = [runner.pictures.tokens] * len(images)
+    for one, other in zip(
+        SmallerPictures(runner.model.encoder, images, processor).embed(tokens), whole, strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(12, 12), (24, 24), (10, 30), (1, 7)], ids=str)
+def test_the_smaller_grid_comes_near_the_count_and_the_shape(grid: tuple[int, int]) -> None:
+    height, width = grid
+    for count in range(1, height * width + 1):
+        rows, columns = smaller_grid(grid, count)
+        assert rows <= height
+        assert columns <= width
+        if min(grid) > 1 and count > 8:
+            assert rows * columns == pytest.approx(count, abs=max(2, 0.1 * count))
+            assert 3 / 4 - 1e-9 <= rows * width / (columns * height) <= 4 / 3 + 1e-9
+    assert smaller_grid(grid, height * width) == grid
 
 
 def test_draws_of_random_differ_and_repeat(runner: LocalRunner) -> None:

@@ -29,6 +29,7 @@ class StandIn:
         api_key: what requests must carry; None asks for nothing.
         policy: `policy` of `/vtprune/config`.
         prune_layer: its `model.prune_layer`.
+        demo: its `model.demo`.
         explain_seconds: how long `/vtprune/explain` takes.
         word_seconds: how long a stream takes from its first word to its second.
         break_stream: whether a stream ends in an error after its first word.
@@ -39,6 +40,7 @@ class StandIn:
     api_key: str | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     prune_layer: int | None = None
+    demo: bool = False
     explain_seconds: float = 0.0
     word_seconds: float = 0.0
     break_stream: bool = False
@@ -81,12 +83,12 @@ class StandIn:
     def _config(self) -> dict[str, Any]:
         return {
             "policy": {"default_preset": "off", **self.policy},
-            "model": {"prune_layer": self.prune_layer},
+            "model": {"prune_layer": self.prune_layer, "demo": self.demo},
             "presets": {
                 "off": {"aggressiveness": 0.0, "kv_keep": 1.0},
                 "balanced": {"aggressiveness": 0.5, "kv_keep": 0.5},
             },
-            "methods": ["inflection", "random"],
+            "methods": ["inflection", "merging", "own_count", "random"],
             "versions": {},
         }
 
@@ -97,7 +99,10 @@ class StandIn:
         self.at_once = max(self.at_once, self._open)
         await asyncio.sleep(self.explain_seconds)
         self._open -= 1
-        kept = kept_at(settings.get("aggressiveness", 0.0))
+        aggressiveness, method = settings.get("aggressiveness", 0.0), settings.get("method", "inflection")
+        kept = kept_at(aggressiveness)
+        # `random` keeps the last ranks, `merging` one patch less and a summary token in its place
+        stay = {"random": range(TOKENS - kept, TOKENS), "merging": range(kept - 1)}.get(method, range(kept))
         return {
             "grid": [4, 4],
             "crop": {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0},
@@ -105,12 +110,14 @@ class StandIn:
             "score": "cosine",
             "scores": [1 - i / TOKENS for i in range(TOKENS)],
             "order": list(range(TOKENS)),
-            "curve": [1 - i / (TOKENS - 1) for i in range(TOKENS)],
-            "cut": kept,
-            "kept": [i < kept for i in range(TOKENS)],
+            "curve": [(1 - i / (TOKENS - 1)) ** 3 for i in range(TOKENS)],
+            "cut": None if method == "own_count" or not aggressiveness else kept,
+            "kept": [i in stay for i in range(TOKENS)],
+            "merged": method == "merging",
+            "summary_tokens": int(method == "merging"),
             "vision_tokens": TOKENS,
             "vision_tokens_kept": kept,
-            "settings": {"aggressiveness": settings.get("aggressiveness", 0.0)},
+            "settings": {"aggressiveness": aggressiveness, "method": method, "keep_ratio": None},
         }
 
     def _chat(self, request: Request) -> StreamingResponse:

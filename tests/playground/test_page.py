@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from tests.playground.stand_in import TOKENS, StandIn, kept_at
 
@@ -156,11 +159,179 @@ def test_several_runs_are_taken_in_turn_past_the_prefix_cache(page: Page, stand_
     assert "Median of 3 runs of each" in page.text("#verdict")
 
 
+def test_a_wrong_key_is_told_apart_from_none(page: Page, stand_in: StandIn) -> None:
+    stand_in.api_key = "open sesame"
+    page.open(stand_in.url)
+    page.fill("#key", "open barley")
+    page.find("#key-form button").click()
+    page.wait(lambda: "refuses" in page.text("#page-error"))
+    assert page.text("#page-error") == (
+        "The server refuses this API key: enter another one at the top of the page."
+    )
+
+
+def test_controls_wait_until_they_can_act(page: Page, stand_in: StandIn) -> None:
+    stand_in.api_key = "open sesame"
+    page.open(stand_in.url)
+    controls = ("#aggressiveness", "#kv-keep", "#method", "#ask-button")
+    assert [name for name in controls if page.find(name).is_enabled()] == []
+    page.fill("#key", "open sesame")
+    page.find("#key-form button").click()
+    page.wait(lambda: page.text("#kept").isdigit())
+    assert page.find("#ask-button").is_enabled() and page.find("#aggressiveness").is_enabled()
+
+
+@pytest.mark.parametrize("change", ["picture", "slider", "kv slider", "method"])
+def test_answers_are_greyed_as_soon_as_they_are_about_something_else(
+    page: Page, stand_in: StandIn, change: str
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    stand_in.prune_layer = 8
+    page.open(stand_in.url)
+    page.ask()
+    assert outdated(page) == [] and "fewer vision tokens" in page.text("#verdict")
+    if change == "picture":
+        page.choose_sample(1)
+    elif change == "method":
+        page.select("#method", "random")
+    else:
+        page.slide("#kv-keep" if change == "kv slider" else "#aggressiveness", Keys.ARROW_LEFT)
+    assert outdated(page) == ["pruned", "full"]
+    assert page.text("#verdict") == "The picture or the settings changed since these answers: ask again."
+    page.ask()
+    assert outdated(page) == [] and "fewer vision tokens" in page.text("#verdict")
+
+
+def outdated(page: Page) -> list[str]:
+    """The cards that are greyed."""
+    script = """return ["pruned", "full"].filter((name) =>
+        Number(getComputedStyle(document.querySelector(`#${name} .answer-text`)).opacity) < 1)"""
+    names: list[str] = page.driver.execute_script(script)
+    return names
+
+
+def test_an_answer_to_other_settings_is_greyed_when_it_comes(page: Page, stand_in: StandIn) -> None:
+    stand_in.word_seconds = 0.5
+    page.open(stand_in.url)
+    page.find("#ask-button").click()
+    page.wait(lambda: page.text("#pruned .answer-text") == "one")
+    page.choose_sample(2)
+    page.wait(lambda: {page.state("pruned"), page.state("full")} == {"done"})
+    page.wait(lambda: page.text("#ask-button") != "Stop")
+    assert outdated(page) == ["pruned", "full"]
+    assert page.text("#verdict").startswith("The picture or the settings changed")
+
+
+def test_what_the_demo_model_knows_is_said(page: Page, stand_in: StandIn, tmp_path: Path) -> None:
+    page.open(stand_in.url)
+    assert page.text("#model-note") == ""
+    stand_in.demo = True
+    page.open(stand_in.url)
+    assert (
+        page.text("#model-note")
+        == "The demo model knows drawn shapes, as in these samples, and nothing else."
+    )
+    Image.new("RGB", (60, 40), "teal").save(tmp_path / "mine.png")
+    page.choose_file(tmp_path / "mine.png")
+    page.wait(lambda: "means nothing" in page.text("#model-note"))
+
+
+@pytest.mark.parametrize(
+    ("method", "presses", "label", "note"),
+    [
+        ("inflection", 40, "inflection point: rank 10", ""),
+        ("inflection", 75, "cut: rank 4", "Past the knee the count is a share of the knee's 7."),
+        ("random", 40, "count: 10", "The curve says how many stay, 10; which ones, random decides"),
+        ("own_count", 40, "", "own_count counts by a rule of its own"),
+        ("inflection", 0, "", "Aggressiveness 0 keeps everything"),
+    ],
+)
+def test_the_curve_says_what_it_decided(
+    page: Page, stand_in: StandIn, method: str, presses: int, label: str, note: str
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(stand_in.url)
+    page.select("#method", method)
+    page.slide("#aggressiveness", Keys.HOME, *[Keys.ARROW_RIGHT] * presses)
+    page.settle()
+    labels = [e.text for e in page.driver.find_elements("css selector", "#curve .curve-cut-label")]
+    assert labels == ([label] if label else [])
+    assert note in page.text("#curve-note") and bool(note) == bool(page.text("#curve-note"))
+    knees = [e.text for e in page.driver.find_elements("css selector", "#curve .curve-knee-label")]
+    assert knees == (["inflection point: rank 7"] if presses == 75 else [])
+
+
+def test_merged_patches_are_not_called_dropped(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(stand_in.url)
+    page.select("#method", "merging")
+    page.settle()
+    assert "Dotted: merged into those and into 1 summary token." in page.text("#legend")
+    page.find("#overlay").send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    assert page.text("#readout").endswith("merged.")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_the_page_sends_the_file_it_was_given(
+    page: Page, stand_in: StandIn, tmp_path: Path, format: str
+) -> None:
+    file = tmp_path / f"mine.{format.lower()}"
+    Image.effect_noise((1500, 700), 60).convert("RGB").save(file, format)
+    page.open(stand_in.url)
+    page.choose_file(file)
+    page.wait(lambda: f"{file.name}: 8 of" in (page.find("#overlay").get_attribute("aria-label") or ""))
+    sent = page.requests("/vtprune/explain")[-1]["body"]["image_url"]
+    assert sent == f"data:image/{format.lower()};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
 @pytest.mark.parametrize("width", [320, 390, 768, 1360])
 def test_page_fits_the_screen(page: Page, stand_in: StandIn, width: int) -> None:
+    stand_in.prune_layer = 8
+    stand_in.demo = True
     page.open(stand_in.url, size=(width, 800))
     page.ask()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert page.driver.execute_script(_CRAMPED) == []
+
+
+#: Texts that touch another one, stick out of the screen or are cut off, and bars too short to read.
+_CRAMPED = """
+    const found = [];
+    const kinds = "p, span, label, dt, dd, button, output, option, strong, summary, li, h1, h2, text";
+    const words = (e) => e.textContent.trim().slice(0, 30);
+    const shown = (e) => e.checkVisibility() && getComputedStyle(e).clipPath === "none"
+      && e.tagName !== "OPTION" && !e.closest(".visually-hidden, .drop-hint");
+    const boxes = [...document.querySelectorAll(kinds)].filter(shown).flatMap((e) => {
+      const range = document.createRange();
+      const texts = [...e.childNodes].filter((n) => n.nodeType === 3 && n.textContent.trim());
+      return texts.flatMap((n) => {
+        range.selectNodeContents(n);
+        return [...range.getClientRects()].map((r) => [e, r]);
+      });
+    });
+    for (const [e, r] of boxes) {
+      if (r.right > innerWidth + 0.5 || r.left < -0.5) found.push(`off screen: ${words(e)}`);
+    }
+    for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
+      const [[a, p], [b, q]] = [boxes[i], boxes[j]];
+      if (a === b || a.contains(b) || b.contains(a)) continue;
+      const gap = a.parentElement === b.parentElement ? 4 : 0; // a space between words of one row
+      const beside = p.right + gap <= q.left || q.right + gap <= p.left;
+      const above = p.bottom <= q.top + 2 || q.bottom <= p.top + 2;
+      if (!beside && !above) found.push(`${words(a)} | ${words(b)}`);
+    }
+    for (const select of document.querySelectorAll("select")) {
+      const width = select.getBoundingClientRect().width;
+      if (select.checkVisibility() && width < 60) found.push(`narrow: ${select.id} ${width}`);
+    }
+    for (const bar of document.querySelectorAll(".bar")) {
+      if (bar.getBoundingClientRect().width < 60) found.push("a bar too short to read");
+    }
+    return found;
+"""
 
 
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page: Page, stand_in: StandIn) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.slow_selection import (
+    CPU,
     GRID,
     TOKENS,
     Array,
@@ -19,7 +20,9 @@ from tests.helpers.slow_selection import (
     top,
 )
 from vllm_vtprune.selection import Budget, Selection, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection.methods.pool import cells
 from vllm_vtprune.selection.methods.prumerge import outlier_counts
+from vllm_vtprune.selection.methods.uniform import even_grid
 
 
 def merged(selection: Selection) -> Array:
@@ -85,8 +88,9 @@ def test_prumerge_adds_neighbours_by_attention_and_a_summary(name: str, number: 
     dropped = [token for token in range(TOKENS) if token not in anchors]
     rows = []
     for anchor in anchors:
-        near = np.argsort(-cosines(keys[[anchor]], keys[dropped])[0], kind="stable")[:32]
-        rows.append(patches[anchor] + sum(attention[dropped[j]] * patches[dropped[j]] for j in near))
+        others = [token for token in range(TOKENS) if token != anchor]
+        near = np.argsort(-cosines(keys[[anchor]], keys[others])[0], kind="stable")[:32]
+        rows.append(patches[anchor] + sum(attention[others[j]] * patches[others[j]] for j in near))
     if count > 1:
         rows.append((attention[dropped, None] * patches[dropped]).sum(axis=0))
     selection = select(name, given, ratio)
@@ -116,6 +120,85 @@ def test_aim_merge_halves_by_bipartite_matching(number: int, ratio: float) -> No
     )
 
 
+@ratios
+@image_numbers
+def test_density_peaks_averages_clusters_around_dense_tokens_far_from_denser_ones(
+    number: int, ratio: float
+) -> None:
+    given = features(number)
+    patches = field(given, "patches")
+    distance = np.linalg.norm(patches[:, None] - patches[None], axis=-1)
+    distance /= distance.mean()
+    density = np.exp(-np.square(np.sort(distance, axis=1)[:, :5]).mean(axis=1))
+    delta = [
+        min(
+            (distance[token, other] for other in range(TOKENS) if density[other] > density[token]),
+            default=distance.max(),
+        )
+        for token in range(TOKENS)
+    ]
+    centres = top(density * np.array(delta), share_count(ratio, TOKENS))
+    clusters: dict[int, list[int]] = {centre: [] for centre in centres}
+    for token in range(TOKENS):
+        clusters[min(centres, key=lambda centre: distance[token, centre])].append(token)
+    selection = select("density_peaks", given, ratio)
+    assert kept(selection) == centres
+    np.testing.assert_allclose(
+        merged(selection),
+        np.stack([patches[members].mean(axis=0) for members in clusters.values()]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (7, 7), (3, 20), (20, 3)], ids=str)
+def test_pool_parts_the_grid_into_even_boxes_around_the_even_grid(grid: tuple[int, int]) -> None:
+    height, width = grid
+    for count in range(1, height * width + 1):
+        owner = cells(grid, count, CPU).reshape(grid).numpy()
+        assert np.unique(owner).tolist() == list(range(count))
+        sides = []
+        for cell in range(count):
+            rows, columns = np.nonzero(owner == cell)
+            box = (np.ptp(rows) + 1, np.ptp(columns) + 1)
+            assert len(rows) == box[0] * box[1]  # a full rectangle
+            sides.append(box)
+        for per_axis in zip(*sides, strict=True):
+            # bands differ by one cell, so columns may differ by more than one patch, rows may not
+            assert max(per_axis) <= 2 * min(per_axis) + 1
+        middles = even_grid(grid, count, CPU).numpy()
+        assert owner.reshape(-1)[middles].tolist() == list(range(count))
+
+
+@ratios
+@image_numbers
+def test_pool_averages_each_cell(number: int, ratio: float) -> None:
+    given = features(number)
+    patches, count = field(given, "patches"), share_count(ratio, TOKENS)
+    owner = cells(GRID, count, CPU).numpy()
+    expected = np.stack([patches[owner == cell].mean(axis=0) for cell in range(count)])
+    np.testing.assert_allclose(merged(select("pool", given, ratio)), expected, atol=1e-5)
+
+
+def test_pool_halves_both_sides_at_a_quarter() -> None:
+    patches = torch.arange(64.0).reshape(64, 1)
+    given = VisionFeatures(patches[None], None, (8, 8), (0,))
+    selection = get_method("pool").select(given, Budget(keep_ratio=0.25))[0]
+    expected = torch.nn.functional.avg_pool2d(patches.reshape(1, 1, 8, 8), 2).reshape(-1).tolist()
+    assert merged(selection)[:, 0].tolist() == expected
+
+
+def test_density_peaks_gives_every_cluster_one_token_whatever_the_scale() -> None:
+    clusters = 10 * torch.eye(4)[torch.arange(TOKENS) % 4]
+    noise = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-3, 1.0, 1e3):
+        given = VisionFeatures(((clusters + noise / 10) * scale)[None], None, GRID, (0,))
+        selection = select("density_peaks", given, 0.1)
+        assert sorted(index % 4 for index in kept(selection)) == [0, 1, 2, 3]
+        for token, mean in zip(kept(selection), merged(selection) / scale, strict=True):
+            expected = (clusters + noise / 10)[token % 4 :: 4].mean(dim=0).numpy()
+            np.testing.assert_allclose(mean, expected, atol=1e-3)
+
+
 def test_aim_merge_to_one_token_is_the_mean_of_all_patches() -> None:
     given = features(0)
     np.testing.assert_allclose(
@@ -128,5 +211,5 @@ def test_merging_keeps_a_constant_image_constant_where_it_averages() -> None:
     flat = VisionFeatures(
         torch.full_like(given.patches, 3.0), None, GRID, (0,), given.cls_attention, keys=given.keys
     )
-    for name in ("visionzip", "aim_merge"):
+    for name in ("visionzip", "aim_merge", "density_peaks", "pool"):
         np.testing.assert_allclose(merged(select(name, flat, 0.3)), 3.0, rtol=1e-6)

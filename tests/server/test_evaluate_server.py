@@ -6,12 +6,12 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from demo.evaluation.local import LocalModel, LocalRunner
-from demo.evaluation.questions import scene_questions
-from demo.evaluation.remote import RemoteRunner
-from demo.evaluation.setting import Setting
 from tests.conftest import DEMO_MODEL
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vtprune_eval.server_backend import RemoteRunner
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import scene_questions
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 SETTINGS = [
     Setting(),

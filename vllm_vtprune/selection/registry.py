@@ -5,17 +5,24 @@ from collections.abc import Iterable
 
 from vllm_vtprune.selection.base import SelectionMethod
 from vllm_vtprune.selection.methods.aim_merge import AimMerge
+from vllm_vtprune.selection.methods.cdpruner import CDPruner
+from vllm_vtprune.selection.methods.dart import Dart
+from vllm_vtprune.selection.methods.density_peaks import DensityPeaks
 from vllm_vtprune.selection.methods.divprune import DivPrune
 from vllm_vtprune.selection.methods.fastervlm import FasterVLM
 from vllm_vtprune.selection.methods.hiprune import HiPrune
+from vllm_vtprune.selection.methods.holov import HoloV
 from vllm_vtprune.selection.methods.inflection import Inflection
 from vllm_vtprune.selection.methods.inflection_diverse import InflectionDiverse
+from vllm_vtprune.selection.methods.pool import Pool
 from vllm_vtprune.selection.methods.prumerge import PruMerge
 from vllm_vtprune.selection.methods.prumerge_plus import PruMergePlus
 from vllm_vtprune.selection.methods.random import Random
+from vllm_vtprune.selection.methods.scope import Scope
 from vllm_vtprune.selection.methods.topk import TopK
 from vllm_vtprune.selection.methods.uniform import Uniform
 from vllm_vtprune.selection.methods.visionzip import VisionZip
+from vllm_vtprune.selection.methods.vispruner import VisPruner
 from vllm_vtprune.selection.methods.vtc_cls import VtcCls
 
 DEFAULT_METHOD = "inflection"
@@ -26,14 +33,21 @@ _CLASSES: tuple[type[SelectionMethod], ...] = (
     TopK,
     Random,
     Uniform,
+    Pool,
     FasterVLM,
     VtcCls,
     HiPrune,
     DivPrune,
+    Scope,
+    CDPruner,
+    VisPruner,
+    HoloV,
+    Dart,
     VisionZip,
     PruMerge,
     PruMergePlus,
     AimMerge,
+    DensityPeaks,
 )
 
 METHODS: dict[str, SelectionMethod] = {method.name: method() for method in _CLASSES}

@@ -32,7 +32,9 @@ class Explanation:
         curve: the scores in that order, normalised to 1 at the first and 0 at the last.
         cut: how many patches lie before the curve's cut; None where the settings or the method do not cut the
             curve, and for equal scores, which have no inflection point.
-        kept: whether each patch stays. A method that merges folds the others into these.
+        kept: whether each patch stays.
+        merged: whether the patches that do not stay are folded into tokens that do.
+        summary_tokens: tokens that stand for merged patches alone, beside those that stay.
         vision_tokens: vision tokens before pruning.
         vision_tokens_kept: vision tokens the language model is given.
     """
@@ -46,6 +48,8 @@ class Explanation:
     curve: list[float]
     cut: int | None
     kept: list[bool]
+    merged: bool
+    summary_tokens: int
     vision_tokens: int
     vision_tokens_kept: int
 
@@ -94,6 +98,8 @@ def explain(
         curve=curve.y[0].tolist(),
         cut=cut,
         kept=kept,
+        merged=selection.features is not None,
+        summary_tokens=selection.count - sum(kept),
         vision_tokens=tokens + extra,
         vision_tokens_kept=selection.count + extra,
     )

@@ -27,7 +27,8 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.context import plugin_context
-from vllm_vtprune.selection.base import Budget, VisionFeatures
+from vllm_vtprune.selection.base import Budget
+from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import SCORE_NEEDS
 from vllm_vtprune.settings import KWARG, VisionSettings

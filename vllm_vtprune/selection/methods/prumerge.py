@@ -12,17 +12,18 @@ from vllm_vtprune.selection.inflection import score_curve
 from vllm_vtprune.selection.ops import best_first, complement, cosines
 from vllm_vtprune.selection.scores import cls_attention
 
-# Dropped tokens merged into each anchor, as in the paper's experiments.
+# Tokens added to each anchor, as in the paper's experiments.
 _NEIGHBOURS = 32
 
 
 class PruMerge(SelectionMethod):
     """Keeps the outliers of CLS attention, merges the rest into them, adds a summary (arXiv 2403.15388).
 
-    Anchors are the patches whose attention lies above Q3 + 1.5 IQR. To each are added the 32 dropped tokens
-    whose keys are most like its own, weighted by their attention; last comes the attention-weighted sum of
-    all dropped tokens. The paper's attention is that of one softmax over all heads together; here it is the
-    mean over heads.
+    Anchors are the patches whose attention lies above Q3 + 1.5 IQR. To each are added the 32 other tokens,
+    kept or dropped, whose keys are most like its own, weighted by their attention; last comes the
+    attention-weighted sum of all dropped tokens. The paper's attention is that of one softmax over all heads
+    together, at the tower's last layer, and its tokens stand by falling attention; here it is the mean over
+    heads at the feature layer, and they stand in raster order.
 
     `keep_ratio` fixes the count, the summary included. `aggressiveness` a replaces 1.5 by 1.5 a / (1 - a):
     the paper's rule at 0.5, fewer anchors above, and at most a quarter of the tokens however little above 0.
@@ -80,12 +81,15 @@ def _from_top(ranked: Tensor, share: float) -> Tensor:
 
 
 def _merge(anchors: Tensor, patches: Tensor, attention: Tensor, keys: Tensor, count: int) -> Selection:
-    dropped = complement(anchors, patches.shape[0])
-    weight, values = attention[dropped], patches[dropped].float()
-    nearest = best_first(cosines(keys[anchors], keys[dropped]))[:, :_NEIGHBOURS]
-    weights = torch.zeros(anchors.shape[0], dropped.shape[0], device=patches.device)
-    weights = weights.scatter(1, nearest, weight[nearest])
-    merged = patches[anchors].float() + weights @ values
+    tokens = patches.shape[0]
+    values = patches.float()
+    itself = torch.arange(tokens, device=patches.device).unsqueeze(0) == anchors.unsqueeze(1)
+    alike = cosines(keys[anchors], keys).masked_fill(itself, -torch.inf)
+    nearest = best_first(alike)[:, : min(_NEIGHBOURS, tokens - 1)]
+    weights = torch.zeros(anchors.shape[0], tokens, device=patches.device)
+    weights = weights.scatter(1, nearest, attention[nearest])
+    merged = values[anchors] + weights @ values
     if count > anchors.shape[0]:
-        merged = torch.cat([merged, (weight @ values).unsqueeze(0)])
+        dropped = complement(anchors, tokens)
+        merged = torch.cat([merged, (attention[dropped] @ values[dropped]).unsqueeze(0)])
     return Selection(anchors, merged.to(patches.dtype))

@@ -28,7 +28,7 @@ def even_grid(grid: tuple[int, int], count: int, device: torch.device) -> Tensor
     differ by at most one patch. Integer arithmetic on the device, so nothing is copied to it.
     """
     height, width = grid
-    lines = _lines(height, width, count)
+    lines = rows_used(height, width, count)
     token = torch.arange(count, device=device)
     line = token * lines // count
     first = -(-(line * count) // lines)  # ceil: the line's first token
@@ -38,7 +38,7 @@ def even_grid(grid: tuple[int, int], count: int, device: torch.device) -> Tensor
     return row * width + column
 
 
-def _lines(height: int, width: int, count: int) -> int:
+def rows_used(height: int, width: int, count: int) -> int:
     """How many rows hold patches: near sqrt(count * height / width), and enough for `count` to fit."""
     fewest = -(-count // width)
     squarest = round(math.sqrt(count * height / width))

@@ -40,6 +40,7 @@ export class AnswerCard {
 
   start(settings) {
     this.root.dataset.state = "waiting";
+    delete this.root.dataset.outdated;
     this.settings.textContent = settings;
     this.text.textContent = "";
     this.error.hidden = true;
@@ -61,6 +62,11 @@ export class AnswerCard {
     this.root.dataset.state = "failed";
     this.error.textContent = sentence;
     this.error.hidden = false;
+  }
+
+  /** Grey what is shown, which is about another picture or other settings; the next `start` ends that. */
+  outdate() {
+    if (this.root.dataset.state !== "idle") this.root.dataset.outdated = "";
   }
 
   /** Fill the table; with the other card's result, bars show the share of the larger of the two. */
@@ -87,6 +93,16 @@ export function showVerdict(pruned, full, runs) {
   const times = runs === 1 ? "One run of each" : `Median of ${runs} runs of each, taken in turn`;
   taken.textContent = `${times}, past the prefix cache; times are those of this browser.`;
   document.getElementById("verdict").replaceChildren(said, taken);
+}
+
+/** Say that the answers shown are not about what the page shows now; nothing before the first answer. */
+export function showOutdated() {
+  const box = document.getElementById("verdict");
+  if (box.childElementCount === 0 && document.querySelector("[data-outdated]") === null) return;
+  const said = document.createElement("strong");
+  said.textContent = "The picture or the settings changed since these answers: ask again.";
+  box.replaceChildren(said);
+  box.dataset.outdated = "";
 }
 
 function verdict(pruned, full) {

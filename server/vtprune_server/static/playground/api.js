@@ -17,6 +17,8 @@ export function setApiKey(key) {
   apiKey = key.trim();
 }
 
+export const hasApiKey = () => apiKey !== "";
+
 export const getConfig = () => getJson("vtprune/config");
 export const getModels = () => getJson("v1/models");
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: one picture, one question, one set of settings; what the server says of them is shown as it comes.
 
-import { AnswerCard, median, showVerdict } from "./answers.js";
-import { ApiError, ask, explain, getConfig, getModels, setApiKey } from "./api.js";
-import { drawCurve, inflectionOf, rankAt } from "./curve.js";
+import { AnswerCard, median, showOutdated, showVerdict } from "./answers.js";
+import { ApiError, ask, explain, getConfig, getModels, hasApiKey, setApiKey } from "./api.js";
+import { drawCurve, rankAt, readCurve } from "./curve.js";
 import { drawOverlay, patchAt, patchBeside } from "./overlay.js";
 import { onFile, pictureFromCanvas, pictureFromFile } from "./picture.js";
 import { SCENES, drawScene } from "./scenes.js";
 import { SettingsPanel } from "./settings.js";
-import { POINT_HINT, describeCurve, describePatch, describePicture, legend } from "./words.js";
+import { POINT_HINT, curveNote, describeCurve, describePatch, describePicture, legend } from "./words.js";
 
 const DEBOUNCE_MS = 60;
 const ASK = "Ask pruned and full";
@@ -22,8 +22,9 @@ const state = {
   explanation: null, // the server's last answer on what stays of it
   patch: null, // the one pointed at
   asking: null, // AbortController while answers stream
+  demo: false, // whether the server's model is the embedded one
 };
-const settings = new SettingsPanel(refreshExplanation);
+const settings = new SettingsPanel({ onVision: refreshExplanation, onChange: markAnswersOutdated });
 const cards = { pruned: new AnswerCard(id("pruned")), full: new AnswerCard(id("full")) };
 
 // ---- the server -----------------------------------------------------------------------------------------------
@@ -33,9 +34,12 @@ async function connect() {
     // the models' route is under the API key wherever there is one: a missing key shows here, not at the first question
     const [models, config] = await Promise.all([getModels(), getConfig()]);
     state.model = config.model?.id ?? models.data[0].id;
+    state.demo = config.model?.demo === true;
     showError("page-error", null);
     showFacts(config);
+    showModelNote();
     settings.configure(config);
+    id("ask-button").disabled = false;
   } catch (error) {
     report("page-error", error);
   }
@@ -49,6 +53,16 @@ function showFacts({ model = {}, versions = {} }) {
     ...["vtprune", "vllm"].filter((name) => versions[name]).map((name) => `${name} ${versions[name]}`),
   ];
   id("facts").replaceChildren(...facts.map((fact) => Object.assign(document.createElement("li"), { textContent: fact })));
+}
+
+/** The embedded model answers about anything, and is right about what it was trained on. */
+function showModelNote() {
+  const known = state.picture?.sample ?? true;
+  id("model-note").hidden = !state.demo;
+  id("model-note").classList.toggle("warning", !known);
+  id("model-note").textContent = known
+    ? "The demo model knows drawn shapes, as in these samples, and nothing else."
+    : "The demo model knows drawn shapes only: what it says of this picture means nothing. What stays of it is real.";
 }
 
 // ---- what stays of the picture ----------------------------------------------------------------------------------
@@ -94,9 +108,10 @@ function showExplanation() {
   id("kept-of").textContent = explanation
     ? `of ${explanation.vision_tokens} vision tokens kept (${percent(explanation)})`
     : "vision tokens kept";
-  const inflection = explanation ? inflectionOf(explanation) : null;
+  const inflection = explanation ? readCurve(explanation).inflection : null;
   id("slope-key").hidden = inflection === null;
-  if (inflection) id("slope").textContent = `slope −${inflection.slope.toFixed(2)} at the inflection point`;
+  if (inflection) id("slope").textContent = `slope −${inflection.slope.toFixed(2)}`;
+  id("curve-note").textContent = explanation ? curveNote(explanation) : "";
   draw();
 }
 
@@ -133,7 +148,9 @@ function point(patch) {
 // ---- choosing a picture -----------------------------------------------------------------------------------------
 
 function usePicture(picture, scene = null) {
-  state.picture = picture;
+  state.picture = { ...picture, sample: scene !== null };
+  markAnswersOutdated();
+  showModelNote();
   state.explanation = null;
   state.patch = null;
   for (const button of id("samples").children) {
@@ -145,6 +162,12 @@ function usePicture(picture, scene = null) {
   showError("explain-error", null);
   showExplanation();
   refreshExplanation();
+}
+
+/** The answers on the page are about another picture or other settings than those shown. */
+function markAnswersOutdated() {
+  for (const card of Object.values(cards)) card.outdate();
+  showOutdated();
 }
 
 async function useFile(file) {
@@ -200,6 +223,7 @@ async function askBoth() {
   ];
   id("ask-button").textContent = "Stop";
   id("verdict").textContent = "";
+  id("verdict").removeAttribute("data-outdated");
   for (const { card, summary } of sides) card.start(summary);
   const runs = Number(id("runs").value);
   for (let run = 0; run < runs && !signal.aborted; run++) {
@@ -209,7 +233,8 @@ async function askBoth() {
     const [pruned, full] = sides.map((side) => median(side.runs));
     cards.pruned.showMetrics(pruned, full);
     cards.full.showMetrics(full, pruned);
-    showVerdict(pruned, full, runs);
+    if ("outdated" in id("pruned").dataset) showOutdated();
+    else showVerdict(pruned, full, runs);
   }
   state.asking = null;
   id("ask-button").textContent = ASK;
@@ -232,7 +257,9 @@ async function askOne({ card, settings, runs }, common) {
 function sentence(error) {
   if (error instanceof ApiError && error.status === 401) {
     id("key-box").open = true;
-    return `${error.message}: enter the server's API key at the top of the page.`;
+    return hasApiKey()
+      ? "The server refuses this API key: enter another one at the top of the page."
+      : `${error.message}: enter the server's API key at the top of the page.`;
   }
   const blame = error instanceof ApiError && error.param && !error.message.includes(error.param);
   return blame ? `${error.message} (${error.param})` : error.message;
@@ -252,7 +279,7 @@ function listen() {
   id("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     if (state.asking) state.asking.abort();
-    else if (state.model && state.picture) askBoth();
+    else if (state.picture) askBoth();
   });
   id("key-form").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -4,6 +4,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { top: 14, right: 14, bottom: 58, left: 40 };
 const STRIP = 9; // height of the strip below the axis that marks the kept ranks
+const CLOSE = 34; // pixels from the axis within which a label would stand on the curve
 
 const SCORE_NAMES = {
   cosine: "cosine similarity to CLS",
@@ -15,26 +16,40 @@ const SCORE_NAMES = {
 export const scoreName = (score) => SCORE_NAMES[score] ?? score;
 
 /**
- * The inflection point { index, slope }: where the curve's slope falls to -slope, slope = a / (1 - a) up to the knee's
- * 1. Past the knee a share of its count is kept, so the cut comes before it. Null where no finite slope decided.
+ * What the curve decided: { count, inflection, first }.
+ *
+ * `count` is how many patches it lets stay, null where the method or the settings do not ask it. `inflection` is
+ * { index, slope }, where the curve's slope falls to -slope: aggressiveness / (1 - aggressiveness) up to the knee's 1;
+ * past the knee the count is a share of the knee's, so the inflection point lies behind the cut. Null where no finite
+ * slope decided. `first` says whether the patches that stay are the first `count` ranks.
  */
-export function inflectionOf({ curve, cut, settings: { aggressiveness } }) {
-  if (cut === null || !aggressiveness || aggressiveness === 1) return null;
-  if (aggressiveness <= 0.5) return { index: cut - 1, slope: aggressiveness / (1 - aggressiveness) };
+export function readCurve({ curve, cut, order, kept, settings: { aggressiveness } }) {
+  if (cut === null) return { count: null, inflection: null, first: false };
+  const first = order.every((patch, rank) => kept[patch] === rank < cut);
+  if (!aggressiveness || aggressiveness === 1) return { count: cut, inflection: null, first };
+  if (aggressiveness <= 0.5) {
+    return { count: cut, inflection: { index: cut - 1, slope: aggressiveness / (1 - aggressiveness) }, first };
+  }
   const heights = curve.map((y, i) => y + i / Math.max(curve.length - 1, 1));
-  return { index: heights.indexOf(Math.min(...heights)), slope: 1 };
+  return { count: cut, inflection: { index: heights.indexOf(Math.min(...heights)), slope: 1 }, first };
 }
 
 /** Fill an <svg> at the size it has on the page; `rank` is the one pointed at, from 0, or null. */
 export function drawCurve(svg, explanation, rank) {
-  const { curve, cut, order, kept, score } = explanation;
+  const { curve, order, kept, score } = explanation;
+  const { count, inflection, first } = readCurve(explanation);
   const plot = new Plot(svg, curve.length);
   plot.axes(scoreName(score));
   plot.keptRanks(order.map((patch) => kept[patch]), curve);
   plot.line("curve-line", curve.map((y, i) => [plot.x(i), plot.y(y)]));
-  const inflection = inflectionOf(explanation);
   if (inflection !== null) plot.tangent(inflection.index, curve[inflection.index], inflection.slope);
-  if (cut !== null) plot.cut(cut - 1, curve[cut - 1], inflection?.index === cut - 1 ? "inflection point" : "cut");
+  if (count !== null) {
+    const atPoint = inflection?.index === count - 1;
+    // a method that chooses by a rule of its own takes the count from the curve, not the ranks before it
+    const name = !first ? "count" : atPoint ? "inflection point" : "cut";
+    plot.cut(count - 1, curve[count - 1], first ? `${name}: rank ${count}` : `${name}: ${count}`);
+    if (inflection !== null && !atPoint) plot.knee(inflection.index, curve[inflection.index]);
+  }
   if (rank !== null) plot.pointer(rank, curve[rank]);
 }
 
@@ -120,12 +135,27 @@ class Plot {
   /** A vertical line where the curve was cut, and what that point is. */
   cut(index, value, name) {
     const x = this.x(index);
-    const y = this.y(value);
     this.add("line", "curve-cut", { x1: x, x2: x, y1: MARGIN.top, y2: this.bottom + STRIP + 4 });
-    this.add("circle", "curve-point", { cx: x, cy: y, r: 5 });
-    const onLeft = x > (MARGIN.left + this.right) / 2;
-    const label = { x: x + (onLeft ? -10 : 10), y: MARGIN.top + 12, "text-anchor": onLeft ? "end" : "start" };
-    this.add("text", "curve-cut-label", label, `${name}: rank ${index + 1}`);
+    this.add("circle", "curve-point", { cx: x, cy: this.y(value), r: 5 });
+    // near the first ranks the curve itself runs where the label would stand
+    this.label("curve-cut-label", x, MARGIN.top + 12, x - MARGIN.left < CLOSE ? CLOSE : 10, name);
+  }
+
+  /** A text beside a point, on the side with room for it; in a narrow plot as near as it fits. */
+  label(className, x, y, away, text) {
+    const element = this.add("text", className, { y }, text);
+    const width = element.getComputedTextLength();
+    const right = x + away + width <= this.right;
+    const start = right ? x + away : Math.max(MARGIN.left, Math.min(x - 10 - width, this.right - width));
+    element.setAttribute("x", start);
+  }
+
+  /** The inflection point, where the cut lies before it. */
+  knee(index, value) {
+    const x = this.x(index);
+    const y = this.y(value);
+    this.add("circle", "curve-knee", { cx: x, cy: y, r: 4 });
+    this.label("curve-knee-label", x, y - 9, 9, `inflection point: rank ${index + 1}`);
   }
 
   /** The line of slope -slope through the inflection point. */

@@ -25,7 +25,7 @@ export function drawOverlay(canvas, box, { picture, explanation, view, patch }) 
   paint();
   context.filter = "none";
   if (view === "scores") paintScores(context, grid, explanation);
-  else paintKept(context, grid, explanation.kept, { paint, surface, line: style.getPropertyValue("--kept") });
+  else paintKept(context, grid, explanation, { paint, surface, line: style.getPropertyValue("--kept") });
   paintOutside(context, grid, width, height, surface);
   if (patch !== null) paintPointer(context, grid.cell(patch));
 }
@@ -77,13 +77,22 @@ function fit({ width, height }, box) {
   return { width: Math.max(1, Math.floor(width * scale)), height: Math.max(1, Math.floor(height * scale)) };
 }
 
-function paintKept(context, grid, kept, { paint, surface, line }) {
+function paintKept(context, grid, { kept, merged }, { paint, surface, line }) {
   const region = new Path2D();
-  kept.forEach((keep, index) => keep && region.rect(...snapped(grid.cell(index))));
+  const keeps = (index, inside) => inside && kept[index];
+  kept.forEach((keep, index) => {
+    if (!keep) return;
+    const [x, y, width, height] = snapped(grid.cell(index));
+    // over the edge to a kept neighbour: rectangles that only touch leave a seam
+    const right = keeps(index + 1, (index + 1) % grid.columns !== 0) ? 1 : 0;
+    const below = keeps(index + grid.columns, true) ? 1 : 0;
+    region.rect(x, y, width + right, height + below);
+  });
   context.globalAlpha = DIMMED;
   context.fillStyle = surface;
   context.fillRect(grid.x, grid.y, grid.width, grid.height);
   context.globalAlpha = 1;
+  if (merged) paintMerged(context, grid, kept, line);
   context.save();
   context.clip(region);
   paint();
@@ -93,6 +102,18 @@ function paintKept(context, grid, kept, { paint, surface, line }) {
     context.lineWidth = 1.5;
     context.stroke(border(grid, kept));
   }
+}
+
+/** A dot in each patch that was folded into tokens that stay. */
+function paintMerged(context, grid, kept, line) {
+  context.fillStyle = line;
+  kept.forEach((keep, index) => {
+    if (keep) return;
+    const [x, y, width, height] = snapped(grid.cell(index));
+    context.beginPath();
+    context.arc(x + width / 2, y + height / 2, Math.max(1, Math.min(width, height) / 9), 0, 2 * Math.PI);
+    context.fill();
+  });
 }
 
 /** The edges between kept patches and everything else. */

@@ -8,9 +8,10 @@ const KV_OFF =
   "This server has no prune layer, so nothing leaves its KV cache. Start it with --prune-layer K to use this slider.";
 
 export class SettingsPanel {
-  /** `onVision` is called when what stays of the picture may have changed. */
-  constructor(onVision) {
+  /** `onVision` is called when what stays of the picture may have changed, `onChange` when any setting has. */
+  constructor({ onVision, onChange }) {
     this.onVision = onVision;
+    this.onChange = onChange;
     this.presets = {};
     this.pruneLayer = null;
     this.clientControls = true;
@@ -18,6 +19,7 @@ export class SettingsPanel {
     id("method").addEventListener("change", () => this.#update(true));
     id("kv-keep").addEventListener("input", () => this.#update(false));
     id("kv-scope").addEventListener("change", () => this.#update(false));
+    this.#showValues();
   }
 
   /** Take the server's facts: caps, methods, presets, and whether there is a prune layer. */
@@ -88,12 +90,17 @@ export class SettingsPanel {
     this.#update(true);
   }
 
-  #update(vision) {
+  #showValues() {
     for (const name of ["aggressiveness", "kv-keep"]) {
       const { value, min, max, style } = id(name);
       id(`${name}-value`).textContent = share(value);
       style.setProperty("--fill", `${(100 * (value - min)) / (max - min)}%`);
     }
+  }
+
+  #update(vision) {
+    this.#showValues();
+    this.onChange();
     const chosen = [Number(id("aggressiveness").value), Number(id("kv-keep").value)];
     for (const button of id("presets").children) {
       const { aggressiveness, kv_keep: kvKeep } = this.presets[button.dataset.preset];
