@@ -46,11 +46,6 @@ def crowd(max_tokens: int = 90) -> list[Request]:
     return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=max_tokens) for i, k in enumerate(shares)]
 
 
-def large_crowd() -> list[Request]:
-    """Twenty that fill 250 blocks of 32 before they have answered much."""
-    return crowd(max_tokens=45) * 2
-
-
 def resettable() -> list[Request]:
     """Requests of every kind that run long enough to be interrupted twice."""
     images = [
@@ -62,7 +57,7 @@ def resettable() -> list[Request]:
 
 def replayed() -> list[Request]:
     """Some of the grid and a crowd, for decode batches of every size."""
-    return [*grid()[6:8], *grid()[10:14], *large_crowd()]
+    return [*grid()[6:8], *grid()[10:14], *crowd()]
 
 
 def unpruned() -> list[Request]:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, TEXT, grid, large_crowd, replayed, resettable, unpruned
+from tests.helpers.kv_cases import QUESTION, TEXT, grid, replayed, resettable, unpruned
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -36,8 +36,8 @@ def capacity(engine: Engine) -> dict[float, int]:
     """How many requests run at once in the cache, by kv_keep. Each its own picture, so none shares blocks."""
     running = {}
     for number, keep in enumerate((1.0, 0.5, 0.25)):
-        for i in range(30):
-            request = Request(QUESTION, (noise(100 + 30 * number + i),), kv_keep=keep, max_tokens=2)
+        for i in range(18):
+            request = Request(QUESTION, (noise(100 + 18 * number + i),), kv_keep=keep, max_tokens=2)
             engine.add(request, f"{keep}-{i}")
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     return running
@@ -45,7 +45,7 @@ def capacity(engine: Engine) -> dict[float, int]:
 
 def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
     """A crowd that outgrows the cache; some of those that are preempted are aborted while they wait."""
-    asked = {f"crowd-{i}": r for i, r in enumerate(large_crowd())}
+    asked = {f"crowd-{i}": r for i, r in enumerate(crowd())}
     gone: set[str] = set()
 
     def abort(step: int) -> None:
@@ -129,8 +129,8 @@ def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:
 
     worker = engine.core.model_executor.driver_worker.worker
     before = engine.run(unpruned()[:2])
-    worker.sleep_mode_backend = Forgetful()
     with (
+        mock.patch.object(type(worker), "sleep_mode_backend", Forgetful()),
         mock.patch("torch.accelerator.synchronize"),
         mock.patch("torch.accelerator.get_memory_info", return_value=(1, 2)),
     ):
