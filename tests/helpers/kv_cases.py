@@ -46,6 +46,11 @@ def crowd(max_tokens: int = 90) -> list[Request]:
     return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=max_tokens) for i, k in enumerate(shares)]
 
 
+def brief_crowd() -> list[Request]:
+    """The same for a cache of 150 blocks of 32."""
+    return crowd(max_tokens=60)
+
+
 def resettable() -> list[Request]:
     """Requests of every kind that run long enough to be interrupted twice."""
     images = [
@@ -57,7 +62,7 @@ def resettable() -> list[Request]:
 
 def replayed() -> list[Request]:
     """Some of the grid and a crowd, for decode batches of every size."""
-    return [*grid()[6:8], *grid()[10:14], *crowd()]
+    return [*grid()[6:8], *grid()[10:14], *brief_crowd()]
 
 
 def unpruned() -> list[Request]:

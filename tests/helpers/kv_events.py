@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, TEXT, grid, replayed, resettable, unpruned
+from tests.helpers.kv_cases import QUESTION, TEXT, brief_crowd, grid, replayed, resettable, unpruned
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -45,7 +45,7 @@ def capacity(engine: Engine) -> dict[float, int]:
 
 def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
     """A crowd that outgrows the cache; some of those that are preempted are aborted while they wait."""
-    asked = {f"crowd-{i}": r for i, r in enumerate(crowd())}
+    asked = {f"crowd-{i}": r for i, r in enumerate(brief_crowd())}
     gone: set[str] = set()
 
     def abort(step: int) -> None:
