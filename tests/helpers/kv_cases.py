@@ -48,7 +48,7 @@ def crowd(max_tokens: int = 90) -> list[Request]:
 
 def brief_crowd() -> list[Request]:
     """The same for a cache of 150 blocks of 32."""
-    return crowd(max_tokens=60)
+    return crowd(max_tokens=75)
 
 
 def resettable() -> list[Request]:

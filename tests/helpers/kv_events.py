@@ -37,21 +37,21 @@ def capacity(engine: Engine) -> dict[float, int]:
     running = {}
     for number, keep in enumerate((1.0, 0.5, 0.25)):
         for i in range(18):
-            request = Request(QUESTION, (noise(100 + 18 * number + i),), kv_keep=keep, max_tokens=2)
+            request = Request(QUESTION, (noise(100 + 18 * number + i),), kv_keep=keep, max_tokens=8)
             engine.add(request, f"{keep}-{i}")
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     return running
 
 
 def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
-    """A crowd that outgrows the cache; some of those that are preempted are aborted while they wait."""
+    """A crowd that outgrows the cache; the first of them to be preempted is aborted while it waits."""
     asked = {f"crowd-{i}": r for i, r in enumerate(brief_crowd())}
     gone: set[str] = set()
 
     def abort(step: int) -> None:
         for request in list(engine.scheduler.waiting):
             name = request.request_id.rpartition("-")[0]
-            if request.status.name == "PREEMPTED" and len(gone) < 3 and name not in gone:
+            if request.status.name == "PREEMPTED" and not gone:
                 engine.llm.llm_engine.abort_request([name])
                 gone.add(name)
 

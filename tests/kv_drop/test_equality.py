@@ -100,7 +100,7 @@ def test_preempted_requests_lose_the_same_tokens(runs: Runs, runner: str, verdic
 @on("grid")
 def test_what_is_preempted_may_be_aborted_or_resume(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     found = runs("grid", runner)["crowd"]
-    assert found["preemptions"] >= 6 and found["aborted"] == 3
+    assert found["preemptions"] >= 2 and found["aborted"] == 1
     assert found["plans_left"] == 0
     verdicts.check("aborted while preempted", runner, 2, brief_crowd(), found["answers"])
 
@@ -159,7 +159,7 @@ def test_a_disagreement_fails_one_request_and_touches_no_other(
 def test_decode_batches_replay_full_graphs(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     """CUDA graphs acted out: what is not written in place does not reach the layers above."""
     found = runs("grid", runner)["graphs"]
-    assert found["replays"] > 100 and found["preemptions"] >= 3
+    assert found["replays"] > 100 and found["preemptions"] >= 2
     verdicts.check("full graphs", runner, 2, replayed(), found["answers"])
     for right, wrong in zip(found["answers"][:2], found["not_in_place"], strict=True):
         assert right["tokens"] != wrong["tokens"]
