@@ -233,9 +233,9 @@ def forget_drop(engine: Engine) -> Callable[[str], None]:
 
 def token_ids(engine: Engine) -> dict[str, Any]:
     """Log-probabilities of given ids after each prompt token: by the operator's default, and with kv_keep."""
-    scored = [[5, 6, 7]] * 20
+    # a row for each prompt token behind the first that is scored: 189 tokens, of which the last needs none
+    start, scored = 150, [[5, 6, 7]] * 38
     prompt = engine.prompt(Request(QUESTION, (noise(0),)))
-    start = 150  # behind the image's tokens, before the last that stay anyway
     found = []
     for extra_args in (None, engine.params(grid()[0]).extra_args):
         params = engine.params(grid()[0], prompt_logprob_token_ids=scored, extra_args=extra_args)
