@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.hooks.request_check import install_request_check
 from vllm_vtprune.kv_drop.plan import KVDropConfig
 
@@ -22,10 +23,6 @@ _SCHEDULER = "vllm_vtprune.kv_drop.hooks.scheduler.build_scheduler"
 _WORKER = "vllm_vtprune.kv_drop.hooks.worker.KVDropWorker"
 #: `model_type` of the decoders whose layers the plugin can run in two halves.
 DECODERS = ("llama",)
-
-
-class UnsupportedConfigError(ValueError):
-    """Stage 2 cannot work with this model or engine configuration; the message says what to change."""
 
 
 def recommended_prune_layer(layers: int) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.kv_drop.hooks.requests import prompt_logprobs_of
-from vllm_vtprune.settings import KVSettings, SettingsError
+from vllm_vtprune.settings import KVSettings
 
 
 def install_request_check() -> None:
