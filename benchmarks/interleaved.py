@@ -200,14 +200,14 @@ class Comparison:
         await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
         await asyncio.sleep(self._last_block + _REST_S - time.monotonic())
         server = self._servers[arm.server]
-        cpu = server.cpu_seconds()
+        cpu = server.process.cpu_seconds()
         result = await self._runners[arm.server].run(
             Phase(Role.MEASURED, (index,), requests, None),
             LoadPoint(None, concurrency),
             (0, turn),
             asyncio.Event(),
         )
-        cpu = server.cpu_seconds() - cpu
+        cpu = server.process.cpu_seconds() - cpu
         self._last_block = time.monotonic()
         for record in result.records:
             if not record.ok:

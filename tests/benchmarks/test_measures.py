@@ -23,6 +23,7 @@ from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
 from benchmarks.flops import RequestShape, Shape, Work, request_work
 from benchmarks.interleaved import Block, Rounds, TrafficSpec, connected
+from benchmarks.processes import ServerProcess
 from benchmarks.roofline import Machine, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer
 from tests.benchmarks.conftest import DECODER, TOWER
@@ -152,11 +153,15 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunningServer]]:
         slow.prefill_s = slow.token_s = 0.02
         fast.prefill_s = fast.token_s = 0.01
         slow.prunes = False
-        process = SimpleNamespace(pid=os.getsid(0))
+        process: Any = SimpleNamespace(pid=os.getsid(0))
         yield [
-            RunningServer(spec, chat.url, process)  # type: ignore[arg-type]
+            RunningServer(spec, ServerProcess(chat.url, process, Path(os.devnull)))
             for spec, chat in ((PLAIN, slow), (PRUNING, fast))
         ]
+
+
+def at(server: RunningServer, url: str) -> RunningServer:
+    return replace(server, process=replace(server.process, url=url))
 
 
 def measured(servers: list[RunningServer], runs: int = 1, **options: Any) -> Rounds:
@@ -198,7 +203,7 @@ def test_a_comparison_end_to_end(servers: list[RunningServer], capsys: pytest.Ca
 
 def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
     with serve_fake_chat() as chat:
-        both = [replace(server, url=chat.url) for server in servers]
+        both = [at(server, chat.url) for server in servers]
         measured(both, runs=2, min_rounds=2, max_rounds=2)
         pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in chat.bodies]
     assert len(pictures) > 8 and len(set(pictures)) == len(pictures)
@@ -227,7 +232,7 @@ def test_a_failing_request_ends_the_comparison(servers: list[RunningServer]) -> 
     with serve_fake_chat() as chat:
         chat.fail = lambda number: 500
         with pytest.raises(LoadTestError, match="off failed: http_500"):
-            measured([servers[0], replace(servers[1], url=chat.url)])
+            measured([servers[0], at(servers[1], chat.url)])
 
 
 @pytest.mark.parametrize("arguments", [["--concurrency", "0"], ["--arms", "off"], ["--model", "gpt"]])
