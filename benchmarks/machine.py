@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import cpuinfo  # type: ignore[import-untyped]
+
 
 def describe() -> dict[str, Any]:
     """Processor, memory, accelerator, versions, commit, date, and how busy the machine is right now."""
@@ -40,14 +42,10 @@ def one_line(machine: dict[str, Any]) -> str:
 
 def cpu_name() -> str:
     """The processor's name and its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = facts.get("flags", "").split()
+    facts = cpuinfo.get_cpu_info()
+    flags = facts.get("flags", ())
     vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
-    return f"{facts.get('model name', platform.machine())} {vectors}".strip()
+    return f"{facts.get('brand_raw') or platform.machine()} {vectors}".strip()
 
 
 def _accelerator() -> str | None:
