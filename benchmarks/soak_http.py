@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import json
 import os
 import random
 import shutil
@@ -31,7 +30,9 @@ from typing import Any
 import httpx
 import psutil  # type: ignore[import-untyped]
 
+from benchmarks.commands import bench_parser, write_json
 from benchmarks.processes import ServerProcess
+from vtprune_loadtest.command import command
 from vtprune_loadtest.images import DrawnPictures
 from vtprune_loadtest.prometheus import parse_counters
 
@@ -90,17 +91,20 @@ class Soak:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.soak_http") -> int:
     """Run the soak; 0 if nothing failed or grew."""
-    parser = argparse.ArgumentParser(
-        prog="soak_http", description=__doc__.splitlines()[0] if __doc__ else None
+    return command(prog, lambda: _run(argv, prog))
+
+
+def _run(argv: list[str] | None, prog: str) -> int:
+    parser = bench_parser(
+        prog, "Mixed requests against a server of its own, errors and growth watched.", models=False
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--warm-up", type=float, default=0.3, help="share of the time left out of the fit")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the samples and the verdict here")
-    parser.add_argument("--log", type=Path, help="keep the server's output here")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's output here")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         server = start_server(Path(folder))
@@ -266,10 +270,9 @@ def report(soak: Soak, options: argparse.Namespace) -> int:
     print(f"sent to the engine again with their images: {soak.resent:.0f}")
     print(f"failures: {len(soak.failures)}", *soak.failures[:10], sep="\n  ")
     flat = memory <= FLAT_MIB_PER_HOUR and files <= FLAT_FDS_PER_HOUR
-    if options.json is not None:
-        verdict = {"memory_mib_per_hour": memory, "files_per_hour": files, "failures": soak.failures}
-        samples = [asdict(s) for s in soak.samples]
-        options.json.write_text(json.dumps({**verdict, "outcomes": soak.outcomes, "samples": samples}))
+    verdict = {"memory_mib_per_hour": memory, "files_per_hour": files, "failures": soak.failures}
+    samples = [asdict(s) for s in soak.samples]
+    write_json(options.json, {**verdict, "outcomes": soak.outcomes, "samples": samples})
     return 0 if flat and not soak.failures else 1
 
 
