@@ -44,7 +44,13 @@ def stop_server(server: LiveServer) -> None:
 
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """The server of `vtprune serve` without arguments: the embedded model, real engine, real HTTP."""
+    """The server of `vtprune serve` without arguments: the embedded model, real engine, real HTTP.
+
+    VTPRUNE_TEST_URL names one that runs already: the same model behind something else than `vtprune serve`.
+    """
+    if url := os.environ.get("VTPRUNE_TEST_URL"):
+        yield LiveServer(url, None, Path(os.devnull))
+        return
     server = start_server(tmp_path_factory.mktemp("server") / "server.log")
     yield server
     stop_server(server)

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.settings import SettingsError
+from vllm_vtprune.errors import SettingsError
 from vtprune_eval.arguments import make_parser
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.draw import draw_kept

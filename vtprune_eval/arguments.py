@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm_vtprune.contract import FIELDS, HEADERS, PRESETS
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
-from vllm_vtprune.settings import HEADERS, KV_SCOPES, PRESETS, Controls, SettingsError
+from vllm_vtprune.settings import Controls
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.scenes import SPLITS
 from vtprune_eval.setting import DOWNSCALE
@@ -36,7 +38,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     how.add_argument("--keep-ratio", type=_numbers("keep_ratio"), default=[])
     how.add_argument("--score", choices=tuple(SCORES), default="cosine")
     how.add_argument("--kv-keep", type=_numbers("kv_keep"), default=[1.0])
-    how.add_argument("--kv-scope", type=_names(KV_SCOPES), default=["all"])
+    how.add_argument("--kv-scope", type=_names(FIELDS["kv_scope"].choices), default=["all"])
     how.add_argument(
         "--prune-layer",
         type=_counts,

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from vllm_vtprune.settings import HEADERS
+from vllm_vtprune.contract import HEADERS
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.setting import BASELINES, DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions

@@ -7,7 +7,7 @@ A server without vtprune passes over its headers, and a sweep would compare a se
 import json
 from typing import Any
 
-from vllm_vtprune.settings import HEADER_PREFIX, KWARG
+from vllm_vtprune.contract import HEADER_PREFIX, KWARG
 from vtprune_loadtest.client import ChatClient
 from vtprune_loadtest.config import LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError

@@ -14,7 +14,9 @@ from itertools import product
 
 import numpy as np
 
-from vllm_vtprune.settings import HEADER_PREFIX, HEADERS, PRESETS, Controls, SettingsError
+from vllm_vtprune.contract import HEADER_PREFIX, HEADERS, PRESETS
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import Controls
 from vtprune_loadtest.errors import LoadTestError
 
 PRESET_HEADER = HEADERS["preset"]
@@ -48,7 +50,7 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Sw
     """
     axes: list[tuple[str, list[str]]] = []
     if presets is not None:
-        axes.append((PRESET_HEADER, _values("--sweep", presets)))
+        axes.append((HEADERS["preset"], _values("--sweep", presets)))
         if "" in axes[0][1]:
             raise LoadTestError(
                 f"--sweep has an empty preset name in {presets!r}: write it like off,balanced."
