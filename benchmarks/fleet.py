@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.flops import RequestShape, CostShape, request_work
+from benchmarks.flops import CostShape, RequestShape, request_work
 from benchmarks.models import CLIP_L, LLAVA_7B
 from benchmarks.roofline import MachineLimits, total_seconds
 
