@@ -84,9 +84,11 @@ def _names(known: Any) -> Any:
 def _numbers(field: str) -> Any:
     def numbers(text: str) -> list[float]:
         try:
-            return [FIELDS[field].parse(part, field, text=True) for part in text.split(",")]
+            found = [FIELDS[field].parse(part, field, text=True) for part in text.split(",")]
         except SettingsError as error:
             raise argparse.ArgumentTypeError(str(error).removeprefix(f"{field} ")) from None
+        # a field of one number for each prune layer: one, as transformers drops at one layer
+        return [value[0] if isinstance(value, tuple) else value for value in found]
 
     return numbers
 
