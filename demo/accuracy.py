@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy by question kind, from tower features and any choice of patches."""
+"""Accuracy while training: packed questions on tower features, any choice of patches.
+
+What the finished model answers is measured by `vtprune_eval`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from demo.packing import answer_logits, pack
-from vtprune_eval.scene_questions import KINDS, Question, ask_each
-from vtprune_eval.scenes import HELD_OUT_PAIRS, Scene
+from vtprune_eval.scene_questions import KINDS, ask_each
+from vtprune_eval.scenes import Scene
 
 Keep = Callable[[int, Tensor], Tensor]
 """Patch choice: scene number and the tower's states [1 + P, width] to kept patch indices in raster order."""
@@ -22,44 +25,25 @@ Keep = Callable[[int, Tensor], Tensor]
 
 @dataclass
 class Accuracy:
-    """Right and asked questions by kind.
-
-    `held_out` counts those about a colour-shape pair never seen in training.
-    """
+    """Right and asked questions by kind."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
 
-    def count(self, question: Question, correct: bool) -> None:
+    def count(self, kind: str, correct: bool) -> None:
         """Add one answered question."""
-        held_out = ["held_out"] if HELD_OUT_PAIRS.intersection(question.pairs) else []
-        for name in (question.kind, *held_out):
-            self.asked[name] += 1
-            self.right[name] += correct
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "overall": self.overall,
-            "by_kind": self.by_kind,
-            "held_out_pairs": self.held_out,
-            "asked": dict(self.asked),
-        }
+        self.asked[kind] += 1
+        self.right[kind] += correct
 
     @property
     def overall(self) -> float:
         """Share of all questions answered right."""
-        return sum(self.right[kind] for kind in KINDS) / max(1, sum(self.asked[kind] for kind in KINDS))
+        return self.right.total() / max(1, self.asked.total())
 
     @property
     def by_kind(self) -> dict[str, float]:
         """Share answered right of each kind that was asked."""
         return {kind: self.right[kind] / self.asked[kind] for kind in KINDS if self.asked[kind]}
-
-    @property
-    def held_out(self) -> float | None:
-        """Share answered right among questions about held-out pairs; None where there were none."""
-        return self.right["held_out"] / self.asked["held_out"] if self.asked["held_out"] else None
 
 
 @torch.inference_mode()
@@ -86,5 +70,5 @@ def measure(
         right = answer_logits(model, projected, packed).argmax(-1) == packed.targets
         questions = [question for per_scene in asked for question in per_scene]
         for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
-            accuracy.count(question, correct)
+            accuracy.count(question.kind, correct)
     return accuracy
