@@ -8,6 +8,7 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, cast
 
 from transformers import LlavaConfig
@@ -17,9 +18,12 @@ from vllm_vtprune.context import PluginContext, attach_context
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.vision.encoder import feature_layer_index, patch_grid
+from vllm_vtprune.vision.service import check_encoder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 
 class LlavaPruneConfig(VerifyAndUpdateConfig):
@@ -39,6 +43,7 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
         rows, columns = patch_grid(hf_config)
         feature_layer_index(hf_config)
         policy = PrunePolicy.from_config(vllm_config.additional_config)
+        check_encoder(policy)
         special_ids = frozenset[int]()
         if policy.prune_layer is not None:
             install(vllm_config, policy)
@@ -52,3 +57,9 @@ class LlavaPruneConfig(VerifyAndUpdateConfig):
             special_ids=special_ids,
         )
         attach_context(model_config, context)
+        if policy.min_tokens >= context.vision_tokens:
+            logger.warning(
+                "vtprune: min_tokens is %d, and an image has %d vision tokens: none will be pruned.",
+                policy.min_tokens,
+                context.vision_tokens,
+            )

@@ -259,7 +259,8 @@ def _content(item: Any, index: int) -> object:
     if item is None:
         raise ValueError(
             f"Image {index} has no content: its URL is empty, or it was given by its id alone. Send the "
-            "image itself, or start the server with trust_image_ids where clients may share cached images by id."
+            "image itself, or start the server with trust_image_ids where clients may share cached images "
+            "by id."
         )
     if isinstance(item, MediaWithBytes):
         return {"bytes": item.original_bytes, "io": item.io_config or {}}
