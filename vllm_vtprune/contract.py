@@ -42,6 +42,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "aggressive": Preset(aggressiveness=0.7, kv_keep=0.5),
     }
 )
+#: How metrics and logs call settings that are no preset's.
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True, slots=True)

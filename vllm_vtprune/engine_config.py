@@ -21,6 +21,7 @@ from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_s
 from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.service import check_encoder
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -58,6 +59,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             attach_context(model_config, PluginContext(policy=policy, prunes=False))
             return
         _refuse_conflicts(model_config, vllm_config)
+        check_encoder(policy)
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:
@@ -72,6 +74,13 @@ class PruneConfig(VerifyAndUpdateConfig):
             special_ids=special_ids,
         )
         attach_context(model_config, context)
+        tokens = family.places()
+        if tokens is not None and policy.min_tokens >= tokens:
+            logger.warning(
+                "vtprune: min_tokens is %d, and an image has %d vision tokens: none will be pruned.",
+                policy.min_tokens,
+                tokens,
+            )
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: ModelConfig) -> None:  # type: ignore[override]

@@ -8,6 +8,7 @@ It travels as ``additional_config={"vtprune": {...}}``, the dict vLLM keeps for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.contract import CUSTOM, PRESETS
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
@@ -108,10 +109,14 @@ class PrunePolicy(OperatorModel):
         default=1.0,
         ge=0,
         le=1,
-        description="beyond it: 400, and the preset is no model name",
+        description="most aggressiveness a request may have; beyond it 400, and the preset is no model name",
     )
-    min_keep_ratio: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
-    min_kv_keep: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
+    min_keep_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="smallest keep_ratio a request may have; below it 400"
+    )
+    min_kv_keep: float = Field(
+        default=0.0, ge=0, le=1, description="smallest kv_keep a request may have; below it 400"
+    )
     encoder_device: str = Field(
         default="auto", description="where tower and projector run: auto, cpu, cuda:0"
     )
@@ -240,7 +245,12 @@ class PrunePolicy(OperatorModel):
         )
         kv = self._resolve_kv(controls, preset.kv_keep)
         self._check_caps(controls, vision, kv)
-        return PruneSettings(preset_name, vision, kv)
+        settings = PruneSettings(preset_name, vision, kv)
+        if controls.fields.keys() <= {"preset"}:
+            return settings
+        # named besides the preset: what that changed must not be counted under its name
+        alone = self._resolve(Controls({"preset": (preset_name, "preset")}))
+        return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")

@@ -155,11 +155,22 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True)
 class PruneSettings:
-    """Everything one request asked for, resolved against the operator's policy."""
+    """Everything one request asked for, resolved against the operator's policy.
+
+    Attributes:
+        preset: the preset whose settings these are, or ``custom``.
+        vision: stage 1.
+        kv: stage 2.
+    """
 
     preset: str = "off"
     vision: VisionSettings = VisionSettings()
     kv: KVSettings = KVSettings()
+
+    def prunes_as(self, other: PruneSettings) -> bool:
+        """Whether the two keep the same tokens of any request."""
+        same_kv = self.kv == other.kv or not (self.kv.drops or other.kv.drops)
+        return same_kv and self.vision.canonical() == other.vision.canonical()
 
     def as_dict(self) -> dict[str, Any]:
         """The contract's names, for logs and for `/vtprune/config`."""

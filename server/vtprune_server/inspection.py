@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_vtprune.vision.explain import Explanation, explain
 from vllm_vtprune.vision.features import servable_scores
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server.context import current_request, refusal
+from vtprune_server.limits import ServerLimits
 from vtprune_server.routes import HEADER_PARAMETERS, VTPRUNE_SCHEMA, prune_headers
 
 
@@ -82,6 +84,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "encoder_device": str(encoder.device),
             "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
         },
+        "limits": _limits(model_config),
         "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
         "methods": list(context.policy.methods),
         "versions": _versions(),
@@ -121,6 +124,17 @@ def _processor(state: Any) -> PrunedProcessor:
     if not isinstance(processor, PrunedProcessor):
         raise VLLMValidationError("This server's model takes no images that vtprune prunes.")
     return processor
+
+
+def _limits(model_config: Any) -> dict[str, Any]:
+    """The limits in force: what vLLM enforces is asked of vLLM, whose own flag or variable may have won."""
+    limits = ServerLimits.from_environ(os.environ).model_dump(mode="json")
+    return {
+        **limits,
+        "max_images": model_config.multimodal_config.get_limit_per_prompt("image"),
+        "max_image_megapixels": envs.VLLM_MAX_IMAGE_PIXELS / 1e6,
+        "media_domains": list(model_config.allowed_media_domains or ()),
+    }
 
 
 def _versions() -> dict[str, str]:

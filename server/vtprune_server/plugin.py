@@ -67,6 +67,7 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.error_text import withhold_everywhere
         from vllm_vtprune.vision.processor import PrunedProcessor
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
+        from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.kv_plan import KVPlanner
         from vtprune_server.metrics import count_waiting_images, observe_tower_pass
         from vtprune_server.middleware.drain import drain_before_shutdown
@@ -94,6 +95,7 @@ class VTPruneEndpointPlugin:
             tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
+        install_grammar_errors(engine_client)
 
 
 def add_outer_middleware(app: FastAPI) -> None:

@@ -60,7 +60,7 @@ def test_without_a_layer_vllm_is_as_it_ships(checkpoint: Path) -> None:
     [
         (
             {"policy": {"prune_layer": 6}},
-            "must be 1 to 5 for this model's 6 decoder layers, not 6; 2 is recommended",
+            "must be 1 to 5 for this model's 6 decoder layers, not 6; 3 is recommended",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism; set --pipeline-parallel-size 1"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
@@ -144,9 +144,9 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused(checkpoint: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("layers", "recommended"), [(2, 1), (6, 2), (12, 3), (24, 6), (32, 8), (40, 10), (31, 1)]
+    ("layers", "recommended"), [(2, 1), (5, 3), (6, 3), (12, 3), (24, 6), (32, 8), (40, 10), (31, 8)]
 )
-def test_the_recommended_layer_divides_the_depth(layers: int, recommended: int) -> None:
+def test_the_recommended_layer_is_near_a_quarter_and_not_too_early(layers: int, recommended: int) -> None:
     assert recommended_prune_layer(layers) == recommended
 
 

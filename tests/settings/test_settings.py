@@ -63,6 +63,30 @@ def test_aggressiveness_replaces_the_presets_and_keep_ratio_the_inflection_point
     assert (fixed.keep_ratio, fixed.aggressiveness) == (0.25, None)
 
 
+@pytest.mark.parametrize(
+    "fields,name",
+    [
+        ({"keep_ratio": 0.22}, "custom"),
+        ({"aggressiveness": 0.5}, "custom"),
+        ({"kv_keep": 0.5}, "custom"),
+        ({"preset": "balanced", "keep_ratio": 0.5}, "custom"),
+        ({"preset": "balanced", "method": "random"}, "custom"),
+        ({"preset": "balanced", "kv_scope": "vision"}, "custom"),
+        ({"preset": "balanced", "aggressiveness": PRESETS["balanced"].aggressiveness}, "balanced"),
+        ({"keep_ratio": 1, "method": "random", "kv_scope": "vision"}, "off"),
+        ({"aggressiveness": 0}, "off"),
+    ],
+)
+def test_settings_go_by_a_presets_name_only_where_they_are_the_presets(
+    fields: dict[str, Any], name: str
+) -> None:
+    settings = by_body(**fields)
+    assert settings.preset == name
+    assert (name == "off") is (settings.vision.keeps_all and not settings.kv.drops)
+    by_default = by_body(PrunePolicy(prune_layer=2, default_preset="balanced"), keep_ratio=1, kv_keep=1)
+    assert by_default.preset == "custom"
+
+
 def test_a_header_wins_over_the_body_field_by_field() -> None:
     headers = Controls.from_headers([("x-vtprune-aggressiveness", "0.25")])
     body = Controls.from_mapping({"aggressiveness": 0.75, "kv_keep": 0.5})

@@ -20,8 +20,9 @@ def content(item: object, index: int) -> object:
     """
     if item is None:
         raise ValueError(
-            f"Image {index} was given by its id alone: send the image itself, or start the server with "
-            "trust_image_ids where clients may share cached images by id."
+            f"Image {index} has no content: its URL is empty, or it was given by its id alone. Send the "
+            "image itself, or start the server with trust_image_ids where clients may share cached images "
+            "by id."
         )
     if isinstance(item, MediaWithBytes):
         return {"bytes": item.original_bytes, "io": item.io_config or {}}

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.errors import PolicyError
 from vllm_vtprune.families.base import Item, TowerOutput
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+    from vllm_vtprune.policy import PrunePolicy
 
 # torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
 _TORCH_THREADS = torch.get_num_threads()
@@ -224,7 +227,7 @@ def vision_service(model_config: ModelConfig) -> VisionService:
 
     Raises:
         CheckpointError: tower or projector cannot be loaded from the checkpoint.
-        ValueError: `encoder_device` or `encoder_dtype` names none torch knows.
+        PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
     """
     context = plugin_context(model_config)
     policy = context.policy
@@ -260,18 +263,38 @@ def vision_service(model_config: ModelConfig) -> VisionService:
         return service
 
 
+def check_encoder(policy: PrunePolicy) -> None:
+    """Refuse, before an engine starts, what `vision_service` would refuse after it.
+
+    Raises:
+        PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
+    """
+    _device(policy.encoder_device)
+    _dtype(policy.encoder_dtype, torch.float32)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"encoder_device is {name!r}: use auto, cpu, or a device such as cuda:0.") from error
+        device = torch.device(name)
+        if device.type == "cuda":
+            # asked of the driver, without a context of CUDA's in a process that is yet to fork
+            there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.empty(0, device=device).device.type == device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PolicyError(
+            f"encoder_device is {name!r}: use auto, cpu, or a device such as cuda:0."
+        ) from error
+    if not there:
+        raise PolicyError(f"encoder_device is {name!r}, which this machine does not have: use auto or cpu.")
+    return device
 
 
 def _dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     if name == "auto":
         return model_dtype
     if name not in _DTYPES:
-        raise ValueError(f"encoder_dtype is {name!r}: use auto, {', '.join(_DTYPES)}.")
+        raise PolicyError(f"encoder_dtype is {name!r}: use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]

@@ -38,16 +38,19 @@ DECODERS = (
 
 
 def recommended_prune_layer(layers: int) -> int:
-    """The documented recommendation: about a quarter of the depth, dividing it.
+    """The documented recommendation: about a quarter of the depth, dividing it, and no earlier than 3.
 
     vLLM cuts the decoder into KV-cache groups as large as the smaller half. A K that divides the depth leaves
     no group partly empty, and one near a quarter makes four groups, each of which costs a block table and a
-    metadata build per step.
+    metadata build per step. At layers 1 and 2 the ratings were worse than chance where it was measured
+    (docs/evaluation.md).
 
     Args:
         layers: decoder layers, at least 2.
     """
-    divisors = [k for k in range(1, layers // 2 + 1) if layers % k == 0]
+    divisors = [k for k in range(3, layers // 2 + 1) if layers % k == 0]
+    if not divisors:
+        return min(max(3, round(layers / 4)), layers - 1)
     return min(divisors, key=lambda k: (abs(k - layers / 4), -k))
 
 
