@@ -62,7 +62,7 @@ class Llava(Family):
                 patches=hidden[i, 1:].clone(),
                 views=(View(self._grid),),
                 cls=hidden[i, :1].clone(),
-                **{name: values[i].clone() for name, values in extra.items()},
+                **{name: values[i].clone() for name, values in extra.items()},  # type: ignore[arg-type]
             )
             for i in range(len(items))
         ]
@@ -92,7 +92,7 @@ class Llava(Family):
 
     def places(self) -> int:
         """The same for every image."""
-        return self._grid[0] * self._grid[1] + self.with_cls
+        return self._grid[0] * self._grid[1] + int(self.with_cls)
 
     def bounded(self, image: Image.Image, image_processor: Any) -> Image.Image:
         """See `vision.crop.bounded`."""
