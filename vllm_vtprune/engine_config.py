@@ -9,7 +9,7 @@ processor sees the `ModelConfig` alone, so what it needs is attached to that.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -17,8 +17,8 @@ from vllm_vtprune.context import PluginContext, attach_context
 from vllm_vtprune.errors import CheckpointError, PolicyError, UnsupportedConfigError
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
-from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
-from vllm_vtprune.policy import PrunePolicy
+from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
+from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
 
@@ -60,7 +60,9 @@ class PruneConfig(VerifyAndUpdateConfig):
         _refuse_conflicts(model_config, vllm_config)
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
-        if policy.prune_layer is not None:
+        if policy.has_prune_layer:
+            policy = with_schedule(policy, model_config)
+            cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
         context = PluginContext(

@@ -127,7 +127,10 @@ def _stage2_grid(model: LocalModel, balanced: VisionSettings) -> list[Setting]:
 
 def _rating_grid(layer: int, balanced: VisionSettings) -> list[Setting]:
     """Every window with every relevance, and with the other scope."""
-    ratings: list[tuple[str, KVScope]] = [*((name, "all") for name in RELEVANCE), ("attention", "vision")]
+    ratings: list[tuple[str, KVScope]] = [
+        *((name, "all") for name, rating in RELEVANCE.items() if not rating.inherits),
+        ("attention", "vision"),
+    ]
     return [
         Setting(vision, KVSettings(keep, scope), layer, window, relevance)
         for vision, keep, window, (relevance, scope) in product(

@@ -78,6 +78,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "default_score": family.default_score,
             "decoder_layers": text.num_hidden_layers,
             "prune_layer": context.policy.prune_layer,
+            "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
             "encoder_device": str(encoder.device),
             "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
         },

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any multimodal class of vLLM without its vision tower: the processor delivers the embeddings that stay.
 
+The decoder is the one vLLM builds; with a prune layer, `vllm_vtprune.models.decoder` cuts it there.
+
 Three seams are the same in all of them: `SupportsMultiModal._mark_tower_model`, in which every class builds
 its tower and projector; `embed_multimodal`, which turns an item's fields into embeddings; and
 `SupportsMRoPE.get_mrope_input_positions` where positions have three dimensions.
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
+    from vllm_vtprune.kv_drop.bands import KVDropBands
+    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
+
 M = TypeVar("M", bound=type)
 
 
@@ -39,6 +44,23 @@ class PrunedModel:
     # on by default for some models: the processor's tower would be given pixels that are not normalised
     supports_mm_device_do_normalize = False
     supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if plugin_context(vllm_config.model_config).policy.has_prune_layer:
+            from vllm_vtprune.models.decoder import split
+
+            this: Any = self
+            split(this.language_model.model, vllm_config)
+            # on the instance: vLLM takes the attribute's presence for a model with a state of its own
+            this.get_model_state_cls = _model_state_class
+
+    @property
+    def kv_drop(self) -> KVDropBands:
+        """The second stage's present step, where there is a prune layer."""
+        this: Any = self
+        state: KVDropBands = this.language_model.model.kv_drop
+        return state
 
     @contextmanager
     def _mark_tower_model(
@@ -120,3 +142,10 @@ def _needs_tower(vllm_config: VllmConfig, modalities: set[str]) -> bool:
         return True
     limits = vllm_config.model_config.get_multimodal_config()
     return any(limits.get_limit_per_prompt(modality) > 0 for modality in modalities - {"image"})
+
+
+def _model_state_class() -> type[KVDropModelState]:
+    """The seam in Model Runner V2 (`vllm.v1.worker.gpu.model_states.resolve_model_state_cls`)."""
+    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
+
+    return KVDropModelState

@@ -41,8 +41,8 @@ def _positions_factor(vllm_config: VllmConfig) -> int:
     return max(ours, _vllms_factor(vllm_config))
 
 
-# Hook: `qwen3_vl.mrope_positions_factor`, by which these decoders size their rotary table. vLLM's answer is
-# 1: its positions never exceed the tokens, unless its own video pruning is on. Ours do: dropped tokens leave
-# gaps.
+# Hook: `qwen3_vl.mrope_positions_factor`, by which these decoders size their rotary table. vLLM answers 1, as
+# its positions never exceed the tokens unless its own video pruning is on. Ours do: dropped tokens leave gaps
+# behind them.
 qwen3_vl.mrope_positions_factor = _positions_factor
 qwen3_vl_moe.mrope_positions_factor = _positions_factor

@@ -53,7 +53,7 @@ def servable_scores(family: Family) -> tuple[str, ...]:
 
 
 def servable_methods(family: Family) -> tuple[str, ...]:
-    """The methods that work with a family: they read what its tower gives and add no token without place."""
+    """The methods that work with a family: they read what its tower gives and add no token out of place."""
     return tuple(
         name
         for name, method in METHODS.items()
