@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -152,6 +153,150 @@ def qwen3_vl_moe(folder: Path) -> Path:
     return save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
 
 
+def llava_next(folder: Path) -> Path:
+    """A CLIP tower; tiles with padding on either side."""
+    from transformers import (
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    pinpoints = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=LlamaConfig(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=pinpoints,
+        dtype="float32",
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    return public(save(folder, LlavaNextForConditionalGeneration(config), processor))
+
+
+def llava_onevision(folder: Path) -> Path:
+    """A SigLIP tower; pictures of more than nine tiles are shrunk."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+    )
+
+    pinpoints = [[56 * rows, 56 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    config = LlavaOnevisionConfig(
+        vision_config=_siglip(),
+        text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        video_token_id=2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=pinpoints,
+        dtype="float32",
+    )
+    size = {"height": 56, "width": 56}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        video_token="<video>",
+    )
+    return public(save(folder, LlavaOnevisionForConditionalGeneration(config), processor))
+
+
+def llava_siglip(folder: Path) -> Path:
+    """LLaVA-1.5's layout on a SigLIP tower and a Qwen2 decoder."""
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2Config,
+        SiglipImageProcessor,
+    )
+
+    config = LlavaConfig(
+        vision_config=_siglip(),
+        text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full",
+        dtype="float32",
+    )
+    processor = LlavaProcessor(
+        SiglipImageProcessor(size={"height": 56, "width": 56}),
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        num_additional_image_tokens=0,
+    )
+    return public(save(folder, LlavaForConditionalGeneration(config), processor))
+
+
+LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
+_TILE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def _clip() -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**_TILE, projection_dim=32)
+
+
+def _siglip() -> Any:
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**_TILE, vision_use_head=False)
+
+
+def public(folder: Path) -> Path:
+    """Name the weights as public LLaVA checkpoints and vLLM 0.32 do; transformers 5 writes other names."""
+    file = folder / "model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        name = name.removeprefix("model.")
+        for old, new in (
+            ("vision_tower.vision_model.", "vision_tower.vision_model."),
+            ("vision_tower.", "vision_tower.vision_model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("language_model.model.", "language_model.model."),
+            ("language_model.lm_head.", "language_model.lm_head."),
+            ("language_model.", "language_model.model."),
+        ):
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        renamed[name] = tensor
+    save_file(renamed, file, metadata={"format": "pt"})
+    return folder
+
+
 _QWEN3_VISION = {
     "depth": 4,
     "hidden_size": 32,
@@ -186,6 +331,9 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "llava_siglip": llava_siglip,
 }
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.vision_utils import get_vision_window_index
 
 #: A view's grid and the attention [rows, columns] its units receive.
@@ -205,7 +207,116 @@ class Qwen(Family):
         return positions[:, 0, stays], int(positions.max()) + 1
 
 
-_FAMILIES: dict[str, type[Family]] = {"qwen2_5_vl": Qwen, "qwen3_vl": Qwen, "qwen3_vl_moe": Qwen}
+class Llava(Family):
+    """One picture, or a small whole one and tiles: rows of the large picture end in a newline that stays."""
+
+    placeholder = "<image>"
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        self.tiled = hasattr(self.config, "image_grid_pinpoints")
+        if self.config.model_type == "llava_onevision":
+            self.other_modalities = ("video",)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
+        return [self.processor.image_processor([image], return_tensors="pt") for image in images]
+
+    def embeddings(self, inputs: list[Any]) -> list[Tensor]:
+        sizes = ({"image_sizes": one["image_sizes"]} if self.tiled else {} for one in inputs)
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        ratio = {"vision_aspect_ratio": "anyres_max_9"} if self.other_modalities else {}
+        return [
+            self.model.get_image_features(
+                one["pixel_values"],
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+                **size,
+                **ratio,
+            ).pooler_output[0]
+            for one, size in zip(inputs, sizes, strict=True)
+        ]
+
+    def scores(self, one: Any) -> Tensor:
+        """[tiles, P] attention received in the feature layer, CLS aside."""
+        pixels = one["pixel_values"].flatten(0, -4)
+        attentions = self.model.vision_tower(pixels, output_attentions=True).attentions
+        received = attentions[self.config.vision_feature_layer].double().mean((1, 2))
+        return received[:, received.shape[1] - self.side**2 :]
+
+    def pack(self, one: Any, values: Tensor) -> Tensor:
+        """[T] of values [tiles, P], newlines as -1."""
+        arguments = ["default"] if self.config.model_type == "llava_next" else []
+        (packed,), _ = self.model.pack_image_features(
+            [values.float()[..., None]], one["image_sizes"], *arguments, image_newline=torch.tensor([-1.0])
+        )
+        return packed[:, 0]
+
+    def units(self, one: Any) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
+        """Per view its grid, its units' scores and their places."""
+        scores, patches = self.scores(one), self.side**2
+        views = [((self.side, self.side), scores[0].view(self.side, self.side), torch.arange(patches))]
+        if not self.tiled:
+            return views
+        packed = self.pack(one, scores)[patches:]
+        columns = int((packed == -1).nonzero()[0]) if len(packed) else 0
+        large = packed.view(-1, columns + 1)[:, :-1]
+        places = patches + torch.arange(len(packed)).view(-1, columns + 1)[:, :-1]
+        # which tile the middle of each unit is in, by LLaVA-NeXT's packing of the patches' numbers
+        numbers = torch.arange(scores.numel(), dtype=torch.float64).view(scores.shape)
+        (whole,), _ = LlavaNextModel.pack_image_features(
+            SimpleNamespace(config=self.config),
+            [numbers[..., None]],
+            one["image_sizes"],
+            "default",
+            torch.tensor([-1.0], dtype=torch.float64),
+        )
+        whole = whole[patches:, 0]
+        wide = int((whole == -1).nonzero()[0])
+        whole = whole.view(-1, wide + 1)[:, :-1]
+        rows = ((torch.arange(large.shape[0]) + 0.5) * whole.shape[0] / large.shape[0]).long()
+        across = ((torch.arange(columns) + 0.5) * wide / columns).long()
+        owner = whole[rows][:, across].long() // patches
+        for tile in sorted(set(owner.flatten().tolist())):
+            mine = owner == tile
+            grid = (int(mine.any(1).sum()), int(mine.any(0).sum()))
+            views.append((grid, large[mine].view(grid), places[mine]))
+        return views
+
+    def received(self, inputs: list[Any], image: int) -> Received:
+        return [(grid, scores.double()) for grid, scores, _ in self.units(inputs[image])]
+
+    def places(self, inputs: list[Any], image: int) -> tuple[list[Tensor], Tensor]:
+        units = [places for _, _, places in self.units(inputs[image])]
+        total = len(self.embeddings(inputs)[image])
+        taken = torch.cat(units)
+        return units, torch.tensor(
+            [p for p in range(total) if p not in set(taken.tolist())], dtype=torch.long
+        )
+
+    def prompt(self, request: Request) -> tuple[Any, ...]:
+        text = request.text.format(*[self.placeholder] * len(request.images))
+        inputs = self.preprocess(request.images)
+        rows = self.embeddings(inputs)
+        kept = [r[self.stays(inputs, i, request)] for i, r in enumerate(rows)]
+        token, images = self.config.image_token_id, iter(kept)
+        parts = [
+            next(images) if i == token else self.whole.get_input_embeddings()(torch.tensor([i]))
+            for i in self.processor.tokenizer(text).input_ids
+        ]
+        embeddings = torch.cat(parts)
+        n = len(embeddings)
+        return embeddings, torch.arange(n), torch.zeros(n, dtype=torch.bool), [], n
+
+
+_FAMILIES: dict[str, type[Family]] = {
+    "qwen2_5_vl": Qwen,
+    "qwen3_vl": Qwen,
+    "qwen3_vl_moe": Qwen,
+    "llava": Llava,
+    "llava_next": Llava,
+    "llava_onevision": Llava,
+}
 
 
 def count(scores: Tensor, request: Request) -> int:

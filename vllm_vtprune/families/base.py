@@ -134,8 +134,8 @@ class Family(ABC):
         adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
     """
 
-    outputs: ClassVar[frozenset[str]] = frozenset({"received"})
-    default_score: ClassVar[str] = "received"
+    outputs: frozenset[str] = frozenset({"received"})
+    default_score: str = "received"
     prefixes: ClassVar[Mapping[str, str]]
     adds_tokens: ClassVar[bool] = False
 

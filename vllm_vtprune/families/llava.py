@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5: a CLIP tower with CLS, a projector per patch, one view."""
+"""LLaVA-1.5: a CLIP tower with CLS, or a SigLIP tower without; a projector per patch; one view."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
-from vllm_vtprune.families.fixed_tower import FixedTower, build_tower, feature_layer_index, patch_grid
+from vllm_vtprune.families.fixed_tower import (
+    FixedTower,
+    build_tower,
+    feature_layer_index,
+    has_cls,
+    patch_grid,
+    tower_outputs,
+)
 from vllm_vtprune.vision.crop import bounded, crop_of
 
 
 class Llava(Family):
-    """`LlavaForConditionalGeneration` with a CLIP tower. A unit is a patch."""
+    """`LlavaForConditionalGeneration`. A unit is a patch."""
 
-    outputs = frozenset({"cls", "cls_attention", "received", "keys"})
-    default_score = "cosine"
     # public checkpoints, then what transformers 5 saves
     prefixes: ClassVar[Mapping[str, str]] = {
         "vision_tower.vision_model.": "tower.",
@@ -31,11 +36,13 @@ class Llava(Family):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.outputs = tower_outputs(config)
+        self.default_score = "cosine" if has_cls(config) else "received"
         # "full" hands CLS to the language model too, ahead of the patches
-        self.with_cls = config.vision_feature_select_strategy == "full"
+        self.with_cls = config.vision_feature_select_strategy == "full" and has_cls(config)
 
     def check(self) -> None:
-        """A CLIP tower for square pictures, and one feature layer."""
+        """A CLIP or SigLIP tower for square pictures, and one feature layer."""
         self._grid = patch_grid(self.config)
         feature_layer_index(self.config)
         self._fixed = FixedTower(self.config)
@@ -57,12 +64,13 @@ class Llava(Family):
         """All images in one pass."""
         pixels = torch.stack([item.inputs["pixel_values"] for item in items])
         hidden, extra = self._fixed.run(modules["tower"], pixels, outputs)
+        first = int(has_cls(self.config))
         return [
             TowerOutput(
-                patches=hidden[i, 1:].clone(),
+                patches=hidden[i, first:].clone(),
                 views=(View(self._grid),),
-                cls=hidden[i, :1].clone(),
-                **{name: values[i].clone() for name, values in extra.items()},
+                cls=hidden[i, :1].clone() if first else None,
+                **{name: values[i].clone() for name, values in extra.items()},  # type: ignore[arg-type]
             )
             for i in range(len(items))
         ]
@@ -84,7 +92,7 @@ class Llava(Family):
 
     def patches(self, item: Item) -> int:
         """The same for every image."""
-        return 1 + self._grid[0] * self._grid[1]
+        return int(has_cls(self.config)) + self._grid[0] * self._grid[1]
 
     def unpruned_grid(self) -> tuple[int, int]:
         """The same for every image."""
@@ -92,7 +100,7 @@ class Llava(Family):
 
     def places(self) -> int:
         """The same for every image."""
-        return self._grid[0] * self._grid[1] + self.with_cls
+        return self._grid[0] * self._grid[1] + int(self.with_cls)
 
     def bounded(self, image: Image.Image, image_processor: Any) -> Image.Image:
         """See `vision.crop.bounded`."""

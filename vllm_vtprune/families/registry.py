@@ -31,6 +31,8 @@ class Entry:
 
 ARCHITECTURES: dict[str, Entry] = {
     "LlavaForConditionalGeneration": Entry("llava:Llava", "llava:PrunedLlava"),
+    "LlavaNextForConditionalGeneration": Entry("anyres:LlavaNext", "anyres:PrunedLlavaNext"),
+    "LlavaOnevisionForConditionalGeneration": Entry("anyres:LlavaOnevision", "anyres:PrunedLlavaOnevision"),
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen_vl:Qwen2_5VL", "qwen_vl:PrunedQwen2_5VL"),
     "Qwen3VLForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VLMoe"),
