@@ -7,7 +7,6 @@ The decoder is the one vLLM builds; with a prune layer, `vllm_vtprune.models.dec
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -23,10 +22,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
-
-if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.bands import KVDropBands
-    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -55,18 +50,11 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 vllm_config.with_hf_config(config.text_config),
                 prefix=maybe_prefix(prefix, "language_model"),
             )
-        if plugin_context(vllm_config.model_config).policy.prune_layer is not None:
-            from vllm_vtprune.models.decoder import split
+        if plugin_context(vllm_config.model_config).policy.has_prune_layer:
+            from vllm_vtprune.models.decoder import add_prune_layers
 
-            split(self.language_model.model, vllm_config)
-            # on the instance: vLLM takes the attribute's presence for a model with a state of its own
-            self.get_model_state_cls = _model_state_class
+            add_prune_layers(self, vllm_config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-
-    @property
-    def kv_drop(self) -> KVDropBands:
-        """The second stage's present step, where there is a prune layer."""
-        return cast("KVDropBands", self.language_model.model.kv_drop)
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """The processor's embeddings as they are: per image [k, hidden]."""
@@ -83,10 +71,3 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_mm_mapping(self) -> MultiModelKeys:
         """Module prefixes: there is no tower and no connector here."""
         return MultiModelKeys.from_string_field(language_model="language_model", connector=[], tower_model=[])
-
-
-def _model_state_class() -> type[KVDropModelState]:
-    """The seam in Model Runner V2 (`vllm.v1.worker.gpu.model_states.resolve_model_state_cls`)."""
-    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
-
-    return KVDropModelState
