@@ -28,7 +28,7 @@ from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
 from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
 from vllm_vtprune.selection.scores import SCORES
-from vllm_vtprune.settings import Controls, KVSettings, PruneSettings, VisionSettings
+from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSettings, VisionSettings
 
 CONFIG_KEY = "vtprune"
 
@@ -88,8 +88,9 @@ class PrunePolicy(OperatorModel):
         description=f"how the second stage rates tokens: {', '.join(RELEVANCE)}; names separated by commas "
         "are for one prune layer each",
     )
-    score: Annotated[str, _one_of(SCORES)] = Field(
-        default="cosine", description=f"what ranks vision tokens: {', '.join(SCORES)}"
+    score: Annotated[str, _one_of((AUTO_SCORE, *SCORES))] = Field(
+        default=AUTO_SCORE,
+        description=f"what ranks vision tokens: {', '.join(SCORES)}; auto is the model family's own",
     )
     min_tokens: int = Field(default=1, ge=1, description="vision tokens every image keeps at least")
     default_preset: Annotated[str, _one_of(PRESETS)] = Field(
@@ -169,6 +170,11 @@ class PrunePolicy(OperatorModel):
     def to_config(self) -> dict[str, Any]:
         """The keys that differ from the defaults, as JSON values; inverse of `from_config`."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def asks_for_pruning(self) -> bool:
+        """Whether the operator wants something pruned that no client asks for."""
+        return self.has_prune_layer or self.default_preset != "off"
 
     @property
     def has_prune_layer(self) -> bool:

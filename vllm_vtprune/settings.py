@@ -19,6 +19,8 @@ from typing import Any
 from vllm_vtprune.contract import FIELDS, HEADER_PREFIX, KWARG, KVScope, clip, kind_of
 from vllm_vtprune.errors import SettingsError
 
+#: The score that the model's family names (`families.base.Family.default_score`).
+AUTO_SCORE = "auto"
 _FIELD_OF_HEADER = {field.header.lower(): field for field in FIELDS.values()}
 
 
@@ -31,7 +33,7 @@ class VisionSettings:
         aggressiveness: in [0, 1]; the inflection point decides the count. None with `keep_ratio`.
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
         min_tokens: tokens every image keeps at least.
-        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, or `received` attention.
+        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
 
     Raises:
         ValueError: a value is out of its range.

@@ -20,11 +20,13 @@ class VTPruneEndpointPlugin:
 
     name = "vtprune"
     required_tasks = ("generate",)
+    _app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Replace the prompt routes and add ours; vLLM calls this once all of its own are attached.
 
-        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost.
+        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost; what goes
+        around vLLM's is added by `init_state`.
         """
         from vllm import envs
 
@@ -35,7 +37,6 @@ class VTPruneEndpointPlugin:
         from vtprune_server.middleware.body_limit import BodyLimitMiddleware
         from vtprune_server.middleware.drain import DrainMiddleware, RequestsInFlight
         from vtprune_server.middleware.quiet_errors import QuietErrors
-        from vtprune_server.middleware.request_ids import RequestIds
         from vtprune_server.playground import attach_playground
         from vtprune_server.request_log import configure_request_log
         from vtprune_server.routes import attach_prompt_routes
@@ -50,19 +51,21 @@ class VTPruneEndpointPlugin:
             app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
         app.state.vtprune_in_flight = RequestsInFlight()
         app.add_middleware(DrainMiddleware, in_flight=app.state.vtprune_in_flight)
-        app.add_middleware(RequestIds, answer=not args.enable_request_id_headers)
         # the same keys as vLLM's `init_entrypoints_middleware`
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         if keys:
             app.add_middleware(EveryRouteAuthentication, tokens=keys)
+        self._app = app
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Make the shared renderer ours and load the tower, so that a bad checkpoint fails at start."""
+        if self._app is not None:
+            add_outer_middleware(self._app)
         if engine_client is None:
             return
         from vllm_vtprune.context import plugin_context
         from vllm_vtprune.error_text import withhold_everywhere
-        from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+        from vllm_vtprune.vision.processor import PrunedProcessor
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.kv_plan import KVPlanner
         from vtprune_server.metrics import count_waiting_images, observe_tower_pass
@@ -85,11 +88,26 @@ class VTPruneEndpointPlugin:
         model_presets = add_preset_models(state.openai_serving_models, context.policy)
         PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets)
         renderer: Any = engine_client.renderer
-        if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
-            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "vision")
+        if isinstance(renderer.mm_processor, PrunedProcessor):
+            await asyncio.to_thread(renderer.mm_processor.warm_up)
+            tower = renderer.mm_processor.vision
             tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
+
+
+def add_outer_middleware(app: FastAPI) -> None:
+    """Add what goes around vLLM's middleware, once `build_app` has built the stack and before it runs.
+
+    Hook: `starlette.applications.Starlette.middleware_stack`, which takes no more by then.
+    """
+    from vtprune_server.middleware.anthropic_errors import AnthropicErrors
+    from vtprune_server.middleware.request_ids import RequestIds
+    from vtprune_server.middleware.request_log import RequestLog
+
+    stack = AnthropicErrors(app.middleware_stack or app.build_middleware_stack())
+    answer = not app.state.args.enable_request_id_headers
+    app.middleware_stack = RequestIds(RequestLog(stack), answer=answer)
 
 
 def create_plugin() -> VTPruneEndpointPlugin:

@@ -77,19 +77,34 @@ def band_crowd() -> list[Request]:
     return [replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0)) for i, r in enumerate(crowd())]
 
 
-def crowd() -> list[Request]:
+def alone() -> list[Request]:
+    """A few of the corners, to be asked one at a time."""
+    return corners()[::3]
+
+
+def crowd(max_tokens: int = 90) -> list[Request]:
     """Ten requests that together outgrow a small cache."""
     shares = (0.25, 0.5, 1.0, 0.3, 0.75, 0.001, 0.4, 1.0, 0.6, 0.2)
-    return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=90) for i, k in enumerate(shares)]
+    return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=max_tokens) for i, k in enumerate(shares)]
+
+
+def brief_crowd() -> list[Request]:
+    """The same for a cache of 150 blocks of 32."""
+    return crowd(max_tokens=75)
 
 
 def resettable() -> list[Request]:
     """Requests of every kind that run long enough to be interrupted twice."""
     images = [
-        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=40)
+        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=28)
         for i, k in enumerate((1.0, 0.75, 0.5, 0.25, 0.25))
     ]
-    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=40)]
+    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=28)]
+
+
+def replayed() -> list[Request]:
+    """Some of the grid and a crowd, for decode batches of every size."""
+    return [*grid()[6:8], *grid()[10:14], *brief_crowd()]
 
 
 def unpruned() -> list[Request]:

@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import BANDS, QUESTION, band_cases, band_crowd, corners, crowd, grid, unpruned
+from tests.helpers.kv_cases import (
+    BANDS,
+    QUESTION,
+    alone,
+    band_cases,
+    band_crowd,
+    corners,
+    crowd,
+    grid,
+    unpruned,
+)
 from tests.helpers.kv_engine import Engine, answer, refusal
 from tests.helpers.kv_events import events, graphs
 from tests.helpers.pictures import noise
@@ -39,11 +49,10 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
         # for requests that say nothing; the scenarios' own say all
         default_preset="balanced",
         block_size=32,
-        num_gpu_blocks_override=250,
-        max_num_seqs=32,
+        num_gpu_blocks_override=150,
     )
     free = engine.pool.get_num_free_blocks()
-    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
+    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in alone()]}
     result["traffic"] = traffic(engine, (0.25,))
     engine.llm.reset_prefix_cache()
     result["unpruned"] = engine.run(unpruned())
@@ -63,15 +72,15 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
 
 
 def pool_during(engine: Engine, request: Request) -> dict[str, Any]:
-    """A batch of 16 of a request: blocks by group and request, before, during and after."""
+    """A batch of 12 of a request: blocks by group and request, before, during and after."""
     before = engine.pool.get_num_free_blocks()
-    for i in range(16):
+    for i in range(12):
         engine.add(request, f"pool-{i}")
     steps = engine.steps()
     next(steps)
-    while len(engine.scheduler.running) < 16:
+    while len(engine.scheduler.running) < 12:
         next(steps)
-    held = [engine.blocks(engine.internal_id(f"pool-{i}")) for i in range(16)]
+    held = [engine.blocks(engine.internal_id(f"pool-{i}")) for i in range(12)]
     during = engine.pool.get_num_free_blocks()
     for _ in steps:
         pass
@@ -101,8 +110,8 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
     for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
         found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
-    # 993 tokens are the longest of this engine: a step takes 1024 and 31 others may be decoding
-    long = Request("<s>" + "x" * 993, kv_keep=0.5, max_tokens=4)
+    # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
+    long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
     found["too_long"] = engine.run([long, pruned])
     found["unpruned_reasons"] = dict(engine.scheduler.unpruned)
 
@@ -216,12 +225,12 @@ def scenario_plain(checkpoint: str) -> dict[str, Any]:
 
 
 def traffic(engine: Engine, shares: Sequence[float]) -> dict[str, Any]:
-    """Seven unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
+    """Four unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
     engine.llm.reset_prefix_cache()
     names = ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
     before = [engine.metric(name) for name in names]
     cached = []
-    for request in [*unpruned(), *unpruned()]:
+    for request in unpruned()[::2] * 2:
         cached.append(engine.run([request], max_tokens=2)[0]["cached"])
         for keep in shares:
             pruned = Request(request.prompt, request.images, kv_keep=keep)

@@ -8,19 +8,22 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop
 
 
-class KVDropBands:
-    """What model, runner and metadata builders share in a worker.
+class KVDropBands(nn.Module):
+    """What model, runner and metadata builders share in a worker; the states' buffers are the model's.
 
     Attributes:
         bands: the present step above each prune layer, from the lowest up.
     """
 
     def __init__(self, borders: int, max_requests: int, max_tokens: int, device: torch.device) -> None:
-        self.bands = [KVDropState(max_requests, max_tokens, device) for _ in range(borders)]
+        super().__init__()
+        self.bands = tuple(KVDropState(max_requests, max_tokens, device) for _ in range(borders))
+        self.states = nn.ModuleList(self.bands)
 
     @property
     def overrun(self) -> set[int]:

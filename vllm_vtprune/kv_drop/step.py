@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
 from vllm_vtprune.kv_drop.relevance import PrunedPrompts
@@ -121,24 +121,38 @@ def step_geometry(
     )
 
 
-class KVDropState:
+class KVDropState(nn.Module):
     """What model, runner and metadata builders share in a worker: the present step.
 
     A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and
-    `seq_lens` are written in place for that reason.
+    `seq_lens` are written in place for that reason. They are buffers of the model, though no checkpoint has
+    them, since sleep mode (`vllm.v1.worker.gpu_worker.Worker.sleep`) gives back all device memory but that of
+    the buffers, which it saves.
 
     Attributes:
         overrun: rows of the batch whose request holds too few blocks for what the step writes. Scheduler and
             worker then disagree on its prompt: it must fail, and nothing of it is written.
     """
 
+    dropped: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    requests: Tensor
+    positions: Tensor
+
     def __init__(self, max_requests: int, max_tokens: int, device: torch.device) -> None:
+        super().__init__()
+        sizes = {
+            "dropped": (max_requests, torch.int32),
+            "seq_lens": (max_requests, torch.int32),
+            "query_start_loc": (max_requests + 1, torch.int32),
+            "requests": (max_tokens, torch.int64),
+            "positions": (max_tokens, torch.int64),
+        }
         with torch.inference_mode(False):
-            self.dropped = torch.zeros(max_requests, dtype=torch.int32, device=device)
-            self.seq_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
-            self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
-            self.requests = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-            self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+            for name, (size, dtype) in sizes.items():
+                buffer = torch.zeros(size, dtype=dtype, device=device)
+                self.register_buffer(name, buffer, persistent=False)
         self.device = device
         self.step: StepGeometry | None = None
         self.prompts: PrunedPrompts | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from vllm_vtprune.kv_drop.hooks.config import UnsupportedConfigError, kv_drop_co
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, keep, rate
 from vllm_vtprune.models.band import band_class
 from vllm_vtprune.models.recording import Recorder
-
-if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
 
 
 @dataclasses.dataclass
@@ -177,39 +174,14 @@ def _of_fewer_rows(context: ForwardContext, names: list[str], rows: int) -> Forw
     )
 
 
-def add_prune_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Give a multimodal model that vLLM built the second stage, before its weights are loaded.
+def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
+    """Cut a decoder that vLLM built into bands, before its weights are loaded.
 
-    Args:
-        model: a model whose decoder is `language_model.model`; the model runners find the present step at its
-            `kv_drop`.
-        vllm_config: the engine's, with a prune layer.
-
-    Raises:
-        UnsupportedConfigError: see `split`.
-    """
-    this: Any = model
-    this.kv_drop = split(this.language_model.model, vllm_config)
-    # on the instance: vLLM takes the attribute's presence for a model with a state of its own
-    this.get_model_state_cls = _model_state_class
-
-
-def _model_state_class() -> type[KVDropModelState]:
-    """The seam in Model Runner V2 (`vllm.v1.worker.gpu.model_states.resolve_model_state_cls`)."""
-    from vllm_vtprune.kv_drop.hooks.runner_v2 import KVDropModelState
-
-    return KVDropModelState
-
-
-def split(decoder: nn.Module, vllm_config: VllmConfig) -> KVDropBands:
-    """Cut a decoder that vLLM built into bands.
+    The model runners find the present step at the decoder's `kv_drop`.
 
     Args:
         decoder: the model with the layers, e.g. `LlamaModel`, not the one with the head.
         vllm_config: the engine's.
-
-    Returns:
-        What the decoder and the model runner share.
 
     Raises:
         UnsupportedConfigError: a decoder that is not built as vLLM's full-attention decoders are.
@@ -260,7 +232,6 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> KVDropBands:
     model.buffers = Buffers(max_tokens, device, graphs)
     model.do_not_compile = True
     model.__class__ = dropping(type(model))
-    return state
 
 
 def _attention(layer: nn.Module) -> Any:

@@ -54,8 +54,8 @@ def recommended_prune_layer(layers: int) -> int:
 def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     """Check the configuration and have vLLM build our scheduler and worker.
 
-    Called by the configuration hook (`LlavaPruneConfig`) with a policy that `with_schedule` resolved, before
-    vLLM resolves which scheduler and worker it wants. Idempotent.
+    Called by the configuration hook (`PruneConfig`) with a policy that `with_schedule` resolved, before vLLM
+    resolves which scheduler and worker it wants. Idempotent.
 
     Raises:
         UnsupportedConfigError: a bad prune layer, or a feature stage 2 does not work with.
