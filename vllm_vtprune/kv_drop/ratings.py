@@ -158,5 +158,5 @@ def key_norm(q: Tensor, k: Tensor, bucket: Bucket, queries: int, scale: float) -
     Returns:
         [R, L] in float32; zero beyond a prompt's end.
     """
-    norms = k[bucket.rows(0)].float().norm(dim=-1).sum(-1)
+    norms: Tensor = k[bucket.rows(0)].float().norm(dim=-1).sum(-1)
     return -norms * bucket.inside()

@@ -225,30 +225,26 @@ def _quantise(curve: Sequence[float]) -> tuple[tuple[PruneLayer, ...], float]:
         curve: share of the visual tokens that each layer should see.
     """
     layers = len(curve)
-    best: tuple[float, list[tuple[int, float]]] | None = None
-    for step in range(-(-layers // 8), layers):
+    best: tuple[float, tuple[PruneLayer, ...], float] | None = None
+    # large bands and few first: they win where others come no nearer
+    for step in range(layers - 1, -(-layers // 8) - 1, -1):
         if layers % step:
             continue
-        places = range(step, layers, step)
         for count in range(1, MOST_PRUNE_LAYERS + 1):
-            for edges in itertools.combinations(places, count):
+            for edges in itertools.combinations(range(step, layers, step), count):
+                sizes = band_sizes(layers, edges)
                 bands = list(itertools.pairwise([*edges, layers]))
-                if band_groups(band_sizes(layers, edges))[1]:
-                    continue
                 shares = [round(sum(curve[low:high]) / (high - low), 3) for low, high in bands]
-                if 0.0 in shares[:-1]:
+                if band_groups(sizes)[1] or 0.0 in shares[:-1]:
                     continue
-                seen = [1.0] * edges[0]
-                for (low, high), share in zip(bands, shares, strict=True):
-                    seen += [share] * (high - low)
-                error = sum((a - b) ** 2 for a, b in zip(seen, curve, strict=True))
+                seen = [share for share, size in zip([1.0, *shares], sizes, strict=True) for _ in range(size)]
+                apart = [abs(a - b) for a, b in zip(seen, curve, strict=True)]
+                error = sum(a * a for a in apart)
                 if best is None or error < best[0] - 1e-9:
-                    best = error, list(zip(edges, shares, strict=True))
+                    cuts = tuple(PruneLayer(k, s, "vision") for k, s in zip(edges, shares, strict=True))
+                    best = error, cuts, max(apart)
     if best is None:
         raise ScheduleError(
             f"{layers} decoder layers cannot be cut into bands of one size: write the prune layers out"
         )
-    cuts = tuple(PruneLayer(layer, share, "vision") for layer, share in best[1])
-    edges = [cut.layer for cut in cuts]
-    seen = [([1.0, *(c.share for c in cuts)])[sum(i >= e for e in edges)] for i in range(layers)]
-    return cuts, max(abs(a - b) for a, b in zip(seen, curve, strict=True))
+    return best[1:]

@@ -301,6 +301,8 @@ class KVDropState(nn.Module):
         computed: NDArray[np.int32],
     ) -> PrunedPrompts | None:
         """The prompts that come in this step and are ranked or cut here; None where there are none."""
+        if computed.all():
+            return None
         protected = np.zeros(int(scheduled.sum()), dtype=bool)
         facts: list[tuple[int, int, int]] = []
         settled: list[tuple[int, int]] = []

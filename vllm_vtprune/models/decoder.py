@@ -177,6 +177,8 @@ def _of_fewer_rows(context: ForwardContext, names: list[str], rows: int) -> Forw
 def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     """Cut a decoder that vLLM built into bands, before its weights are loaded.
 
+    The model runners find the present step at the decoder's `kv_drop`.
+
     Args:
         decoder: the model with the layers, e.g. `LlamaModel`, not the one with the head.
         vllm_config: the engine's.
