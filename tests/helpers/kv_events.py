@@ -37,8 +37,11 @@ def capacity(engine: Engine) -> dict[float, int]:
     running = {}
     for number, keep in enumerate((1.0, 0.5, 0.25)):
         for i in range(18):
-            request = Request(QUESTION, (noise(100 + 18 * number + i),), kv_keep=keep, max_tokens=8)
-            engine.add(request, f"{keep}-{i}")
+            # 165 tokens: eight more need no other block, and six prompts are a step
+            image = noise(100 + 18 * number + i)
+            engine.add(
+                Request(QUESTION, (image,), keep_ratio=0.83, kv_keep=keep, max_tokens=8), f"{keep}-{i}"
+            )
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     return running
 
@@ -102,6 +105,8 @@ def dummy_runs_between(engine: Engine) -> dict[str, Any]:
         from vllm.v1.worker.gpu.warmup import warmup_kernels
 
         warmup_kernels(engine.runner, worker.execute_model, worker.sample_tokens)
+        # at an engine's start no block holds anything yet
+        engine.llm.reset_prefix_cache()
 
     def dummy_run(step: int) -> None:
         if step in (2, 5, 9):
