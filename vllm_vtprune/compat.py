@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import os
 
+from vllm_vtprune.errors import UnsupportedError
+
 #: The hooks were read and run against this release; another one may move them.
 SUPPORTED_VLLM = "0.32"
-
-
-class UnsupportedError(RuntimeError):
-    """The installation cannot run the plugin; the message says what to change."""
 
 
 def check_vllm_version(version: str = "") -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vllm_vtprune.errors import VTPruneError
 from vtprune_eval.scene_questions import ask_each
 from vtprune_eval.scenes import HELD_OUT_PAIRS, make_scene
 
@@ -20,7 +21,7 @@ from vtprune_eval.scenes import HELD_OUT_PAIRS, make_scene
 OTHER = "other"
 
 
-class DataError(ValueError):
+class DataError(VTPruneError, ValueError):
     """Questions that cannot be used; the message says where."""
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.compat import UnsupportedError, check_cpu_kernels, check_front_end, check_vllm_version
+from vllm_vtprune.compat import check_cpu_kernels, check_front_end, check_vllm_version
+from vllm_vtprune.errors import UnsupportedError
 from vtprune_server.ready_hint import announce_when_ready
 
 

@@ -53,7 +53,7 @@ def test_a_machine_without_the_library_that_vllms_cpu_kernels_are_linked_to(tmp_
 
 
 def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
-    assert "max_aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
+    assert "--vtprune-max-aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
     assert "number" in serve(tmp_path, "--prune-layer", "three")
 
 

@@ -15,8 +15,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.conftest import DEMO_MODEL
 from tests.helpers.checkpoints import edit_config, random_llava
+from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.vision import service as vision_service
-from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
+from vllm_vtprune.vision.checkpoint import load_vision_weights
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput, VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 from vllm_vtprune.vision.service import VisionService
