@@ -2,7 +2,7 @@
 """The container images, built and run without a Docker daemon: `make test-images`.
 
 Needs root, buildah and debootstrap (Debian: apt-get install buildah debootstrap crun), a Debian mirror and
-the package index; some 12 minutes the first time on two cores. debootstrap makes the base that Docker Hub's
+the package index. debootstrap makes the base that Docker Hub's
 Python image would be; layers are kept for the next run. The server then runs in namespaces of its own as the
 image's user, its root file system mounted read-only, and the contract tests are sent to it.
 
