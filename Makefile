@@ -25,7 +25,7 @@ test-fast: setup  ## run the tests that start no engine
 test-next: setup  ## run the tests that start no engine over vLLM 0.33's sources (fetches 340 MB once)
 	@exec $(python) tools/next_vllm.py $(ARGS)
 
-test-images: setup  ## build the container images and run them (root, buildah, debootstrap; 12 minutes)
+test-images: setup  ## build the container images and run them (root, buildah, debootstrap)
 	@exec $(python) -m pytest tests/deploy/images.py $(ARGS)
 
 test-clients: setup  ## run docs/clients.md in environments of its own (ARGS="-k litellm")
