@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from tests.helpers.pictures import noise, scene
 from tests.reference import Request
@@ -11,6 +12,17 @@ from tests.reference import Request
 QUESTION = "<s>USER: <image>\nwhat color is the circle ? ASSISTANT:"
 TWO = "<s>USER: <image>\n<image> compare</s> the two. ASSISTANT:"
 TEXT = "<s>USER: " + "a story that goes on and on. " * 9 + "ASSISTANT:"
+
+
+#: Prune layers and ratings of the scenarios with several.
+BANDS: dict[str, dict[str, str]] = {
+    "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
+    "bands_preemption": {"prune_layers": "2:0.8,4:0", "relevance": "last_token"},
+    "bands_compiled": {
+        "prune_layers": "2:vision=0.6,3:vision=0.4,4:vision=0.2,5:0",
+        "relevance": "pagerank,inherited,key_norm",
+    },
+}
 
 
 def grid() -> list[Request]:
@@ -33,6 +45,36 @@ def grid() -> list[Request]:
 def corners() -> list[Request]:
     """A few of the grid, for an engine that is slow to start."""
     return [r for r in grid() if r.kv_keep in (1.0, 0.25, 0.001) or len(r.images) == 2]
+
+
+def band_cases() -> list[Request]:
+    """Shares a prune layer, one for all, none at some, the schedule's own, and the exit."""
+    shares: list[tuple[float | tuple[float, ...], str]] = [
+        (1.0, "all"),
+        (0.999, "all"),
+        ((1.0, 0.25), "all"),
+        ((0.5, 0.25), "all"),
+        ((0.5, 0.5, 0.1), "all"),
+        ((0.75, 0.4), "vision"),
+        ((0.25, 0.001), "all"),
+        ((0.5, 1.0, 0.2), "all"),
+        ((0.6, 0.0), "all"),
+        (0.0, "all"),
+    ]
+    cases = [Request(QUESTION, (noise(i),), kv_keep=keep, kv_scope=s) for i, (keep, s) in enumerate(shares)]
+    return [
+        *cases,
+        Request(QUESTION, (scene(),), aggressiveness=0.5, kv_keep=(0.6, 0.3)),
+        Request(TWO, (noise(1), noise(2)), kv_keep=(0.5, 0.2), max_tokens=40),
+        Request(TWO, (noise(1), scene(9)), keep_ratio=0.25, kv_keep=(0.7, 0.35), kv_scope="vision"),
+        Request(TEXT, kv_keep=(0.6, 0.2), max_tokens=70),
+        Request(TEXT, kv_keep=0.0),
+    ]
+
+
+def band_crowd() -> list[Request]:
+    """Ten requests that together outgrow a small cache, each with a share for two prune layers."""
+    return [replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0)) for i, r in enumerate(crowd())]
 
 
 def alone() -> list[Request]:

@@ -82,7 +82,7 @@ def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(
 ) -> None:
     found = runs("top", runner)
     assert found["compiled"] != "NONE"
-    verdicts.check("top", runner, 5, grid(), found["batch"], ungrouped=True)
+    verdicts.check("top", runner, 5, grid(), found["batch"], checkpoint="ungrouped")
 
 
 @on("tensor_parallel")

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.step import KVDropState
+    from vllm_vtprune.kv_drop.bands import KVDropBands
 
 _ATTRIBUTE = "kv_drop_failed"
 
 
-def report_failures(output: Any, state: KVDropState) -> None:
+def report_failures(output: Any, state: KVDropBands) -> None:
     """Note in a step's output which of its requests held too few blocks.
 
     Args:
         output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
         state: the present step; told once.
     """
-    overrun, state.overrun = sorted(state.overrun), set()
+    overrun = state.take_overrun()
     if not overrun or output is None:
         return
     if not isinstance(output, ModelRunnerOutput):
