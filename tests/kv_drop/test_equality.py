@@ -21,6 +21,7 @@ from tests.helpers.kv_cases import (
     grid,
     replayed,
     resettable,
+    texts,
     unpruned,
 )
 from tests.helpers.kv_matrix import ON, Runs, Verdicts
@@ -203,6 +204,13 @@ def test_unpruned_text_is_bit_equal_to_vllm_without_the_plugin(runs: Runs, runne
         assert mine["tokens"] == theirs["tokens"]
         if not request.images:
             assert mine["logprobs"] == theirs["logprobs"]
+
+
+@on("text_only")
+def test_text_alone_is_embedded_where_graphs_read(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("text_only", runner)
+    assert found["addresses"] == 1
+    verdicts.check("text only", runner, 2, texts(), found["answers"])
 
 
 @on("no_layer")
