@@ -46,10 +46,11 @@ class Decided:
     outcome: str | None = None
     kept: Kept | None = None
 
-    def decide(self, kept: Kept) -> None:
-        """This is what stays."""
+    def decide(self, kept: Kept) -> str:
+        """This is what stays; returns its name."""
         self.kept = kept
         self.outcome = outcome_of(kept.units, kept.tokens.shape[0])
+        return self.outcome
 
     def confirm(self, kept: Kept) -> None:
         """This is what stays, and the image's identifier says so already.

@@ -150,8 +150,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         )
         for image in decided:
             if image.key in kept:
-                image.decide(kept[image.key])
-                self.vision.outcomes.put(image.key, setting, image.outcome)
+                self.vision.outcomes.put(image.key, setting, image.decide(kept[image.key]))
 
     # --- keys in vLLM's caches ---------------------------------------------------------------------------
 
