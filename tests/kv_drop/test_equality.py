@@ -243,7 +243,8 @@ def test_as_many_requests_run_at_once_as_the_counts_predict(runs: Runs, runner: 
     for keep, running in found["running"].items():
         kept = -(-SHORTER * keep // 1)
         per_request = -(-SHORTER // 32) + 2 * -(-kept // 32)
-        assert running == found["free"] // per_request, keep
+        # a whole prompt may be split, and begun in what is left
+        assert 0 <= running - found["free"] // per_request <= (keep == 1.0), keep
 
 
 @on("grid")
