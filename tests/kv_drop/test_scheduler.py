@@ -23,10 +23,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.kv_config import config
+from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.scheduler import build_scheduler
-from vllm_vtprune.kv_drop.step import KVDropState
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 32
@@ -132,6 +132,15 @@ def test_a_pruned_prompt_is_taken_whole_or_not_yet(scheduler: Scheduler) -> None
     finish_step(scheduler, second)
 
 
+def test_a_prompt_that_must_wait_is_not_overtaken(scheduler: Scheduler) -> None:
+    """A step's admissions end at it by themselves in vLLM 0.32, and not in 0.33."""
+    scheduler.add_request(request("chunked", 100, 1.0, seed=1))
+    scheduler.add_request(request("pruned", 60, 0.5, seed=2))
+    scheduler.add_request(request("behind", 20, 1.0, seed=3))
+    assert scheduler.schedule().num_scheduled_tokens == {"chunked": 100}  # 28 are left: `behind` would fit
+    assert scheduler.max_num_active_reqs == scheduler.max_num_running_reqs
+
+
 def test_an_unpruned_prompt_in_its_place_is_split(scheduler: Scheduler) -> None:
     scheduler.add_request(request("first", 100, 1.0, seed=1))
     scheduler.add_request(request("second", 60, 1.0, seed=2))
@@ -195,8 +204,8 @@ def test_a_request_that_the_worker_could_not_serve_fails_alone(scheduler: Schedu
         sampled_token_ids=[[7] for _ in ids],
         prompt_logprobs_dict={},
     )
-    state = KVDropState(8, 200, torch.device("cpu"))
-    state.overrun = {ids.index("failed")}
+    state = KVDropBands(2, 8, 200, torch.device("cpu"))
+    state.bands[1].overrun = {ids.index("failed")}
     report_failures(result, state)
     told = scheduler.update_from_output(output, pickle.loads(pickle.dumps(result)))[0].outputs
     assert {(o.request_id, tuple(o.new_token_ids), str(o.finish_reason)) for o in told} == {
