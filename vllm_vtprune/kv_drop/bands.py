@@ -4,28 +4,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop
 
 
-class KVDropBands:
-    """What model, runner and metadata builders share in a worker.
+class KVDropBands(nn.Module):
+    """What model, runner and metadata builders share in a worker. A module, as `KVDropState` is.
 
     Attributes:
         bands: the present step above each prune layer, from the lowest up.
     """
 
     def __init__(self, borders: int, max_requests: int, max_tokens: int, device: torch.device) -> None:
-        self.bands = [KVDropState(max_requests, max_tokens, device) for _ in range(borders)]
+        super().__init__()
+        states = [KVDropState(max_requests, max_tokens, device) for _ in range(borders)]
+        self.bands = cast(list[KVDropState], nn.ModuleList(states))
 
-    @property
-    def overrun(self) -> set[int]:
-        """As `KVDropState.overrun`, of any band."""
-        return set().union(*(band.overrun for band in self.bands))
+    def take_overrun(self) -> list[int]:
+        """The rows in `KVDropState.overrun` of any band, each told once."""
+        rows = set[int]().union(*(band.overrun for band in self.bands))
+        for band in self.bands:
+            band.overrun = set()
+        return sorted(rows)
 
     def clear(self) -> None:
         """No request in the batch has lost tokens, as in vLLM's dummy runs."""

@@ -26,7 +26,7 @@ def report_failures(output: Any, state: KVDropBands) -> None:
         output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
         state: the present step; told once.
     """
-    overrun, state.overrun = sorted(state.overrun), set()
+    overrun = state.take_overrun()
     if not overrun or output is None:
         return
     if not isinstance(output, ModelRunnerOutput):
