@@ -22,10 +22,15 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import httpx
+import hypothesis
 import pytest
 
 from vllm_vtprune import demo_model
 from vllm_vtprune.error_text import withhold_everywhere
+
+# how fast the machine is decides no test
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = demo_model.FOLDER
