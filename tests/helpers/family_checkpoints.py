@@ -146,11 +146,19 @@ def qwen3_vl_moe(folder: Path) -> Path:
         head_dim=32,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=64,
+        moe_intermediate_size=96,  # twice it is not the hidden size: a wrong layout shows
         tie_word_embeddings=False,
     )
     config = Qwen3VLMoeConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
-    return save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+    save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+    # public checkpoints, which vLLM reads, hold the experts' weights the other way round
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if ".mlp.experts." in name:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def llava_next(folder: Path) -> Path:
