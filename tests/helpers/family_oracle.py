@@ -98,6 +98,8 @@ class Family:
     placeholder: str
     #: Modalities beside images, which the tests allow none of.
     other_modalities: tuple[str, ...] = ()
+    #: Tokens of the tests' longest prompt and its answer, and a few: the context and the size of the KV cache.
+    room = 352
 
     def embeddings(self, inputs: Any) -> list[Tensor]:
         raise NotImplementedError
@@ -217,7 +219,7 @@ class Llava(Family):
         self.side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         self.tiled = hasattr(self.config, "image_grid_pinpoints")
         if self.config.model_type == "llava_onevision":
-            self.other_modalities = ("video",)
+            self.other_modalities, self.room = ("video",), 512
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
         return [self.processor.image_processor([image], return_tensors="pt") for image in images]
