@@ -35,7 +35,7 @@ _TEMPLATE = (
 )
 
 
-def tokenizer(special: tuple[str, ...], image: str, **attributes: str) -> PreTrainedTokenizerFast:
+def tokenizer(special: tuple[str, ...], image: str, **attributes: Any) -> PreTrainedTokenizerFast:
     """One token per byte behind the special ones; a chat template with `image` for each picture."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
@@ -45,9 +45,8 @@ def tokenizer(special: tuple[str, ...], image: str, **attributes: str) -> PreTra
         tokenizer_object=bytes_,
         eos_token=special[0],
         pad_token=special[0],
-        additional_special_tokens=list(special[1:]),
         chat_template=_TEMPLATE.replace("IMAGE", image),
-        **attributes,
+        **({"additional_special_tokens": list(special[1:])} | attributes),
     )
 
 
@@ -260,6 +259,41 @@ def llava_siglip(folder: Path) -> Path:
     return public(save(folder, LlavaForConditionalGeneration(config), processor))
 
 
+def internvl(folder: Path) -> Path:
+    """Tiles of 4x4 patches, halved; a thumbnail behind them."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        Qwen2Config,
+    )
+
+    special = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    config = InternVLConfig(
+        vision_config={**_TILE, "image_size": [56, 56], "patch_size": [14, 14]},
+        text_config=Qwen2Config(**text_config(special)),
+        image_token_id=3,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        dtype="float32",
+    )
+    size = {"height": 56, "width": 56}
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tokens = tokenizer(
+        special, "<IMG_CONTEXT>", extra_special_tokens=dict(zip(names, special[1:], strict=True))
+    )
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6),
+        tokens,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=tokens.chat_template,
+    )
+    return save(folder, InternVLForConditionalGeneration(config), processor)
+
+
 LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
 _TILE = {
     "hidden_size": 32,
@@ -342,6 +376,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "llava_siglip": llava_siglip,
+    "internvl": internvl,
 }
 
 if __name__ == "__main__":

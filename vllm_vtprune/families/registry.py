@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen_vl:Qwen2_5VL", "qwen_vl:PrunedQwen2_5VL"),
     "Qwen3VLForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VLMoe"),
+    "InternVLForConditionalGeneration": Entry("internvl:InternVL", "internvl:PrunedInternVL"),
 }
 
 
@@ -46,8 +47,7 @@ REFUSED: dict[str, str] = {
     "PixtralForConditionalGeneration": "prompts in Mistral's own format come with their placeholders; serve "
     "the checkpoint's Hugging Face format",
     "Mistral3ForConditionalGeneration": "no adapter reads its tower yet",
-    "InternVLChatModel": "no adapter reads its tower yet",
-    "InternVLForConditionalGeneration": "no adapter reads its tower yet",
+    "InternVLChatModel": "serve the checkpoint's Hugging Face format, whose name ends in -hf",
     "Qwen3_5ForConditionalGeneration": "no adapter was tried with its decoder yet",
     "Qwen3_5MoeForConditionalGeneration": "no adapter was tried with its decoder yet",
 }
