@@ -23,10 +23,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.kv_config import config
+from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.scheduler import build_scheduler
-from vllm_vtprune.kv_drop.step import KVDropState
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 32
@@ -204,8 +204,8 @@ def test_a_request_that_the_worker_could_not_serve_fails_alone(scheduler: Schedu
         sampled_token_ids=[[7] for _ in ids],
         prompt_logprobs_dict={},
     )
-    state = KVDropState(8, 200, torch.device("cpu"))
-    state.overrun = {ids.index("failed")}
+    state = KVDropBands(2, 8, 200, torch.device("cpu"))
+    state.bands[1].overrun = {ids.index("failed")}
     report_failures(result, state)
     told = scheduler.update_from_output(output, pickle.loads(pickle.dumps(result)))[0].outputs
     assert {(o.request_id, tuple(o.new_token_ids), str(o.finish_reason)) for o in told} == {

@@ -94,7 +94,7 @@ def test_unpruned_requests_by_reason(server: str, body: object, headers: dict[st
     "headers,field",
     [
         ({"X-VTPrune-Aggressiveness": "7"}, "aggressiveness"),
-        ({"x-vtprune-kv-keep": "0"}, "kv_keep"),
+        ({"x-vtprune-kv-keep": "2"}, "kv_keep"),
         ({"X-VTPrune-Nonsense": "1"}, "unknown"),
     ],
 )

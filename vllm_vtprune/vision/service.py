@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from transformers import LlavaConfig
 
 from vllm_vtprune.context import plugin_context
-from vllm_vtprune.vision.encoder import TowerOutput, VisionEncoder
+from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 
 if TYPE_CHECKING:
@@ -33,12 +32,14 @@ _TORCH_THREADS = torch.get_num_threads()
 #: Multiply-adds of a pass, about 20 ms of one core, below which its threads would wait for each other for
 #: longer than they save, and the engine wants the other cores.
 _WORK_FOR_THREADS = 10**9
+#: Pictures of up to as many patches count as one in a pass, larger ones as several.
+_PATCHES_PER_IMAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     key: str
-    pixel_values: Tensor  # [3, H, W]
+    item: Item
     outputs: frozenset[str]
     future: Future[TowerOutput]
 
@@ -49,7 +50,7 @@ class VisionService:
     Args:
         encoder: tower and projector.
         cache: where outputs are kept.
-        max_batch: most images in one pass.
+        max_batch: most images in one pass, of up to a thousand patches each; fewer larger ones.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
@@ -81,19 +82,19 @@ class VisionService:
     def encode(
         self,
         keys: Sequence[str],
-        pixels: Callable[[list[int]], Tensor],
+        prepare: Callable[[list[int]], Sequence[Item]],
         outputs: frozenset[str] = frozenset(),
     ) -> list[TowerOutput]:
         """The tower's outputs for some images; blocks until they are there.
 
         Args:
             keys: per image a key that names its content (and how it is preprocessed).
-            pixels: given positions in `keys`, returns their pixel values [B, 3, H, W]. Called only for images
-                that are neither cached nor on their way, in the caller's thread.
-            outputs: the optional outputs wanted (`encoder.OPTIONAL_OUTPUTS`).
+            prepare: given positions in `keys`, returns their preprocessed images. Called only for images that
+                are neither cached nor on their way, in the caller's thread.
+            outputs: the optional outputs wanted (`families.base.OPTIONAL_OUTPUTS`).
 
         Raises:
-            Exception: whatever `pixels` or the tower raised.
+            Exception: whatever `prepare` or the tower raised.
         """
         found: list[TowerOutput | Future[TowerOutput] | None] = []
         with self._lock:
@@ -104,10 +105,10 @@ class VisionService:
         # the same picture twice in one prompt is encoded once
         missing = list({keys[i]: i for i in reversed(range(len(keys))) if found[i] is None}.values())[::-1]
         if missing:
-            values = pixels(missing)
+            items = prepare(missing)
             submitted: dict[str, Future[TowerOutput]] = {}
-            for i, value in zip(missing, values, strict=True):
-                submitted[keys[i]] = self._submit(keys[i], value, outputs)
+            for i, item in zip(missing, items, strict=True):
+                submitted[keys[i]] = self._submit(keys[i], item, outputs)
             found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
         self._run_until_done([entry for entry in found if isinstance(entry, Future)])
         return [
@@ -123,12 +124,12 @@ class VisionService:
                 for key in keys
             )
 
-    def _submit(self, key: str, pixel_values: Tensor, outputs: frozenset[str]) -> Future[TowerOutput]:
+    def _submit(self, key: str, item: Item, outputs: frozenset[str]) -> Future[TowerOutput]:
         with self._lock:
             job = self._in_flight.get(key)
             if job is not None and outputs <= job.outputs:
                 return job.future
-            job = _Job(key, pixel_values, outputs, Future())
+            job = _Job(key, item, outputs, Future())
             self._in_flight[key] = job
             self._waiting.append(job)
             self._tell_waiting(1)
@@ -143,11 +144,10 @@ class VisionService:
                 if all(f.done() for f in futures):
                     return
                 self._running = True
-                count = min(self._max_batch, len(self._waiting))
-                batch = [self._waiting.popleft() for _ in range(count)]
+                batch = self._next_batch()
             try:
-                self._tell_waiting(-count)
-                with _torch_threads(self._threads_for(len(batch))):
+                self._tell_waiting(-len(batch))
+                with _torch_threads(self._threads_for(batch)):
                     self._run_batch(batch)
             finally:
                 with self._pass_done:
@@ -158,16 +158,28 @@ class VisionService:
         if self.waiting_observer is not None:
             self.waiting_observer(change)
 
-    def _threads_for(self, images: int) -> int:
+    def _next_batch(self) -> list[_Job]:
+        """The images that wait longest, up to `max_batch`; each thousand patches count as one more."""
+        batch = [self._waiting.popleft()]
+        size = self._size(batch[0])
+        while self._waiting and size + self._size(self._waiting[0]) <= self._max_batch:
+            batch.append(self._waiting.popleft())
+            size += self._size(batch[-1])
+        return batch
+
+    def _size(self, job: _Job) -> int:
+        return -(-self.encoder.patches(job.item) // _PATCHES_PER_IMAGE)
+
+    def _threads_for(self, batch: list[_Job]) -> int:
         if self._threads:
             return self._threads
-        return _TORCH_THREADS if images * self.encoder.work_per_image >= _WORK_FOR_THREADS else 1
+        return _TORCH_THREADS if sum(self.encoder.work(j.item) for j in batch) >= _WORK_FOR_THREADS else 1
 
     def _run_batch(self, batch: list[_Job]) -> None:
         started = time.perf_counter()
         try:
             wanted = frozenset[str]().union(*(job.outputs for job in batch))
-            results = self.encoder.encode(torch.stack([job.pixel_values for job in batch]), wanted)
+            results = self.encoder.encode([job.item for job in batch], wanted)
         except BaseException as error:
             self._finish(batch)
             for job in batch:
@@ -231,7 +243,7 @@ def vision_service(model_config: ModelConfig) -> VisionService:
         service = _services.get(key)
         if service is None:
             encoder = VisionEncoder.load(
-                cast(LlavaConfig, model_config.hf_config),
+                model_config.hf_config,
                 model_config.model,
                 device=device,
                 dtype=dtype,
