@@ -23,11 +23,11 @@ from demo.language import Features, LanguageSettings, train_language
 from demo.model import Size, build
 from demo.optim import Log, load
 from demo.tower import TowerSettings, pretrain
-from vtprune_eval.scenes import BASE_SIZE
+from vtprune_eval.scenes import BASE_SIZE, Scene
 
 
 def report(folder: Path, size: Size, count: int, log: Log, device: torch.device) -> dict[str, object]:
-    """Accuracy and CLS curve of `folder`/best.pt on the first `count` test scenes."""
+    """Accuracy of `folder`/best.pt on the first `count` test pictures, and the scenes' CLS curve."""
     model = build(size)
     state = load(folder / "best.pt")
     if state is None:
@@ -36,10 +36,12 @@ def report(folder: Path, size: Size, count: int, log: Log, device: torch.device)
     model.to(device).eval()  # type: ignore[arg-type]
     data = Features.room_for(model.model.vision_tower, "test", count, size).grow(count)
     everything = measure(model, data.scenes, data.states)
+    scenes = [number for number, drawn in enumerate(data.scenes) if isinstance(drawn, Scene)]
+    shown = [drawn for drawn in data.scenes if isinstance(drawn, Scene)]
     return {
-        "scenes": count,
+        "pictures": count,
         **everything.as_dict(),
-        "knee": describe_knee(data.scenes, data.states).as_dict(),
+        "knee": describe_knee(shown, data.states[scenes]).as_dict(),
         "pruned": {f"a={a}": _pruned(model, data, a) for a in (0.3, 0.5, 0.7)},
     }
 

@@ -2,7 +2,7 @@
 """Accuracy of an exported folder as a user meets it: `python -m demo.verify --checkpoint DIR`.
 
 Every question is a conversation of its own through the folder's processor, chat template and transformers'
-`generate`; nothing of the training code but the scenes is used.
+`generate`; nothing of the training code but the pictures is used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from demo.accuracy import Accuracy
-from vtprune_eval.scene_questions import Question, ask_each
-from vtprune_eval.scenes import Scene, make_scene
+from vtprune_eval.drawn import DOMAINS, Drawn, make, questions_each
+from vtprune_eval.scene_questions import Question
 
 
 @torch.inference_mode()
 def answers(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene, questions: list[Question]
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Drawn, questions: list[Question]
 ) -> list[str]:
     """What the model generates greedily for each question, asked alone and decoded."""
     conversations: list[Any] = [
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--split", default="test")
+    parser.add_argument("--domain", default="scenes", choices=DOMAINS)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -62,10 +63,10 @@ def main() -> None:
     processor = LlavaProcessor.from_pretrained(options.checkpoint)
     accuracy = Accuracy()
     for index in range(options.scenes):
-        scene = make_scene(options.split, index, model.config.vision_config.image_size)
-        questions = ask_each(scene, random.Random(f"0 {index}"))
+        scene = make(options.domain, options.split, index, model.config.vision_config.image_size)
+        questions = questions_each(scene, random.Random(f"0 {index}"))
         for question, answer in zip(questions, answers(model, processor, scene, questions), strict=True):
-            accuracy.count(question, answer == question.answer)
+            accuracy.count(scene, question, answer == question.answer)
     print(json.dumps(accuracy.as_dict(), indent=1))
 
 

@@ -32,6 +32,7 @@ from vllm_vtprune.settings import KV_SCOPES, PRESETS, Controls, KVSettings, Sett
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.draw import draw_kept
+from vtprune_eval.drawn import DOMAINS
 from vtprune_eval.measure import evaluate
 from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import plot_accuracy, series_by_method
@@ -41,7 +42,7 @@ from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.setting import DOWNSCALE, Setting
 from vtprune_eval.study import StudySize, run_study
 from vtprune_eval.tables import by_kind, content, summary
-from vtprune_eval.tasks import DataError, Questions, file_questions, scene_questions
+from vtprune_eval.tasks import DataError, Questions, drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 DEMO_MODEL = demo_model.FOLDER
@@ -157,7 +158,7 @@ def _model(options: argparse.Namespace) -> LocalModel:
 def _questions(options: argparse.Namespace, size: int) -> Questions:
     if options.questions is not None:
         return file_questions(options.questions, options.suffix)
-    return scene_questions(options.split, options.scenes, size)
+    return drawn_questions(options.split, options.scenes, size, options.domain)
 
 
 def _progress(line: str) -> None:
@@ -175,7 +176,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
     what.add_argument("--suffix", default="", help="text added to each question of the file")
     what.add_argument("--split", choices=tuple(SPLITS), default="test", help="of the drawn scenes")
-    what.add_argument("--scenes", type=int, default=300, help="drawn scenes to ask about")
+    what.add_argument("--scenes", type=int, default=300, help="drawn pictures to ask about")
+    what.add_argument("--domain", choices=DOMAINS, default="scenes", help="what is drawn")
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
     how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])

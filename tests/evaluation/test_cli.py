@@ -11,7 +11,7 @@ from PIL import Image
 
 from vtprune_eval.__main__ import CANNOT_RUN, main
 from vtprune_eval.study import choose_prune_layer
-from vtprune_eval.tasks import scene_questions
+from vtprune_eval.tasks import drawn_questions
 
 
 def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_presets(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scene_questions("test", 1, 168).pictures[0].resize((300, 200)).save(tmp_path / "wide.png")
+    drawn_questions("test", 1, 168).pictures[0].resize((300, 200)).save(tmp_path / "wide.png")
     assert (
         main(["--draw", str(tmp_path / "wide.png"), "--aggressiveness", "0.5", "--out", str(tmp_path)]) == 0
     )
