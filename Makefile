@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make help` lists the targets. Each makes .venv first if it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast lint format bench lock clean
+.PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients lint format bench lock clean
 
 python := .venv/bin/python
 PORT ?=
@@ -22,6 +22,18 @@ test: lint  ## run the checks and all tests (ARGS="any pytest flag")
 test-fast: setup  ## run the tests that start no engine
 	@exec $(python) -m pytest -m "not engine and not browser" $(ARGS)
 
+test-images: setup  ## build the container images and run them (root, buildah, debootstrap; 12 minutes)
+	@exec $(python) -m pytest tests/deploy/images.py $(ARGS)
+
+test-clients: setup  ## run docs/clients.md in environments of its own (ARGS="-k litellm")
+	@exec $(python) -m pytest tests/clients/environments.py $(ARGS)
+
+setup-deploy: setup  ## make .venv-deploy: .venv and Ray Serve over it
+	@$(python) tools/setup_deploy.py
+
+test-deploy: setup-deploy  ## run the tests of deploy/ (ARGS="any pytest flag"); deploy/README.md has what they use
+	@exec .venv-deploy/bin/python -m pytest tests/deploy $(ARGS)
+
 lint: setup  ## run ruff and mypy
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -34,9 +46,9 @@ format: setup  ## let ruff format the code and fix what it can
 bench: setup  ## measure this machine (ARGS="any flag of benchmarks")
 	@exec $(python) -m benchmarks $(ARGS)
 
-lock: setup  ## rewrite requirements/*.lock from what is installed in .venv
+lock: setup  ## rewrite requirements/cpu.lock and test.lock from what is installed in .venv
 	@$(python) tools/lock.py
 
 clean:  ## remove .venv, caches and builds
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-deploy build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from benchmarks.models import BenchModel
 from benchmarks.servers import PLAIN, PRUNING, ServerSpec, pruning_kv
+from vllm_vtprune.contract import HEADERS
 from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.sweep import Setting
+from vtprune_loadtest.sweep import SweepSetting
 
 #: Spelling of an arm's parts -> the header that carries the number after it.
-_HEADERS = {"a": "X-VTPrune-Aggressiveness", "keep": "X-VTPrune-Keep-Ratio", "kv": "X-VTPrune-KV-Keep"}
+_HEADERS = {"a": HEADERS["aggressiveness"], "keep": HEADERS["keep_ratio"], "kv": HEADERS["kv_keep"]}
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Arm:
     headers: tuple[tuple[str, str], ...] = ()
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> SweepSetting:
         """The arm as the load tester knows it."""
-        return Setting(self.label, self.headers)
+        return SweepSetting(self.label, self.headers)
 
 
 def parse_arm(text: str) -> Arm:

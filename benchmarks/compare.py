@@ -26,10 +26,11 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.arms import Arm, parse_arms, servers_for
-from benchmarks.interleaved import MIN_ROUNDS_FOR_INTERVAL, Rounds, Spread, TrafficSpec, connected
+from benchmarks.interleaved import Rounds, TrafficSpec, connected
 from benchmarks.models import BenchModel, model_named
 from benchmarks.servers import RunningServer, running
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.spread import Spread
 
 DEFAULT_ARMS = "vllm,off,a0.25,a0.5,a0.75"
 _METRICS = ("e2el_s", "ttft_s", "tpot_s", "requests_per_s", "cpu_s")
@@ -176,10 +177,9 @@ def table(title: str, measured: Rounds, arms: Sequence[Arm]) -> str:
 
 def _overhead(measured: Rounds) -> str:
     spread = Spread.of(measured.ratios("off", "vllm", "e2el_s"))
-    interval = "95 % interval" if spread.rounds >= MIN_ROUNDS_FOR_INTERVAL else "range of so few rounds"
     return (
         f"plugin loaded and off: end-to-end latency {spread.median - 1:+.1%} "
-        f"({interval} {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
+        f"({spread.interval} {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
     )
 
 

@@ -29,8 +29,6 @@ from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseRunner
 from vtprune_loadtest.workload import IntRange, Workload, WorkloadSpec
 
-#: With fewer rounds even the whole range covers the median with less than 95 % probability.
-MIN_ROUNDS_FOR_INTERVAL = 6
 _REQUEST_TIMEOUT_S = 900.0
 # A server that has rested answers its first requests slowly: in blocks of half a second that weighed 12 % on
 # a model that answers in 0.2 s.
@@ -64,7 +62,7 @@ class Block:
     Attributes:
         e2el_s: from sending a request to its last token.
         ttft_s: from sending a request to its first token.
-        tpot_s: time per output token after the first.
+        tpot_s: time per output token after the first; NaN where an answer came in one chunk.
         requests_per_s: requests over the block's duration.
         cpu_s: processor time of all of the server's processes per request.
         prompt_tokens: given to the language model, per request.
@@ -98,39 +96,6 @@ class Rounds:
     def ratios(self, label: str, base: str, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """[rounds] the metric of one arm over another's, round by round."""
         return self.values(label, metric) / self.values(base, metric)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median of paired ratios, their quartiles, and a 95 % confidence interval of the median."""
-
-    median: float
-    q1: float
-    q3: float
-    low: float
-    high: float
-    rounds: int
-
-    @staticmethod
-    def of(ratios: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> Spread:
-        """The interval is that of order statistics; below six rounds it is the whole range."""
-        values = np.sort(np.asarray(ratios, dtype=np.float64))
-        q1, median, q3 = np.percentile(values, [25, 50, 75])
-        rank = _interval_rank(len(values))
-        return Spread(
-            float(median), float(q1), float(q3), float(values[rank]), float(values[-1 - rank]), len(values)
-        )
-
-
-def _interval_rank(n: int) -> int:
-    """Largest r so that the r-th smallest to the r-th largest (from 0) cover the median in 95 of 100 cases.
-
-    The number of values below the median is binomial (David and Nagaraja 2003, "Order Statistics", 7.1).
-    """
-    rank, tail = 0, 1 / 2**n
-    while 2 * (tail := tail + math.comb(n, rank + 1) / 2**n) <= 0.05:
-        rank += 1
-    return rank
 
 
 class Comparison:
@@ -281,7 +246,7 @@ def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) 
     return Block(
         e2el_s=float(np.mean([r.e2el_s for r in records])),
         ttft_s=float(np.mean([r.ttft_s for r in records])),
-        tpot_s=float(np.mean([r.tpot_s or 0.0 for r in records])),
+        tpot_s=float(np.mean([math.nan if r.tpot_s is None else r.tpot_s for r in records])),
         requests_per_s=len(records) / duration_s,
         cpu_s=cpu_s / len(records),
         prompt_tokens=float(np.mean([r.prompt_tokens or math.nan for r in records])),

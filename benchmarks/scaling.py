@@ -22,10 +22,11 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.arms import Arm, parse_arms, servers_for
-from benchmarks.interleaved import Rounds, Spread, TrafficSpec, connected
+from benchmarks.interleaved import Rounds, TrafficSpec, connected
 from benchmarks.models import default_model_dir, many_patches
 from benchmarks.servers import RunningServer, running
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.spread import Spread
 
 ARMS = "vllm,keep0.22"
 _METRICS = {"requests_per_s": "requests/s", "ttft_s": "time to first token, s"}

@@ -7,15 +7,10 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    CLIPImageProcessor,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
+from benchmarks.llava import llava_processor, save_weights
 from demo.model import PAD, SPECIALS, START, TOKEN_PATTERN, VOCABULARY, Size
 from vtprune_eval.scenes import PATCH
 
@@ -53,28 +48,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def processor(size: Size) -> LlavaProcessor:
     """Tokenizer, picture preparation and chat template in one."""
-    pictures = CLIPImageProcessor(
-        size={"shortest_edge": size.image},
-        crop_size={"height": size.image, "width": size.image},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.25, 0.25, 0.25],
+    mean, std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+    made: LlavaProcessor = llava_processor(
+        tokenizer(), size.image, PATCH, CHAT_TEMPLATE, image_mean=mean, image_std=std
     )
-    return LlavaProcessor(
-        pictures,
-        tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def public_name(name: str) -> str:
-    """The key of a weight in public LLaVA checkpoints; transformers 5 leaves `vision_model.` out."""
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        return "vision_tower.vision_model." + name.removeprefix("vision_tower.")
-    return name
+    return made
 
 
 def export(
@@ -90,11 +68,8 @@ def export(
         raise ValueError(
             f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
         )
-    stored = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
+    stored = copy.deepcopy(model)
     # Trained as one with the word embedding, stored as two: both libraries then load it without special care.
     stored.lm_head.weight = torch.nn.Parameter(stored.lm_head.weight.detach().clone())
-    stored.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    renamed = {public_name(name): weight for name, weight in load_file(weights).items()}
-    save_file(renamed, weights, metadata={"format": "pt"})
+    save_weights(stored, folder, dtype)
     processor(size).save_pretrained(folder)

@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
 
+from benchmarks.llava import DecoderShape, TokenIds, TowerShape, decoder_fields, llava_config
 from vtprune_eval.scenes import BASE_SIZE, COLOURS, DIGITS, PATCH, PLACES, SHAPES, WORDS
 
 IGNORE = -100
@@ -49,8 +44,6 @@ VOCABULARY: dict[str, int] = {
 TOKEN_PATTERN = r"[a-z0-9]+(-[a-z]+)?|[^\sa-z0-9]"
 """One token of lower-cased text: a word, a hyphened place, or one other sign."""
 VOCABULARY_SIZE = 128
-FEATURE_LAYER = -2
-"""LLaVA's `vision_feature_layer`: the last layer but one feeds the projector, as in LLaVA-1.5."""
 
 
 @dataclass(frozen=True)
@@ -79,37 +72,24 @@ def words_of(text: str) -> list[int]:
 
 def build(size: Size) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights and the tower's attention started on neighbouring patches."""
-    vision = CLIPVisionConfig(
-        hidden_size=size.tower_width,
-        intermediate_size=4 * size.tower_width,
-        num_hidden_layers=size.tower_layers,
-        num_attention_heads=size.tower_heads,
-        image_size=size.image,
-        patch_size=PATCH,
-        projection_dim=size.tower_width // 2,
+    tower = TowerShape(
+        hidden=size.tower_width,
+        intermediate=4 * size.tower_width,
+        layers=size.tower_layers,
+        heads=size.tower_heads,
+        image=size.image,
+        patch=PATCH,
     )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=size.text_width,
-        intermediate_size=3 * size.text_width,
-        num_hidden_layers=size.text_layers,
-        num_attention_heads=size.text_heads,
-        num_key_value_heads=size.text_heads,
-        max_position_embeddings=2048,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=PAD,
+    decoder = DecoderShape(
+        hidden=size.text_width,
+        intermediate=3 * size.text_width,
+        layers=size.text_layers,
+        heads=size.text_heads,
+        vocab=VOCABULARY_SIZE,
+        positions=2048,
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=IMAGE,
-            image_seq_length=size.grid**2,
-            vision_feature_layer=FEATURE_LAYER,
-            vision_feature_select_strategy="default",
-        )
-    )
+    text = LlamaConfig(**decoder_fields(decoder, TokenIds(START, END, IMAGE, PAD)))
+    model = LlavaForConditionalGeneration(llava_config(text, tower, IMAGE))
     start_on_neighbours(model.model.vision_tower, size)
     return model
 

@@ -41,12 +41,12 @@ class LiveServer:
 
     Attributes:
         url: its base URL.
-        process: the API process.
+        process: the API process; None where it is not ours.
         log: the file its output goes to.
     """
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     log: Path
 
     def healthy(self) -> bool:
@@ -82,6 +82,7 @@ def start_server(
 
 def stop_server(server: LiveServer) -> None:
     """Stop the process and whatever it started."""
+    assert server.process is not None
     server.process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(30)
@@ -97,7 +98,13 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """The server of `vtprune serve` without arguments: the embedded model, real engine, real HTTP."""
+    """The server of `vtprune serve` without arguments: the embedded model, real engine, real HTTP.
+
+    VTPRUNE_TEST_URL names one that runs already: the same model behind something else than `vtprune serve`.
+    """
+    if url := os.environ.get("VTPRUNE_TEST_URL"):
+        yield LiveServer(url, None, Path(os.devnull))
+        return
     server = start_server(tmp_path_factory.mktemp("server") / "server.log")
     yield server
     stop_server(server)

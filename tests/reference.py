@@ -97,6 +97,12 @@ class Reference:
         return Answer(prompt_ids, kept, best.indices.tolist(), best.values.tolist())
 
     @torch.inference_mode()
+    def prompt_logprobs(self, request: Request) -> Tensor:
+        """Log-probabilities after each token of the whole prompt, nothing dropped, [n, vocabulary]."""
+        prompt_ids, embeddings, _ = self._prompt(request)
+        return self._logprobs(embeddings, len(prompt_ids), list(range(len(prompt_ids))))
+
+    @torch.inference_mode()
     def is_tie(self, request: Request, token_ids: Sequence[int], tolerance: float) -> bool:
         """Whether rounding decides: a token is as likely as the best, or the cut runs between equals.
 

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soak of stage 2: random settings, lengths, aborts and preemptions on a small model, every answer checked.
 
-    OMP_NUM_THREADS=1 python -m tests.soak_kv --minutes 10
+    python -m tests.soak_kv --minutes 10
+    python -m tests.soak_kv --runner v2
+
+With a runner (`v1`, `v1-async`, `v2` or `v2-async`: vLLM's Model Runner V1 or V2, `async` with a scheduler
+that runs a step ahead) every scenario of `tests/kv_drop/test_equality.py` runs on it first, those that
+`make test` leaves out among them.
 
 Prints a line every half minute and a summary; exits 1 if an answer differs from the reference's, a block is
 lost or nothing was preempted. An answer that differs where the reference itself is within rounding of another
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import REPOSITORY
 from tests.helpers.checkpoints import random_llava
+from tests.helpers.kv_matrix import VARIABLE
+from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.helpers.pictures import noise
 from tests.reference import Reference, Request
 
 PRUNE_LAYER = 2
 TOLERANCE = 1e-4
+_STARTED = "VTPRUNE_TEST_SOAK"
 WORDS = ("what", "color", "is", "the", "circle", "and", "where", "</s>", "please", "<pad>", "tell")
 
 
@@ -79,7 +89,7 @@ class Soak:
 
     def check(self, request: Request, output: Any) -> None:
         """Compare one answer with the reference's."""
-        from tests.helpers.kv_run import answer
+        from tests.helpers.kv_engine import answer
 
         if output.outputs[0].finish_reason == "abort":
             return
@@ -95,17 +105,39 @@ class Soak:
             print("DIFFERENT", request, mine, theirs, flush=True)
 
 
+def scenarios(runner: str) -> int:
+    """Every scenario of the equality tests on one runner; pytest's exit status."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kv_drop/test_equality.py"]
+    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, VARIABLE: runner}).returncode
+
+
+def _start_again(runner: str) -> None:
+    """Replace this process by one whose environment is the engine's: Triton reads it when it is imported."""
+    engine = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        **environment(runner),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        _STARTED: "1",
+    }
+    os.execve(sys.executable, [sys.executable, "-m", "tests.soak_kv", *sys.argv[1:]], engine)
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runner", choices=RUNNERS, help="run all scenarios on it, then the soak")
     options = parser.parse_args()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from tests.helpers.kv_run import Engine
+    if _STARTED not in os.environ:
+        if options.runner and scenarios(options.runner):
+            return 1
+        _start_again(options.runner or "v1")
+    from tests.helpers.kv_engine import Engine
 
     folder = random_llava(Path(tempfile.mkdtemp()), layers=6, heads=4, kv_heads=2, weight_scale=5.0, seed=3)
     engine = Engine(

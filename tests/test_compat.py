@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_vtprune.compat import SUPPORTED_VLLM, UnsupportedError, check_front_end, check_vllm_version
+from vllm_vtprune.compat import SUPPORTED_VLLM, check_front_end, check_vllm_version
+from vllm_vtprune.errors import UnsupportedError
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.32.0", "0.3.2", "0.320.0", "dev"])

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write requirements/*.lock from the packages in this environment: `make lock`.
+"""Write requirements/*.lock from the packages in this environment.
+
+    make lock                                    cpu.lock and test.lock, from .venv
+    .venv-deploy/bin/python tools/lock.py ray    ray.lock, from the environment that has Ray beside the others
 
 A lock names everything that vtprune with an extra needs, directly or through another package, at the version
 installed here. It is installed with `pip install --no-deps`, so nothing outside it can drift in. Which builds
 of torch and torchvision are installed depends on the machine and is left to setup_env.py.
 """
 
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -28,7 +32,7 @@ PYTHON_VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 
 HEADER = """\
 # Every package {what}.
-# Written by `make lock`; installed by tools/setup_env.py with --no-deps.
+# Written by {maker}; installed by {installer} with --no-deps.
 """
 
 
@@ -71,27 +75,42 @@ def closure(extra: str) -> set[str]:
     return names - CHOSEN_AT_SETUP
 
 
-def pin(name: str) -> str:
+def pin(name: str, marked: Iterable[str] = OTHER_PYTHONS) -> str:
     """Give the lock's line for a distribution."""
     if name in OTHER_PYTHONS:
-        return OTHER_PYTHONS[name]
+        return OTHER_PYTHONS[name] if name in marked else OTHER_PYTHONS[name].partition(";")[0]
     marker = f"; {MARKERS[name]}" if name in MARKERS else ""
     return f"{name}=={distribution(name).version}{marker}"
 
 
 def main() -> None:
-    """Write both locks."""
+    """Write the locks."""
     if not distribution("torch").version.endswith("+cpu"):
         raise SystemExit("lock: torch here is a CUDA build; write the locks beside its CPU build.")
     runtime = closure("cpu")
     tools = closure("test") - runtime
+    if sys.argv[1:] == ["ray"]:
+        # what serving needs on some Pythons alone, Ray needs on all of them
+        beyond = closure("ray") - (runtime - set(OTHER_PYTHONS)) - tools
+        header = HEADER.format(
+            what="that Ray Serve needs beyond those of cpu.lock and test.lock",
+            maker="tools/lock.py",
+            installer="tools/setup_deploy.py",
+        )
+        write("ray.lock", beyond, header, marked=())
+        return
     for file, names, what in (
         ("cpu.lock", runtime, "that serving on a CPU needs, but torch and torchvision"),
         ("test.lock", tools, "that tests, checks and plots need beyond those that serving needs"),
     ):
-        lines = "".join(f"{pin(name)}\n" for name in sorted(names))
-        (LOCKS / file).write_text(HEADER.format(what=what) + lines)
-        print(f"{file}: {len(names)} packages")
+        write(file, names, HEADER.format(what=what, maker="`make lock`", installer="tools/setup_env.py"))
+
+
+def write(file: str, names: set[str], header: str, marked: Iterable[str] = OTHER_PYTHONS) -> None:
+    """Write one lock; names in `marked` get the Pythons they are needed on beside their version."""
+    lines = "".join(f"{pin(name, marked)}\n" for name in sorted(names))
+    (LOCKS / file).write_text(header + lines)
+    print(f"{file}: {len(names)} packages")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ PROBE_SECONDS = 5
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input")
 
 
+def place(environment: Path) -> None:
+    """Work in this environment instead of the checkout's `.venv`: for images (image_env.py)."""
+    global VENV, PYTHON, UNFINISHED, LOG
+    VENV = environment
+    PYTHON = VENV / "bin" / "python"
+    UNFINISHED, LOG = VENV / UNFINISHED.name, VENV / LOG.name
+
+
 def fail(message: str) -> NoReturn:
     """End the set-up with one sentence."""
     print(f"set-up: {message}", file=sys.stderr)

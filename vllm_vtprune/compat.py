@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import os
 
+from vllm_vtprune.errors import UnsupportedError
+
 #: The hooks were read and run against this release; another one may move them.
 SUPPORTED_VLLM = "0.32"
-
-
-class UnsupportedError(RuntimeError):
-    """The installation cannot run the plugin; the message says what to change."""
 
 
 def check_vllm_version(version: str = "") -> None:
@@ -47,4 +45,27 @@ def check_front_end() -> None:
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip().lower() not in ("", "0", "false"):
         raise UnsupportedError(
             "vtprune prunes in vLLM's Python front end, which VLLM_USE_RUST_FRONTEND=1 bypasses: unset it."
+        )
+
+
+def check_cpu_kernels() -> None:
+    """Refuse a CPU build of vLLM whose compiled kernels do not load.
+
+    `vllm.platforms.cpu.CpuPlatform.import_kernels` logs a warning about that and goes on; the worker dies of
+    it a minute later. Slim Debian images lack a library that they are linked to.
+
+    Raises:
+        UnsupportedError: they are not there after vLLM tried.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    import torch
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "init_cpu_memory_env"):
+        raise UnsupportedError(
+            "vLLM's compiled CPU kernels (vllm._C) cannot be loaded, as a rule because libnuma.so.1 is not "
+            "there: apt-get install libnuma1 on Debian and Ubuntu, numactl-libs on Fedora and its kin."
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vtprune.settings import KWARG, Controls
+from vllm_vtprune.contract import KWARG
+from vllm_vtprune.settings import Controls
 
 
 def engine_kwargs(**policy: Any) -> dict[str, Any]:

@@ -7,106 +7,115 @@ It travels as ``additional_config={"vtprune": {...}}``, the dict vLLM keeps for 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
-from vllm_vtprune.settings import (
-    PRESETS,
-    SCORES,
-    Controls,
-    KVSettings,
-    PruneSettings,
-    SettingsError,
-    VisionSettings,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
 )
+from pydantic_core import ErrorDetails
+
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.errors import PolicyError, SettingsError
+from vllm_vtprune.kv_drop.relevance import RELEVANCE
+from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
+from vllm_vtprune.selection.scores import SCORES
+from vllm_vtprune.settings import Controls, KVSettings, PruneSettings, VisionSettings
 
 CONFIG_KEY = "vtprune"
-Relevance = Literal["attention", "last_token", "no_rope"]
-RELEVANCES: tuple[Relevance, ...] = ("attention", "last_token", "no_rope")
 
 
-class PolicyError(ValueError):
-    """An operator's setting that cannot work; the message says what to change."""
+class OperatorModel(BaseModel):
+    """Settings of an operator: of the types they are declared with, under the names there are."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class PrunePolicy:
-    """What the operator decides. Every field is a key of ``additional_config["vtprune"]``.
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}, not {value!r}")
+        return value
 
-    Attributes:
-        prune_layer: decoder layer K of stage 2, 1 <= K < number of layers; None switches stage 2 off.
-        window: last prompt tokens whose queries rate the others, and which always stay.
-        relevance: how stage 2 rates tokens (`vllm_vtprune.kv_drop.relevance`).
-        score: what ranks vision tokens in stage 1.
-        min_tokens: vision tokens every image keeps at least.
-        default_preset: what a request gets that says nothing.
-        max_aggressiveness: the most a client may ask for.
-        min_keep_ratio: the smallest fixed share a client may ask for.
-        min_kv_keep: the smallest share of the prompt a client may keep above the prune layer.
-        client_controls: whether clients may choose at all.
-        methods: the selection methods clients may name; the first stands in for `inflection` where that is
-            not among them.
-        encoder_device: where tower and projector run: `auto`, `cpu`, `cuda:0`, ...
-        encoder_dtype: their precision: `auto` (the model's), `float32`, `bfloat16`, `float16`.
-        encoder_threads: CPU threads of the tower; 0 leaves torch's choice.
-        encoder_batch: most images in one pass of the tower.
-        trust_image_ids: whether a client's `uuid` or an EXIF image id may name a cached picture; off, since a
-            forged id would be answered with somebody else's picture.
-        feature_cache_gb: bound of the tower-output cache, in GiB per API process; 0 switches it off.
-    """
+    return AfterValidator(check)
 
-    prune_layer: int | None = None
-    window: int = 8
-    relevance: Relevance = "attention"
-    score: str = "cosine"
-    min_tokens: int = 1
-    default_preset: str = "off"
-    max_aggressiveness: float = 1.0
-    min_keep_ratio: float = 0.0
-    min_kv_keep: float = 0.0
-    client_controls: bool = True
-    methods: tuple[str, ...] = tuple(METHODS)
-    encoder_device: str = "auto"
-    encoder_dtype: str = "auto"
-    encoder_threads: int = 0
-    encoder_batch: int = 16
-    feature_cache_gb: float = 1.0
-    trust_image_ids: bool = False
 
-    def __post_init__(self) -> None:
-        if isinstance(self.methods, list):
-            object.__setattr__(self, "methods", tuple(self.methods))
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
-        _require(self.window >= 1, "window must be at least 1")
-        _require(self.min_tokens >= 1, "min_tokens must be at least 1")
-        _require(self.encoder_threads >= 0, "encoder_threads must not be negative")
-        _require(self.encoder_batch >= 1, "encoder_batch must be at least 1")
-        _require(self.feature_cache_gb >= 0, "feature_cache_gb must not be negative")
-        _require(self.score in SCORES, f"score must be one of {', '.join(SCORES)}")
-        _require(self.relevance in RELEVANCES, f"relevance must be one of {', '.join(RELEVANCES)}")
-        _require(self.default_preset in PRESETS, f"default_preset must be one of {', '.join(PRESETS)}")
-        for name in ("max_aggressiveness", "min_keep_ratio", "min_kv_keep"):
-            _require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1]")
-        unknown = [m for m in self.methods if m not in METHODS]
-        _require(
-            bool(self.methods) and not unknown,
-            f"methods names {', '.join(unknown) or 'nothing'}; the methods are {', '.join(METHODS)}",
-        )
-        _require(
-            self.prune_layer is None or self.prune_layer >= 1,
-            "prune_layer must be at least 1 (leave it out to switch the second stage off)",
-        )
+def _none_for_off(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "off") else value
+
+
+def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"names {', '.join(unknown) or 'nothing'}; the methods are {', '.join(METHODS)}")
+    return names
+
+
+class PrunePolicy(OperatorModel):
+    """What the operator decides. Every field is a key of ``additional_config["vtprune"]``."""
+
+    prune_layer: Annotated[int | None, BeforeValidator(_none_for_off)] = Field(
+        default=None, ge=1, description="decoder layer K of the second stage, which is off without one"
+    )
+    window: int = Field(
+        default=8, ge=1, description="last prompt tokens, which rate the others and always stay"
+    )
+    relevance: Annotated[str, _one_of(RELEVANCE)] = Field(
+        default="attention", description=f"how the second stage rates tokens: {', '.join(RELEVANCE)}"
+    )
+    score: Annotated[str, _one_of(SCORES)] = Field(
+        default="cosine", description=f"what ranks vision tokens: {', '.join(SCORES)}"
+    )
+    min_tokens: int = Field(default=1, ge=1, description="vision tokens every image keeps at least")
+    default_preset: Annotated[str, _one_of(PRESETS)] = Field(
+        default="off", description="the preset of a request that says nothing"
+    )
+    client_controls: bool = Field(default=True, description="whether clients may choose at all")
+    # strict=False: JSON and YAML have lists
+    methods: Annotated[tuple[str, ...], AfterValidator(_methods)] = Field(
+        default=tuple(METHODS),
+        strict=False,
+        description="selection methods clients may name, separated by commas; without "
+        f"{DEFAULT_METHOD} among them the first is the default",
+    )
+    max_aggressiveness: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="beyond it: 400, and the preset is no model name",
+    )
+    min_keep_ratio: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
+    min_kv_keep: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
+    encoder_device: str = Field(
+        default="auto", description="where tower and projector run: auto, cpu, cuda:0"
+    )
+    encoder_dtype: str = Field(
+        default="auto", description="their precision: auto (the model's), float32, bfloat16, float16"
+    )
+    encoder_threads: int = Field(default=0, ge=0, description="the tower's CPU threads; 0 leaves it to torch")
+    encoder_batch: int = Field(default=16, ge=1, description="most images in one pass of the tower")
+    feature_cache_gb: float = Field(
+        default=1.0, ge=0, description="GiB per API process for cached tower outputs; 0 for no cache"
+    )
+    # off, since a forged id would be answered with somebody else's picture
+    trust_image_ids: bool = Field(
+        default=False, description="whether a client's uuid or an EXIF image id may name a cached picture"
+    )
+
+    @model_validator(mode="after")
+    def _default_within_caps(self) -> PrunePolicy:
         try:
-            self.default_settings  # noqa: B018  (a default beyond the caps is the operator's mistake)
+            _ = self.default_settings
         except SettingsError as error:
-            raise PolicyError(
-                f"default_preset {self.default_preset!r} is beyond the caps: {error}"
-            ) from error
+            raise ValueError(f"default_preset {self.default_preset!r} is beyond the caps: {error}") from error
+        return self
 
     @staticmethod
     def from_config(additional_config: Any) -> PrunePolicy:
@@ -120,23 +129,14 @@ class PrunePolicy:
             return PrunePolicy()
         if not isinstance(values, Mapping):
             raise PolicyError(f'additional_config["{CONFIG_KEY}"] must be an object.')
-        names = [f.name for f in dataclasses.fields(PrunePolicy)]
-        for key in values:
-            if key not in names:
-                raise PolicyError(
-                    f'Unknown key {key!r} in additional_config["{CONFIG_KEY}"]; '
-                    f"the keys are {', '.join(names)}."
-                )
-        return PrunePolicy(**values)
+        try:
+            return PrunePolicy(**values)
+        except ValidationError as error:
+            raise refusal(error, PrunePolicy) from error
 
     def to_config(self) -> dict[str, Any]:
         """The keys that differ from the defaults, as JSON values; inverse of `from_config`."""
-        out: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                out[field.name] = list(value) if isinstance(value, tuple) else value
-        return out
+        return self.model_dump(mode="json", exclude_defaults=True)
 
     @cached_property
     def default_settings(self) -> PruneSettings:
@@ -225,24 +225,37 @@ class PrunePolicy:
             )
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise PolicyError(f"vtprune: {sentence}.")
+def refusal(
+    error: ValidationError, model: type[OperatorModel], source: Callable[[str], str] = str
+) -> PolicyError:
+    """What pydantic found, as sentences.
+
+    Args:
+        error: pydantic's.
+        model: what was read.
+        source: from a setting's name to where it was set, e.g. ``--vtprune-window``.
+    """
+    return PolicyError(" ".join(_sentence(one, model, source) for one in error.errors()))
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int | None": (int, type(None)),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "Relevance": (str,),
-    "bool": (bool,),
-    "tuple[str, ...]": (tuple,),
-}
+_MUST_BE = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+_MUST_BE |= {"string": "text", "tuple": "a list"}
 
 
-def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    allowed = _TYPES[str(field.type)]
-    # bool is an int: `prune_layer: true` must not mean layer 1
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise PolicyError(f"vtprune: {field.name} must be {field.type}, not {type(value).__name__}.")
+def _sentence(error: ErrorDetails, model: type[OperatorModel], source: Callable[[str], str]) -> str:
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
+    name, value, bounds = str(error["loc"][0]), error["input"], error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return f"Unknown setting {source(name)}: the settings are {', '.join(model.model_fields)}."
+    if error["type"] == "value_error":
+        return f"{source(name)} {error['msg'].removeprefix('Value error, ')}."
+    if "ge" in bounds:
+        must = f"must be at least {bounds['ge']}"
+    elif "le" in bounds:
+        must = f"must be at most {bounds['le']}"
+    elif error["type"].split("_")[0] in _MUST_BE:
+        must = f"must be {_MUST_BE[error['type'].split('_')[0]]}"
+    else:
+        must = error["msg"].replace("Input should", "must", 1)
+    return f"{source(name)} {must}, not {value!r}."

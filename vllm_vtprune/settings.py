@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's pruning settings: parsing, validation, presets and the canonical form.
+"""A request's pruning settings: reading, validation and the canonical form.
 
 The same code reads HTTP headers (strings), a request body's ``vtprune`` object (JSON values) and a
 plain dict (offline use). Nothing here knows of vLLM or torch.
@@ -11,48 +11,15 @@ The data's way: raw input -> `Controls` (what the client said, each with the nam
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-KVScope = Literal["all", "vision"]
-KV_SCOPES: tuple[KVScope, ...] = ("all", "vision")
-SCORES = ("cosine", "cls_attention", "received")
+from vllm_vtprune.contract import FIELDS, HEADER_PREFIX, KWARG, KVScope, clip, kind_of
+from vllm_vtprune.errors import SettingsError
 
-HEADER_PREFIX = "x-vtprune-"
-#: Field of the contract -> header that carries it.
-HEADERS: Mapping[str, str] = MappingProxyType(
-    {
-        "preset": "X-VTPrune-Preset",
-        "aggressiveness": "X-VTPrune-Aggressiveness",
-        "keep_ratio": "X-VTPrune-Keep-Ratio",
-        "method": "X-VTPrune-Method",
-        "kv_keep": "X-VTPrune-KV-Keep",
-        "kv_scope": "X-VTPrune-KV-Scope",
-    }
-)
-_FIELD_OF_HEADER = {header.lower(): field for field, header in HEADERS.items()}
-_NUMBERS = frozenset({"aggressiveness", "keep_ratio", "kv_keep"})
-
-#: The key under which the canonical vision settings travel in `mm_processor_kwargs`,
-#: and the KV settings in `SamplingParams.extra_args`.
-KWARG = "vtprune"
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be served.
-
-    Attributes:
-        param: the header or body field to blame, as the client wrote it.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+_FIELD_OF_HEADER = {field.header.lower(): field for field in FIELDS.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +32,9 @@ class VisionSettings:
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
         min_tokens: tokens every image keeps at least.
         score: what ranks the tokens: `cosine` to CLS, `cls_attention`, or `received` attention.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     method: str = "inflection"
@@ -72,6 +42,14 @@ class VisionSettings:
     keep_ratio: float | None = None
     min_tokens: int = 1
     score: str = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.aggressiveness is not None and not 0.0 <= self.aggressiveness <= 1.0:
+            raise ValueError(f"aggressiveness must be between 0 and 1, not {self.aggressiveness}")
+        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(f"keep_ratio must be above 0 and at most 1, not {self.keep_ratio}")
+        if self.min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
 
     @property
     def keeps_all(self) -> bool:
@@ -180,27 +158,6 @@ class PruneSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
-    """A whole set of settings under one name; `kv_keep` applies where the server has a prune layer."""
-
-    aggressiveness: float
-    kv_keep: float = 1.0
-
-
-#: The aggressiveness keeps a third, 22 % and 11 % of the tokens on average over the validation split of the
-#: demo model's scenes; other pictures and towers keep other shares. kv_keep then costs 0.3, 0.8 and 5 points
-#: there, and a quarter 4 to 12 (docs/evaluation.md).
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "off": Preset(aggressiveness=0.0),
-        "light": Preset(aggressiveness=0.23, kv_keep=0.75),
-        "balanced": Preset(aggressiveness=0.54, kv_keep=0.5),
-        "aggressive": Preset(aggressiveness=0.7, kv_keep=0.5),
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Controls:
     """What a client said: field -> (value, the name to blame). Values are validated, not yet resolved."""
 
@@ -221,19 +178,19 @@ class Controls:
             field = _FIELD_OF_HEADER.get(name)
             if field is None:
                 raise SettingsError(
-                    f"Unknown header {_clip(_text(raw_name))}: "
-                    f"the headers are {', '.join(HEADERS.values())}.",
-                    _clip(_text(raw_name)),
+                    f"Unknown header {clip(_text(raw_name))}: "
+                    f"the headers are {', '.join(field.header for field in FIELDS.values())}.",
+                    clip(_text(raw_name)),
                 )
-            header = HEADERS[field]
-            if field in found:
-                raise SettingsError(f"{header} was sent more than once; send it once.", header)
-            found[field] = (_parse(field, _text(raw_value).strip(), header, text=True), header)
+            if field.name in found:
+                raise SettingsError(f"{field.header} was sent more than once; send it once.", field.header)
+            value = field.parse(_text(raw_value).strip(), field.header, text=True)
+            found[field.name] = (value, field.header)
         return Controls(found)
 
     @staticmethod
     def from_mapping(
-        values: Mapping[str, Any] | None, where: str = KWARG, fields: Iterable[str] = tuple(HEADERS)
+        values: Mapping[str, Any] | None, where: str = KWARG, fields: Iterable[str] = tuple(FIELDS)
     ) -> Controls:
         """Read a request body's `vtprune` object, or a plain dict. None values count as absent.
 
@@ -249,16 +206,16 @@ class Controls:
             return Controls()
         if not isinstance(values, Mapping):
             raise SettingsError(
-                f'{where} must be an object such as {{"aggressiveness": 0.5}}, not {_kind(values)}.', where
+                f'{where} must be an object such as {{"aggressiveness": 0.5}}, not {kind_of(values)}.', where
             )
         allowed = tuple(fields)
         found: dict[str, tuple[Any, str]] = {}
         for key, value in values.items():
-            name = f"{where}.{_clip(str(key))}"
+            name = f"{where}.{clip(str(key))}"
             if key not in allowed:
                 raise SettingsError(f"Unknown field {name}: the fields are {', '.join(allowed)}.", name)
             if value is not None:
-                found[key] = (_parse(key, value, name, text=False), name)
+                found[key] = (FIELDS[key].parse(value, name, text=False), name)
         return Controls(found)
 
     def over(self, other: Controls) -> Controls:
@@ -274,47 +231,5 @@ class Controls:
         return self.fields[field][1] if field in self.fields else field
 
 
-def _parse(field: str, value: Any, name: str, *, text: bool) -> Any:
-    if field in _NUMBERS:
-        return _number(field, value, name, text=text)
-    if not isinstance(value, str):
-        raise SettingsError(f"{name} must be a string, not {_kind(value)}.", name)
-    value = value.strip().lower()
-    if field == "kv_scope" and value not in KV_SCOPES:
-        raise SettingsError(f"{name} must be one of {', '.join(KV_SCOPES)}, not {_clip(value)!r}.", name)
-    if field == "preset" and value not in PRESETS:
-        raise SettingsError(f"{name} must be one of {', '.join(PRESETS)}, not {_clip(value)!r}.", name)
-    return value
-
-
-def _number(field: str, value: Any, name: str, *, text: bool) -> float:
-    bounds = "[0, 1]" if field == "aggressiveness" else "(0, 1]"
-    number = math.nan
-    if text:
-        # float() takes '1_0', which no HTTP client means as a number
-        with suppress(ValueError):
-            number = float(value) if "_" not in value else math.nan
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        # an int too large for a float is out of range all the same
-        number = float(value) if abs(value) <= 2 else math.inf
-    else:
-        raise SettingsError(f"{name} must be a number in {bounds}, not {_kind(value)}.", name)
-    low_ok = number >= 0.0 if field == "aggressiveness" else number > 0.0
-    if not (low_ok and number <= 1.0):  # NaN fails both comparisons
-        raise SettingsError(f"{name} must be a number in {bounds}, not {_clip(str(value))}.", name)
-    return number + 0.0  # -0.0 becomes 0.0
-
-
 def _text(raw: bytes | str) -> str:
     return raw.decode("latin-1") if isinstance(raw, bytes) else raw
-
-
-def _clip(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vllm_vtprune.errors import VTPruneError
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Questions
 
 
-class RunnerError(ValueError):
+class RunnerError(VTPruneError, ValueError):
     """The model or the server cannot do what was asked; the message says what to change."""
 
 

@@ -15,7 +15,7 @@ from vllm_vtprune.selection import SCORE_NEEDS, Selection, VisionFeatures, get_m
 from vllm_vtprune.selection.base import Pruning, keep_all, required
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.encoder import VisionEncoder
-from vtprune_eval.setting import Setting, budget_of
+from vtprune_eval.setting import Setting
 
 _BATCH = 32
 
@@ -96,13 +96,13 @@ class EncodedPictures:
 def _select(features: VisionFeatures, setting: Setting) -> list[Selection]:
     if setting.vision.keeps_all:
         return [keep_all(features)] * len(features.seeds)
-    method, budget = get_method(setting.vision.method), budget_of(setting.vision)
+    method = get_method(setting.vision.method)
     if setting.like is None:
-        return method.select(features, budget)
+        return method.select(features, setting.vision)
     # a baseline keeps, picture by picture, what the method it is compared with keeps
     counts = [selection.count for selection in _select(features, Setting(setting.like))]
     drawn = replace(features, seeds=tuple(seed + setting.draw for seed in features.seeds))
-    return list(method.choose(Pruning(drawn, budget), counts))
+    return list(method.choose(Pruning(drawn, setting.vision), counts))
 
 
 def _seed(image: Image.Image) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from vllm_vtprune.settings import HEADERS
+from vllm_vtprune.contract import HEADERS
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.setting import BASELINES, DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions
@@ -138,10 +138,18 @@ class RemoteRunner:
     def _first_model(self) -> str:
         try:
             response = httpx.get(f"{self._url}/v1/models", headers=self._headers, timeout=_TIMEOUT)
-            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise RunnerError(
+                f"{self._url} does not answer ({error!r}): start the server, or name another with --server."
+            ) from None
+        if response.status_code != httpx.codes.OK:
+            raise RunnerError(f"{self._url}/v1/models {_refusal(response)}")
+        try:
             return str(response.json()["data"][0]["id"])
-        except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-            raise RunnerError(f"{self._url}/v1/models does not list a model: {error}") from None
+        except (ValueError, LookupError, TypeError):
+            raise RunnerError(
+                f"{self._url}/v1/models does not list a model: is it an OpenAI-compatible server?"
+            ) from None
 
     async def _ask_all(self, headers: Sequence[dict[str, str]], images: Sequence[str]) -> list[Reply]:
         slots = asyncio.Semaphore(self.concurrency)
@@ -171,18 +179,14 @@ class RemoteRunner:
         try:
             response = await client.post(f"{self._url}/v1/chat/completions", json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise RunnerError(f"{self._url} does not answer: {error!r}") from None
+            raise RunnerError(f"{self._url} does not answer ({error!r}).") from None
         return _reply(response)
 
 
 def _reply(response: httpx.Response) -> Reply:
-    try:
-        answer: Any = response.json()
-    except ValueError:
-        answer = {}
     if response.status_code != httpx.codes.OK:
-        message = answer.get("error", {}).get("message", response.text[:200])
-        raise RunnerError(f"The server answered {response.status_code}: {message}")
+        raise RunnerError(f"The server {_refusal(response)}")
+    answer: Any = response.json()
     counts = answer["usage"].get("vtprune")
     if counts is None:
         raise RunnerError("The server's usage has no vtprune entry: is the plugin loaded in it?")
@@ -193,6 +197,17 @@ def _reply(response: httpx.Response) -> Reply:
         answer["usage"]["prompt_tokens"],
         counts["kv_tokens_kept"],
     )
+
+
+def _refusal(response: httpx.Response) -> str:
+    """What the server said instead of an answer, and of a 401 what to do about it."""
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        return "answered 401: give the server's key with --api-key or in $OPENAI_API_KEY."
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = response.text[:200]
+    return f"answered {response.status_code}: {message}"
 
 
 def _smaller(picture: Image.Image, share: float) -> Image.Image:

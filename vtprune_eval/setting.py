@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_vtprune.selection import DEFAULT_METHOD, Budget
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.selection import DEFAULT_METHOD
+from vllm_vtprune.settings import KVSettings, VisionSettings
 
 #: Not a selection method but the picture itself made smaller, to about as many tokens.
 DOWNSCALE = "downscale"
@@ -104,13 +105,3 @@ class Setting:
             "window": self.window if self.kv.drops else None,
             "relevance": self.relevance if self.kv.drops else None,
         }
-
-
-def budget_of(vision: VisionSettings) -> Budget:
-    """Stage 1's settings as selection takes them."""
-    return Budget(
-        aggressiveness=vision.aggressiveness,
-        keep_ratio=vision.keep_ratio,
-        min_tokens=vision.min_tokens,
-        score=vision.score,
-    )

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vllm_vtprune.contract import KVScope
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.selection import METHODS
-from vllm_vtprune.settings import KVScope, KVSettings, VisionSettings
+from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import Progress, evaluate

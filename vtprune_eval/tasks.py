@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vllm_vtprune.errors import VTPruneError
 from vtprune_eval.documents import Page
 from vtprune_eval.drawn import is_held_out, make, questions_each
 
@@ -20,7 +21,7 @@ from vtprune_eval.drawn import is_held_out, make, questions_each
 OTHER = "other"
 
 
-class DataError(ValueError):
+class DataError(VTPruneError, ValueError):
     """Questions that cannot be used; the message says where."""
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vtprune_loadtest.command import CANNOT_RUN, INTERRUPTED, OK, make_folder
 from vtprune_loadtest.config import LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.options import parse_options
@@ -28,7 +29,7 @@ from vtprune_loadtest.report import error_samples, render
 from vtprune_loadtest.results import build_document, error_share
 from vtprune_loadtest.session import Progress, SessionResult, run_session
 
-OK, TOO_MANY_ERRORS, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130
+TOO_MANY_ERRORS = 1
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> int:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> i
     try:
         config = parse_options(argv, prog)
         if config.result_dir is not None:
-            _make_folder(config.result_dir)
+            make_folder("--result-dir", config.result_dir)
         session = run_load_test(config)
     except LoadTestError as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> i
     written = (
         _write(config.result_dir, config.plots, session, document) if config.result_dir is not None else []
     )
-    print(render(document, error_samples(failures)))
+    print(render(document, error_samples(failures), config.server_counters))
     for path in written:
         print(f"wrote {path}")
     if session.interrupted:
@@ -100,13 +101,6 @@ def _loop_factory() -> Any:
     except ImportError:
         return None
     return uvloop.new_event_loop
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoadTestError(f"--result-dir {folder} cannot be made: {error.strerror}.") from None
 
 
 def _write(folder: Path, plots: bool, session: SessionResult, document: dict[str, Any]) -> list[Path]:

@@ -5,11 +5,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.command import SentenceParser
 from vtprune_loadtest.config import IgnoreEos
-from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.plan import Interleave
 
 DEFAULT_REQUESTS = 100
@@ -17,15 +17,9 @@ DEFAULT_CONCURRENCY = 4
 N = TypeVar("N", int, float)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise what every other bad argument raises, instead of printing the usage."""
-        raise LoadTestError(f"{message}. See {self.prog} --help.")
-
-
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """The parser; it raises `LoadTestError` instead of exiting."""
-    parser = _Parser(
+    parser = SentenceParser(
         prog=prog,
         description="Load an OpenAI-compatible server with picture questions; report throughput and latency.",
         epilog=f"Example: {prog} --sweep off,light,balanced,aggressive --interleave blocks --concurrency 4",
@@ -84,8 +78,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--seed",
         type=_whole,
-        default=0,
-        help="of arrivals, order, pictures and lengths; default: %(default)s",
+        metavar="N",
+        help="of arrivals, order, lengths and drawn pictures; default: another one each run, since a server "
+        "has the pictures of an earlier run in its caches",
     )
 
     add = parser.add_argument_group("settings under test").add_argument
@@ -99,7 +94,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=V,...",
-        help="of any header; several multiply",
+        help="of any header; several multiply, and combinations that cannot differ are run once",
     )
     add(
         "--interleave",
@@ -111,9 +106,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=count,
-        default=4,
+        default=6,
         metavar="N",
-        help="phases per setting with blocks; default: %(default)s",
+        help="phases per setting with blocks; 6 and more give a 95 %% interval; default: %(default)s",
     )
 
     add = parser.add_argument_group("requests").add_argument
@@ -175,6 +170,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="exit status 1 above it; default: %(default)g",
     )
     add("--result-dir", type=Path, metavar="FOLDER", help="write result.json, requests.jsonl and plots there")
+    add("--server-counters", action="store_true", help="print how much the server's own counters grew")
     add("--plots", action=argparse.BooleanOptionalAction, default=True, help="PNG plots in --result-dir")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="a bar, on a terminal only")
     return parser

@@ -125,6 +125,35 @@ class ChatClient:
         except LoadTestError:
             return None
 
+    async def complete(
+        self, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[Mapping[str, str], Mapping[str, Any]] | None:
+        """Headers and usage object of one answer that is not streamed; None if the server refuses to give it.
+
+        Raises:
+            LoadTestError: no answer, or not JSON.
+        """
+        client = self._idle.pop() if self._idle else self._open()
+        try:
+            response = await client.post(
+                self._endpoint.path,
+                content=body,
+                headers={"Content-Type": "application/json", **headers},
+                timeout=self._endpoint.timeout_s,
+            )
+            answer = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise LoadTestError(
+                f"{self._endpoint.base_url}{self._endpoint.path} did not answer a chat completion "
+                f"({_describe(error)}): is it OpenAI-compatible?"
+            ) from None
+        finally:
+            self._idle.append(client)
+        if response.status_code != httpx.codes.OK:
+            return None
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        return response.headers, usage if isinstance(usage, dict) else {}
+
     async def _get(self, path: str) -> str:
         client = self._idle.pop() if self._idle else self._open()
         try:
@@ -138,7 +167,7 @@ class ChatClient:
             self._idle.append(client)
         if response.status_code != httpx.codes.OK:
             hint = (
-                " Give the server's key with --api-key."
+                " Give the server's key with --api-key or in $OPENAI_API_KEY."
                 if response.status_code == httpx.codes.UNAUTHORIZED
                 else ""
             )

@@ -10,7 +10,7 @@ from vtprune_loadtest.arrivals import ArrivalProcess
 from vtprune_loadtest.client import Endpoint
 from vtprune_loadtest.images import PictureSource
 from vtprune_loadtest.plan import Amount, Interleave, LoadPoint
-from vtprune_loadtest.sweep import Setting
+from vtprune_loadtest.sweep import SweepSetting
 from vtprune_loadtest.workload import IntRange
 
 
@@ -36,12 +36,13 @@ class LoadTestConfig:
         rounds: phases per setting where settings are interleaved by blocks.
         slo: upper limits in milliseconds by `ttft`, `tpot`, `e2el`.
         max_error_share: above this share of failed requests the exit status is 1.
+        server_counters: print how much the server's counters grew.
         ready_timeout_s: how long to wait for a server that is still starting.
     """
 
     endpoint: Endpoint
     model: str | None
-    settings: list[Setting]
+    settings: list[SweepSetting]
     points: list[LoadPoint]
     amount: Amount
     interleave: Interleave
@@ -65,5 +66,6 @@ class LoadTestConfig:
     ready_timeout_s: float
     result_dir: Path | None
     plots: bool
+    server_counters: bool
     progress: bool
     arguments: dict[str, Any]  # as given on the command line, secrets left out, for the result file

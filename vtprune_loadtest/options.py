@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vtprune_loadtest.sweep import parse_settings
 from vtprune_loadtest.workload import IntRange
 
 _MAX_SIDE = 8192
+_SEED_BITS = 32
 _OWN_FIELDS = ("model", "messages", "max_tokens", "stream", "stream_options")
 
 
@@ -29,6 +31,8 @@ def parse_options(argv: Sequence[str] | None, prog: str) -> LoadTestConfig:
         LoadTestError: an argument that cannot be used; the message says which and what to write.
     """
     args = make_parser(prog).parse_args(argv)
+    if args.seed is None:
+        args.seed = secrets.randbits(_SEED_BITS)
     settings = parse_settings(args.sweep, args.sweep_header)
     if args.num_prompts is not None and args.duration is not None:
         raise LoadTestError("--num-prompts and --duration exclude each other: give one of them.")
@@ -67,6 +71,7 @@ def parse_options(argv: Sequence[str] | None, prog: str) -> LoadTestConfig:
         ready_timeout_s=args.ready_timeout,
         result_dir=args.result_dir,
         plots=args.plots,
+        server_counters=args.server_counters,
         progress=args.progress,
         arguments=_shown(args),
     )
@@ -143,4 +148,4 @@ def _element(option: str, text: str, convert: Callable[[str], N]) -> N:
     try:
         return convert(text)
     except argparse.ArgumentTypeError as error:
-        raise LoadTestError(f"argument {option}: {error}.") from None
+        raise LoadTestError(f"{option}: {error}.") from None

@@ -76,8 +76,8 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first; None for an answer of one token."""
-        if self.output_tokens < 2:
+        """Time per output token after the first; None for one token, or where all came in one chunk."""
+        if self.output_tokens < 2 or len(self.token_times_s) < 2:
             return None
         return (self.e2el_s - self.ttft_s) / (self.output_tokens - 1)
 

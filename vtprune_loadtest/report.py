@@ -1,48 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result document as text: one table per load point, one column per setting."""
+"""The result document as text for a terminal of 80 columns: per load point, one line per setting."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtprune_loadtest.metrics import PERCENTILES
+from vtprune_loadtest.columns import TERMINAL_WIDTH, columns
 
-_LABEL_WIDTH = 40
+Entry = dict[str, Any]
 _ERROR_SAMPLES = 3
-_STATISTICS = ("mean", "median", *(f"p{p}" for p in PERCENTILES))
+_NONE = "-"
+_LONG_LABEL = 15
 _LATENCIES = (
     ("ttft", "TTFT"),
     ("tpot", "TPOT"),
     ("itl", "ITL"),
-    ("e2el", "end-to-end"),
-    ("client_queue_time", "client queue"),
-    ("e2el_including_client_queue", "end-to-end with queue"),
+    ("e2el", "E2EL"),
+    ("client_queue_time", "queue"),
+    ("e2el_including_client_queue", "E2EL + queue"),
 )
 _QUEUE_LATENCIES = ("client_queue_time", "e2el_including_client_queue")
-# (key, what the row is called); a row shows where at least one setting has the key.
-_ROWS = (
-    ("completed", "requests completed"),
-    ("failed", "requests failed"),
-    ("duration", "duration (s)"),
-    ("request_throughput", "request throughput (req/s)"),
-    ("request_throughput_std_over_phases", "  standard deviation over phases"),
-    ("request_throughput_at_equal_concurrency", "  at equal concurrency (req/s)"),
-    ("request_goodput", "request goodput (req/s)"),
-    ("request_goodput_including_client_queue", "  counting the client queue (req/s)"),
-    ("output_throughput", "output throughput (tok/s)"),
-    ("output_throughput_std_over_phases", "  standard deviation over phases"),
-    ("output_throughput_at_equal_concurrency", "  at equal concurrency (tok/s)"),
-    ("total_token_throughput", "total token throughput (tok/s)"),
-    ("max_concurrent_requests", "peak concurrent requests"),
-    ("total_input_tokens", "input tokens given to the model"),
-    ("total_input_tokens_before_pruning", "  before pruning"),
-    ("total_output_tokens", "output tokens"),
-    ("vision_tokens", "vision tokens before"),
-    ("vision_tokens_kept", "vision tokens after"),
-    ("vision_tokens_kept_share", "  share kept"),
-    ("kv_tokens", "KV tokens before"),
-    ("kv_tokens_kept", "KV tokens after"),
-    ("kv_tokens_kept_share", "  share kept"),
-)
+_STATISTICS = ("mean", "median", "p90", "p95", "p99")
 # The server's counters worth a line; the result file has all of them.
 _COUNTERS = (
     "vtprune_",
@@ -52,22 +30,42 @@ _COUNTERS = (
     "vllm:mm_cache_",
     "vllm:num_preemptions_total",
 )
+_DEFINITIONS = (
+    ("TTFT", "from sending to the first chunk with text (an opening role is none)"),
+    ("TPOT", "(E2EL - TTFT) / (tokens - 1); - if the answer came in one chunk"),
+    ("ITL", "gap between two chunks of one answer"),
+    ("E2EL", "from sending to the last token"),
+    ("queue", "from the intended arrival to sending: waiting for the cap"),
+    ("vision", "share of the vision tokens given to the language model"),
+    ("KV", "prompt tokens kept above the prune layer"),
+    ("tok/s", "answers' tokens; total: and prompts', as pruned, so pruning lowers it"),
+    ("goodput", "answers per second that kept every limit of --slo"),
+    ("+ queue", "goodput counting the queue"),
+    ("peak", "most requests in flight at once"),
+)
 
 
-def render(document: dict[str, Any], samples: dict[str, list[str]]) -> str:
+def render(document: dict[str, Any], samples: dict[str, list[str]], server_counters: bool = False) -> str:
     """The whole report. `samples` holds a few error messages by kind."""
     lines: list[str] = []
     for point in document["load_points"]:
         where = (point["request_rate"], point["max_concurrency"])
         entries = [e for e in document["results"] if (e["request_rate"], e["max_concurrency"]) == where]
         if entries:
-            lines += ["", f"== {point['load']} ==", *_table(entries), *_server_lines(point)]
+            lines += ["", f"== {point['load']} ==", *_tables(entries)]
+            lines += _server_lines(point) if server_counters else []
+    if document["results"]:
+        lines += ["", *_definitions(document["results"], "\n".join(lines))]
     if samples:
         lines += ["", "Errors"]
         for kind, messages in samples.items():
             lines += [f"  {kind}: {message}" for message in messages]
-    if document["notes"]:
-        lines += ["", "Notes", *(f"  * {note}" for note in document["notes"])]
+    notes = [*document["notes"], f"Seed {document['arguments']['seed']}: it makes the same requests again."]
+    lines += ["", "Notes"]
+    for note in notes:
+        lines += textwrap.wrap(
+            note, TERMINAL_WIDTH, initial_indent="  * ", subsequent_indent="    ", break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
@@ -81,32 +79,111 @@ def error_samples(records: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return samples
 
 
-def _table(entries: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [(label, [entry.get(key) for entry in entries]) for key, label in _ROWS]
+def _tables(entries: Sequence[Entry]) -> list[str]:
+    lines = columns(*_first_table(entries))
+    lines += ["", *columns(*_latencies(entries), left=2)]
+    lines += ["", *columns(*_amounts(entries))]
+    if any("total_input_tokens_before_pruning" in entry for entry in entries):
+        lines += ["", *columns(*_tokens(entries))]
+    kinds = sorted({kind for entry in entries for kind in entry["errors_by_kind"]})
+    if kinds:
+        rows = [[e["setting"], *(str(e["errors_by_kind"].get(kind, 0)) for kind in kinds)] for e in entries]
+        lines += ["", *columns(["errors", *kinds], rows)]
+    return lines
+
+
+def _first_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Ratio to the first setting, throughput, median latencies in ms, share of the vision tokens kept."""
+    header = ["setting", "req/s", "TTFT ms", "TPOT ms", "E2EL ms"]
+    rows = []
+    for entry in entries:
+        throughput = entry.get("request_throughput_at_equal_concurrency", entry["request_throughput"])
+        latencies = [entry[f"median_{name}_ms"] for name in ("ttft", "tpot", "e2el")]
+        rows.append([entry["setting"], *map(number, (throughput, *latencies))])
+    if any("vision_tokens_kept_share" in entry for entry in entries):
+        header.append("vision")
+        for row, entry in zip(rows, entries, strict=True):
+            row.append(percent(entry.get("vision_tokens_kept_share")))
+    if len(entries) > 1:
+        first = entries[0]["setting"]
+        header.insert(1, f"vs {first if len(first) <= _LONG_LABEL else 'the first'}")
+        for row, entry in zip(rows, entries, strict=True):
+            row.insert(1, "1" if entry is entries[0] else _ratio(entry))
+    return header, rows
+
+
+def _ratio(entry: Entry) -> str:
+    ratio = entry.get("ratio_to_first")
+    if ratio is None:
+        return _NONE
+    if ratio["pieces"] == 1:
+        return f"{ratio['median']:.2f}"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _latencies(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     capped = any(entry["max_concurrency"] is not None for entry in entries)
-    for key, label in _LATENCIES:
-        if key in _QUEUE_LATENCIES and not capped:
-            continue  # without a cap only a late client makes requests wait, and the notes tell of that
-        for statistic in _STATISTICS:
-            rows.append(
-                (f"{label} {statistic} (ms)", [entry.get(f"{statistic}_{key}_ms") for entry in entries])
-            )
-    for kind in sorted({kind for entry in entries for kind in entry["errors_by_kind"]}):
-        rows.append((f"errors: {kind}", [entry["errors_by_kind"].get(kind, 0) for entry in entries]))
-    table = [
-        (label, [_number(value) for value in values])
-        for label, values in rows
-        if any(v is not None for v in values)
-    ]
-    header = [entry["setting"] for entry in entries]
-    widths = [
-        max(len(title), *(len(cells[column]) for _, cells in table)) for column, title in enumerate(header)
-    ]
-    return [
-        f"{label:<{_LABEL_WIDTH}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for label, cells in [("", header), *table]
-    ]
+    rows = []
+    for entry in entries:
+        for key, name in _LATENCIES:
+            if key in _QUEUE_LATENCIES and not capped:
+                continue  # without a cap only a late client makes requests wait, and the notes tell of that
+            values = [entry.get(f"{statistic}_{key}_ms") for statistic in _STATISTICS]
+            if any(value is not None for value in values) or f"mean_{key}_ms" in entry:
+                label = entry["setting"] if key == "ttft" else ""
+                rows.append([label, name, *(number(value) for value in values)])
+    return ["latency in ms", "", *_STATISTICS], rows
+
+
+def _amounts(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    shown = (
+        ("done", "completed"),
+        ("failed", "failed"),
+        ("seconds", "duration"),
+        ("req/s sd", "request_throughput_std_over_phases"),
+        ("goodput", "request_goodput"),
+        ("+ queue", "request_goodput_including_client_queue"),
+        ("tok/s", "output_throughput"),
+        ("total", "total_token_throughput"),
+        ("peak", "max_concurrent_requests"),
+    )
+    present = [(name, key) for name, key in shown if any(entry.get(key) is not None for entry in entries)]
+    rows = [[entry["setting"], *(number(entry.get(key)) for _, key in present)] for entry in entries]
+    return ["load", *(name for name, _ in present)], rows
+
+
+def _tokens(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Means per answer, before and after pruning."""
+    header = ["tokens per answer", "prompt", "pruned", "vision", "kept", "KV", "kept", "output"]
+    keys = (
+        "total_input_tokens_before_pruning",
+        "total_input_tokens",
+        "vision_tokens",
+        "vision_tokens_kept",
+        "kv_tokens",
+        "kv_tokens_kept",
+        "total_output_tokens",
+    )
+    return header, [[entry["setting"], *(_mean(entry, key) for key in keys)] for entry in entries]
+
+
+def _mean(entry: Entry, key: str) -> str:
+    total, answers = entry.get(key), entry["completed"]
+    return _NONE if total is None or not answers else f"{total / answers:.0f}"
+
+
+def _definitions(entries: Sequence[Entry], shown: str) -> list[str]:
+    """What the columns mean, those alone that the tables have."""
+    words = set(shown.split())
+    alone = any("request_throughput_at_equal_concurrency" in entry for entry in entries)
+    lines = [("req/s", "answers per second" + (" at equal concurrency (Little's law)" if alone else ""))]
+    told = next((entry["ratio_to_first"] for entry in entries if entry.get("ratio_to_first")), None)
+    if told is not None:
+        of = "mean E2EL" if told["of"] == "mean_e2el_ms" else "req/s"
+        pieces = f"{told['pieces']} {told['piece']}s" + (" of requests" if told["piece"] == "group" else "")
+        lines.insert(0, ("vs", f"ratio of {of} within {pieces}: median [{told['interval']}]"))
+    lines += [(name, text) for name, text in _DEFINITIONS if set(name.split()) <= words]
+    return [f"{name:<8} {text}" for name, text in lines]
 
 
 def _server_lines(point: dict[str, Any]) -> list[str]:
@@ -117,12 +194,21 @@ def _server_lines(point: dict[str, Any]) -> list[str]:
     }
     if not grown:
         return []
-    return ["server counters, grown by:", *(f"  {name}  {value:g}" for name, value in sorted(grown.items()))]
+    lines = [f"  {name}  {value:g}" for name, value in sorted(grown.items())]
+    return ["", "server counters, grown by:", *lines]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number as short as it says something; a dash where there is none."""
     if value is None:
-        return "-"
+        return _NONE
     if isinstance(value, int):
         return str(value)
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 as a percentage; a dash where there is none."""
+    return _NONE if share is None else f"{100 * share:.1f}%"

@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.caches import cache_note, cache_use
+from vtprune_loadtest.comparison import (
+    answered_per_busy_second,
+    answered_per_second,
+    in_groups,
+    mean_latency,
+    ratio_to_first,
+)
 from vtprune_loadtest.config import LoadTestConfig
 from vtprune_loadtest.metrics import at_equal_concurrency, summarise
 from vtprune_loadtest.plan import Interleave
@@ -31,6 +39,8 @@ def build_document(config: LoadTestConfig, session: SessionResult) -> Document:
         entries = _point_results(config, session, point)
         results.extend(entries)
         points.append(_point_document(point))
+        if points[-1].get("cache_use", {}).get("beyond_what_was_asked"):
+            notes.append(f"{point.point.describe()}: {cache_note(points[-1]['cache_use'])}")
         notes.extend(_notes(config, point, entries))
     return {
         "date": session.started.isoformat(timespec="seconds"),
@@ -79,13 +89,48 @@ def _point_results(config: LoadTestConfig, session: SessionResult, point: PointR
             "setting_headers": dict(setting.headers),
             "interleave": config.interleave.value,
         }
+        if setting.stands_for:
+            entry["stands_for"] = list(setting.stands_for)
         entry |= summarise(records, sum(p.duration_s for p in phases), config.slo, not load.is_closed)
         if all(p.phase.settings == (index,) for p in phases):
             entry |= _own_phases(phases)
         entries.append(entry)
     if config.interleave is Interleave.REQUESTS and point.point.is_closed and len(entries) > 1:
         at_equal_concurrency(entries)
+    _compare(config, point, entries)
     return entries
+
+
+def _compare(config: LoadTestConfig, point: PointResult, entries: list[Document]) -> None:
+    """Add each setting's ratio to the first: of throughputs in a closed loop, of latencies in an open one."""
+    phases = [phase for phase in point.phases if phase.phase.role is Role.MEASURED]
+    by_blocks = config.interleave is Interleave.BLOCKS
+    is_closed = point.point.is_closed
+
+    def value(records: list[RequestRecord], duration_s: float) -> float:
+        if not is_closed:
+            return mean_latency(records)
+        return answered_per_second(records, duration_s) if by_blocks else answered_per_busy_second(records)
+
+    def pieces(setting: str) -> list[float]:
+        own = [
+            ([record for record in _measured(phase) if record.setting == setting], phase.duration_s)
+            for phase in phases
+        ]
+        if by_blocks:
+            return [value(records, duration_s) for records, duration_s in own if records]
+        return [value(group, 0.0) for records, _ in own for group in in_groups(records)]
+
+    measure = "mean_e2el_ms" if not is_closed else "request_throughput"
+    if is_closed and not by_blocks:
+        measure += "_at_equal_concurrency"
+    for entry in entries[1:]:
+        entry["ratio_to_first"] = ratio_to_first(
+            measure,
+            "round" if by_blocks else "group",
+            pieces(entry["setting"]),
+            pieces(entries[0]["setting"]),
+        )
 
 
 def _own_phases(phases: list[PhaseResult]) -> Document:
@@ -118,6 +163,9 @@ def _point_document(point: PointResult) -> Document:
     }
     if (counters := _counters(measured)) is not None:
         document["server_metrics"] = counters
+        sent = [record for phase in measured for record in phase.records]
+        if (use := cache_use(counters, sent)) is not None:
+            document["cache_use"] = use
     return document
 
 
@@ -149,6 +197,11 @@ def _notes(config: LoadTestConfig, point: PointResult, entries: list[Document]) 
                 else "--interleave blocks loads the server with one setting at a time."
             )
         )
+    notes.extend(
+        f"{entry['setting']!r} was run once for {', '.join(entry['stands_for'])}: they cannot differ."
+        for entry in entries
+        if "stands_for" in entry
+    )
     slots = point.point.concurrency
     if (
         point.point.is_closed

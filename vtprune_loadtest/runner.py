@@ -17,7 +17,7 @@ from vtprune_loadtest.interrupt import until_stopped
 from vtprune_loadtest.plan import LoadPoint, Phase
 from vtprune_loadtest.prometheus import Counters
 from vtprune_loadtest.record import RequestRecord, Role
-from vtprune_loadtest.sweep import Setting, balanced_order
+from vtprune_loadtest.sweep import SweepSetting, balanced_order
 from vtprune_loadtest.workload import Workload
 
 
@@ -46,7 +46,7 @@ class PhaseRunner:
         self,
         client: ChatClient,
         workload: Workload,
-        settings: Sequence[Setting],
+        settings: Sequence[SweepSetting],
         process: ArrivalProcess,
         rng: np.random.Generator,
         run_id: str,

@@ -16,6 +16,7 @@ from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.images import PicturesUsedUp
 from vtprune_loadtest.interrupt import until_stopped
 from vtprune_loadtest.plan import LoadPoint, plan_phases, requests_needed, total_requests
+from vtprune_loadtest.preflight import require_vtprune
 from vtprune_loadtest.prometheus import Counters, counter_deltas, parse_counters
 from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseResult, PhaseRunner
@@ -59,14 +60,15 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
     """Run the load test; setting `stop` ends it early with what there is.
 
     Raises:
-        LoadTestError: the server cannot be reached, lists no model, or refuses every warm-up request of a
-            setting.
+        LoadTestError: the server cannot be reached, lists no model, does not read the settings under test,
+            or refuses every warm-up request of a setting.
     """
     async with ChatClient(config.endpoint) as client:
         model, is_vllm = await _first_model(client, config)
         result = SessionResult(
             datetime.now().astimezone(), config.model or model, await _describe_server(client)
         )
+        await require_vtprune(client, config, result.model)
         base: dict[str, Any] = {
             "model": result.model,
             "temperature": config.temperature,

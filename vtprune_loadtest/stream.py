@@ -7,12 +7,13 @@ Pure: it is fed (bytes, time of the read) and knows neither HTTP nor the clock.
 import json
 from typing import Any
 
+from vllm_vtprune.errors import VTPruneError
 from vtprune_loadtest.sse import EventParser
 
 _TEXT_FIELDS = ("content", "reasoning", "reasoning_content", "refusal")
 
 
-class StreamError(Exception):
+class StreamError(VTPruneError):
     """The stream did not bring a complete answer; `kind` is the class it is counted under."""
 
     def __init__(self, kind: str, message: str) -> None:

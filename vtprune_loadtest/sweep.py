@@ -3,7 +3,8 @@
 
 A setting is a set of request headers. Settings are compared in one run: each block of the order holds every
 setting once, shuffled, so a machine that warms up or slows down meets all of them alike (a randomised
-complete block design).
+complete block design). Two combinations of headers that cannot differ, such as two methods of choosing when
+everything stays, are one setting and run once.
 """
 
 import re
@@ -13,22 +14,31 @@ from itertools import product
 
 import numpy as np
 
+from vllm_vtprune.contract import HEADER_PREFIX, HEADERS, PRESETS
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import Controls
 from vtprune_loadtest.errors import LoadTestError
 
-PRESET_HEADER = "X-VTPrune-Preset"
-_LABEL_PREFIX = "x-vtprune-"
+PRESET_HEADER = HEADERS["preset"]
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name, RFC 9110 section 5.6.2
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One point of the grid: what the reports call it, and the headers its requests carry."""
+class SweepSetting:
+    """One point of the grid.
+
+    Attributes:
+        label: what the reports call it.
+        headers: what its requests carry.
+        stands_for: the combinations, as they were asked for, that this one is; empty if only itself.
+    """
 
     label: str
     headers: tuple[tuple[str, str], ...] = ()
+    stands_for: tuple[str, ...] = ()
 
 
-def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Setting]:
+def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[SweepSetting]:
     """The product of the presets and of every swept header; one setting without headers if nothing is swept.
 
     Args:
@@ -40,7 +50,7 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Se
     """
     axes: list[tuple[str, list[str]]] = []
     if presets is not None:
-        axes.append((PRESET_HEADER, _values("--sweep", presets)))
+        axes.append((HEADERS["preset"], _values("--sweep", presets)))
         if "" in axes[0][1]:
             raise LoadTestError(
                 f"--sweep has an empty preset name in {presets!r}: write it like off,balanced."
@@ -55,14 +65,37 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Se
     if len(set(names)) != len(names):
         raise LoadTestError("A header is swept twice: give all its values in one --sweep or --sweep-header.")
     if not axes:
-        return [Setting("default")]
+        return [SweepSetting("default")]
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    labels: dict[tuple[tuple[str, str], ...], str] = {}
+    for chosen in product(*(values for _, values in axes)):
+        point = [(name, value) for (name, _), value in zip(axes, chosen, strict=True)]
+        idle = _idle_headers([(name, value) for name, value in point if value])
+        acting = [(name, value) for name, value in point if name.lower() not in idle]
+        headers = tuple((name, value) for name, value in acting if value)
+        found.setdefault(headers, []).append(_label(point))
+        labels.setdefault(headers, _label(acting))
     return [
-        Setting(
-            label=" ".join(_label(name, value) for (name, _), value in zip(axes, point, strict=True)),
-            headers=tuple((name, value) for (name, _), value in zip(axes, point, strict=True) if value),
-        )
-        for point in product(*(values for _, values in axes))
+        SweepSetting(labels[headers], headers, tuple(asked) if asked != [labels[headers]] else ())
+        for headers, asked in found.items()
     ]
+
+
+def _idle_headers(headers: Sequence[tuple[str, str]]) -> set[str]:
+    """The headers, in lower case, that change nothing beside the others."""
+    try:
+        said = Controls.from_headers(headers)
+    except SettingsError:
+        return set()  # the server says what is wrong with them
+    preset = PRESETS.get(said.get("preset"))
+    idle = set()
+    share = said.get("keep_ratio")
+    aggressiveness = said.get("aggressiveness", preset and preset.aggressiveness)
+    if share == 1 or (share is None and aggressiveness == 0):
+        idle.add("method")  # of choosing what stays: everything does
+    if said.get("kv_keep", preset and preset.kv_keep) == 1:
+        idle.add("kv_scope")
+    return {HEADERS[field].lower() for field in idle}
 
 
 def balanced_order(settings: int, rng: np.random.Generator) -> Iterator[int]:
@@ -86,7 +119,8 @@ def _values(option: str, text: str) -> list[str]:
     return values
 
 
-def _label(name: str, value: str) -> str:
-    if name == PRESET_HEADER:
-        return value
-    return f"{name.lower().removeprefix(_LABEL_PREFIX)}={value or 'unset'}"
+def _label(point: Sequence[tuple[str, str]]) -> str:
+    return " ".join(
+        value if name == PRESET_HEADER else f"{name.lower().removeprefix(HEADER_PREFIX)}={value or 'unset'}"
+        for name, value in point
+    )

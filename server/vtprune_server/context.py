@@ -9,8 +9,10 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_vtprune.contract import FIELDS, KWARG
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.kv_drop.plan import PromptPlan
-from vllm_vtprune.settings import HEADERS, KWARG, Controls, PruneSettings, SettingsError
+from vllm_vtprune.settings import Controls, PruneSettings
 from vtprune_server import metrics
 from vtprune_server.counts import TokenCounts
 from vtprune_server.kv_plan import KVPlanner
@@ -53,8 +55,8 @@ class RequestContext:
 #: Set by the route for the duration of a request; tasks started in it inherit the same object.
 current_request: ContextVar[RequestContext | None] = ContextVar("vtprune_request", default=None)
 
-_FIELDS = {header.lower(): name for name, header in HEADERS.items()} | {
-    f"{KWARG}.{name}": name for name in HEADERS
+_FIELDS = {field.header.lower(): field.name for field in FIELDS.values()} | {
+    f"{KWARG}.{name}": name for name in FIELDS
 }
 
 

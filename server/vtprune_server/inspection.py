@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -15,12 +16,14 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.settings import PRESETS, Controls, SettingsError
-from vllm_vtprune.vision.explain import explain
+from vllm_vtprune.settings import Controls
+from vllm_vtprune.vision.explain import Explanation, explain
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 from vtprune_server.context import current_request, refusal
-from vtprune_server.routes import VTPRUNE_SCHEMA, prune_headers
+from vtprune_server.routes import HEADER_PARAMETERS, VTPRUNE_SCHEMA, prune_headers
 
 
 class ExplainRequest(BaseModel):
@@ -30,22 +33,10 @@ class ExplainRequest(BaseModel):
     vtprune: Any = Field(None, json_schema_extra=VTPRUNE_SCHEMA)
 
 
-class ExplainResponse(BaseModel):
-    """The fields of `vllm_vtprune.vision.explain.Explanation`, and the settings they were made with."""
+@dataclass(frozen=True)
+class ExplainResponse(Explanation):
+    """An explanation, and the settings it was made with."""
 
-    grid: tuple[int, int]
-    crop: dict[str, float]
-    image_size: tuple[int, int]
-    score: str
-    scores: list[float]
-    order: list[int]
-    curve: list[float]
-    cut: int | None
-    kept: list[bool]
-    merged: bool
-    summary_tokens: int
-    vision_tokens: int
-    vision_tokens_kept: int
     settings: dict[str, Any]
 
 
@@ -58,7 +49,7 @@ def attach_inspection_routes(app: FastAPI) -> None:
         methods=["POST"],
         tags=["vtprune"],
         dependencies=[Depends(prune_headers)],
-        response_model=ExplainResponse,
+        openapi_extra=HEADER_PARAMETERS,
     )
 
 
@@ -71,7 +62,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
     context = plugin_context(model_config)
     encoder = processor.vision.encoder
     return {
-        "policy": dataclasses.asdict(context.policy),
+        "policy": context.policy.model_dump(mode="json"),
         "model": {
             "id": state.openai_serving_models.model_name(),
             "demo": model_config.model == str(demo_model.FOLDER),
@@ -91,7 +82,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
     }
 
 
-async def explain_image(request: ExplainRequest, raw_request: Request) -> Any:
+async def explain_image(request: ExplainRequest, raw_request: Request) -> ExplainResponse:
     """Score an image's vision tokens and show which stay, without generating anything."""
     state = raw_request.app.state
     processor = _processor(state)
@@ -116,7 +107,7 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Any:
     explanation = await asyncio.to_thread(
         explain, processor, image, settings.vision, mm_config.media_io_kwargs
     )
-    return {**dataclasses.asdict(explanation), "settings": settings.as_dict()}
+    return ExplainResponse(**dataclasses.asdict(explanation), settings=settings.as_dict())
 
 
 def _processor(state: Any) -> PrunedLlavaMultiModalProcessor:

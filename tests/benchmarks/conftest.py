@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import models
+from benchmarks.llava import DecoderShape, TowerShape, random_llava
 
-DECODER = models.Decoder(hidden=64, intermediate=96, layers=3, heads=2, vocab=300)
-TOWER = models.Tower(hidden=32, intermediate=64, layers=3, heads=2, image=56)
+DECODER = DecoderShape(hidden=64, intermediate=96, layers=3, heads=2, vocab=300)
+TOWER = TowerShape(hidden=32, intermediate=64, layers=3, heads=2, image=56)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of `DECODER` and `TOWER`."""
     folder = tmp_path_factory.mktemp("bench") / "tiny"
-    models.random_llava(folder, DECODER, TOWER)
+    random_llava(folder, DECODER, TOWER)
     return folder

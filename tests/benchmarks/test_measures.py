@@ -22,12 +22,13 @@ from benchmarks import __main__ as short_version
 from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
 from benchmarks.flops import RequestShape, Shape, Work, request_work
-from benchmarks.interleaved import Block, Rounds, Spread, TrafficSpec, connected
+from benchmarks.interleaved import Block, Rounds, TrafficSpec, connected
 from benchmarks.roofline import Machine, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.spread import Spread
 
 
 def block(**fields: float) -> Block:

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks import models, servers
 from benchmarks.arms import parse_arm, parse_arms, servers_for
+from benchmarks.llava import random_llava
 from benchmarks.servers import (
     PLAIN,
     PRUNING,
@@ -48,7 +49,7 @@ def test_weights_have_the_names_that_vllm_reads_and_no_layer_is_constant(tiny: P
 
 
 def test_the_same_seed_gives_the_same_weights(tiny: Path, tmp_path: Path) -> None:
-    models.random_llava(tmp_path / "again", DECODER, TOWER)
+    random_llava(tmp_path / "again", DECODER, TOWER)
     first, again = (load_file(f / "model.safetensors") for f in (tiny, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtprune_eval.__main__ import CANNOT_RUN, main
+from tests.helpers.checkpoints import random_llava
+from vllm_vtprune import demo_model
+from vtprune_eval.__main__ import main
+from vtprune_eval.arguments import make_parser
 from vtprune_eval.study import choose_prune_layer
 from vtprune_eval.tasks import drawn_questions
+from vtprune_eval.transformers_backend import LocalModel
+from vtprune_loadtest.command import CANNOT_RUN
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with four decoder layers."""
+    return random_llava(tmp_path_factory.mktemp("eval") / "four", layers=4, hidden=64, heads=2, kv_heads=2)
 
 
 def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +41,7 @@ def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     for row in document["rows"][1:]:
         assert row["vision_tokens_kept"] == 72
-        assert {"random", "uniform", "unpruned"} == set(row["versus"])
+        assert {"random", "uniform", "downscale", "unpruned"} == set(row["versus"])
     assert document["rows"][2]["prompt_tokens_kept"] < document["rows"][1]["prompt_tokens_kept"]
     with Image.open(tmp_path / "evaluation.png") as plot:
         assert plot.width > 400
@@ -44,6 +55,12 @@ def test_presets(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     assert len(rows) == 2  # `off` is the unpruned row
     assert set(rows[1]["versus"]) == {"unpruned"}
+
+
+def test_the_demo_model_drops_at_its_own_prune_layer(tmp_path: Path) -> None:
+    assert main(f"--scenes 1 --preset balanced --no-baselines --out {tmp_path}".split()) == 0
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert rows[1]["setting"]["prune_layer"] == demo_model.PRUNE_LAYER == 3
 
 
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,29 +78,45 @@ def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("command", "sentence"),
     [
         ("--aggressiveness 0.5 --keep-ratio 0.5", "exclude"),
-        ("--kv-keep 0.5 --scenes 1", "--prune-layer"),
+        ("{random} --kv-keep 0.5", "--kv-keep drops tokens at a prune layer (kv_keep 0.5): name it with"),
+        ("{random} --preset off,balanced", "--prune-layer, 1 to 3 for this model's 4 decoder layers"),
+        (
+            "--kv-keep 0.5 --prune-layer 2,9",
+            "--prune-layer must be 1 to 4 for this model's 5 decoder layers, not 9",
+        ),
+        ("/no/such/model --aggressiveness 0.5", "MODEL /no/such/model is neither"),
+        ("--server http://127.0.0.1:9 --prune-layer 2", "--prune-layer: leave that out with --server"),
+        ("--draw /no/such.png --aggressiveness 0.5", "/no/such.png"),
+        ("--scenes 1 --out /dev/null/x", "--out /dev/null/x cannot be made"),
+        ("--scenes 0", "--scenes: must be one whole number of at least 1, not '0'"),
+        ("--method best", "--method: must be every or some of inflection"),
+        ("--aggressiveness 0.2,2", "--aggressiveness: must be a number in [0, 1], not 2"),
+        ("--keep-ratio 0", "--keep-ratio: must be a number in (0, 1], not 0"),
+        ("--keep-ratio x", "--keep-ratio: must be a number in (0, 1], not x"),
+        ("--prune-layer 0", "--prune-layer: must be whole numbers of at least 1, not '0'"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--study", "--out"),
         ("--questions /nowhere.jsonl", "cannot be read"),
-        ("--server http://127.0.0.1:9 --scenes 1", "does not list a model"),
+        ("--server http://127.0.0.1:9 --scenes 1", "does not answer"),
     ],
 )
-def test_what_cannot_run_is_one_sentence(
-    command: str, sentence: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_run_is_one_sentence_before_a_model_is_loaded(
+    command: str,
+    sentence: str,
+    four_layers: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert main(command.split()) == CANNOT_RUN
+    monkeypatch.setattr(LocalModel, "__init__", lambda *_: pytest.fail("a model was loaded"))
+    assert main(command.format(random=four_layers).split()) == CANNOT_RUN
     error = capsys.readouterr().err
     assert sentence in error
-    assert error.startswith("vtprune eval: ")
-    assert "Traceback" not in error
+    assert error.startswith("vtprune eval: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "command", ["--method best", "--aggressiveness 2", "--keep-ratio 0", "--keep-ratio x", "--prune-layer 0"]
-)
-def test_bad_values_are_refused_by_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(command.split())
-    assert command.split()[0] in capsys.readouterr().err
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
+    assert make_parser("vtprune eval", None).parse_args([]).api_key == "sk-from-the-environment"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_vtprune.settings import PRESETS, KVSettings, VisionSettings
+from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.backend import Reply
 from vtprune_eval.measure import evaluate
 from vtprune_eval.report import dump

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import DEMO_MODEL, REPOSITORY
+from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.demo_model import PRUNE_LAYER
-from vllm_vtprune.settings import PRESETS
 from vtprune_eval.study import SHARES, fingerprint
 from vtprune_eval.transformers_backend import LocalModel
 

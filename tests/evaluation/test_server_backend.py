@@ -37,6 +37,7 @@ class FakeServer(ThreadingHTTPServer):
         self.prunes = True
         self.any_size = False
         self.status = 200
+        self.key: str | None = None
 
     @property
     def url(self) -> str:
@@ -47,9 +48,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
+        if self._refused():
+            return
         self._send(200, {"data": [{"id": "some-llava"}]})
 
     def do_POST(self) -> None:
+        if self._refused():
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         controls = Controls.from_headers(list(self.headers.items()))
         fields = {name: value for name, (value, _) in controls.fields.items()}
@@ -72,6 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
             }
         answer = "wrong" if fields.get("method") == "random" else " right\n"
         self._send(200, {"choices": [{"message": {"content": answer}}], "usage": usage})
+
+    def _refused(self) -> bool:
+        refused = self.server.key not in (None, self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if refused:
+            self._send(401, {"error": "Unauthorized"})
+        return refused
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -186,5 +197,16 @@ def test_refusals_are_sentences(server: FakeServer, questions: Questions) -> Non
     server.status, server.prunes = 200, False
     with pytest.raises(RunnerError, match="plugin"):
         runner.answer(Setting())
-    with pytest.raises(RunnerError, match="does not list a model"):
+    with pytest.raises(RunnerError, match="--server"):
         RemoteRunner("http://127.0.0.1:9", questions)
+
+
+def test_a_missing_key_is_named(server: FakeServer, questions: Questions) -> None:
+    server.key = "sk-1"
+    with pytest.raises(
+        RunnerError, match=r"/v1/models answered 401: give .* --api-key or in \$OPENAI_API_KEY"
+    ):
+        RemoteRunner(server.url, questions, api_key="sk-2")
+    with pytest.raises(RunnerError, match="answered 401: give the server's key"):
+        RemoteRunner(server.url, questions, model="some-llava").answer(Setting())
+    assert RemoteRunner(server.url, questions, api_key="sk-1").name == "some-llava"

@@ -12,17 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
-from benchmarks.models import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, byte_tokenizer
+from benchmarks.llava import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    IMAGE,
+    PAD,
+    DecoderShape,
+    TowerShape,
+    byte_tokenizer,
+    decoder_fields,
+    llava_config,
+    llava_processor,
+    save_weights,
+)
 
 __all__ = ["BOS", "CHAT_TEMPLATE", "EOS", "IMAGE", "PAD", "edit_config", "random_llava"]
 
@@ -76,52 +81,22 @@ def random_llava(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
-    text = {
-        "vocab_size": vocab_size or len(tokenizer),
-        "hidden_size": hidden,
-        "intermediate_size": intermediate or 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": max_positions,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "initializer_range": 0.02 * weight_scale,
-    }
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision_hidden,
-            intermediate_size=2 * vision_hidden,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=2,
-            image_size=image_size,
-            patch_size=patch_size,
-            projection_dim=vision_hidden,
-        ),
-        text_config=_text_config(text, sliding_window),
-        image_token_id=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+    decoder = DecoderShape(
+        hidden,
+        intermediate or 2 * hidden,
+        layers,
+        heads,
+        vocab_size or len(tokenizer),
+        kv_heads,
+        max_positions,
     )
+    text = {**decoder_fields(decoder), "initializer_range": 0.02 * weight_scale}
+    tower = TowerShape(vision_hidden, 2 * vision_hidden, vision_layers, 2, image_size, patch_size)
+    config = llava_config(_text_config(text, sliding_window), tower)
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).to(dtype)
-    config.dtype = dtype
-    model.save_pretrained(folder)
-    if public_names:
-        _rename_tower(folder / "model.safetensors")
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-    LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    save_weights(model, folder, dtype, public_names=public_names)
+    llava_processor(tokenizer, image_size, patch_size, CHAT_TEMPLATE).save_pretrained(folder)
     return folder
 
 
@@ -138,14 +113,3 @@ def _text_config(fields: Mapping[str, object], sliding_window: int | None) -> ob
     from transformers import MistralConfig
 
     return MistralConfig(**fields, sliding_window=sliding_window)
-
-
-def _rename_tower(path: Path) -> None:
-    from safetensors.torch import load_file
-
-    old, new = "vision_tower.", "vision_tower.vision_model."
-    tensors = {
-        new + name[len(old) :] if name.startswith(old) and not name.startswith(new) else name: tensor
-        for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})

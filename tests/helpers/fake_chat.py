@@ -24,9 +24,14 @@ class FakeChat:
     """Answers with one chunk per requested token; what it does may be changed between runs.
 
     Attributes:
-        prunes, usage: whether the usage chunk has `vtprune`, and whether there is one.
+        prunes: it is a vtprune server, with its usage, headers and `/vtprune/config`.
+        usage: there is a usage chunk.
+        hides_config: `/vtprune/config` is a 404, as behind a proxy.
+        counts_caches: it keeps the pictures it has met, and counts them as vLLM does.
         owner: `owned_by` of the model; a server of vLLM says "vllm".
         prefill_s, token_s: seconds before the first token and between tokens.
+        prefill_of: by preset, instead of `prefill_s`.
+        one_chunk: all of an answer's text comes at its end, as where no token alone is valid text.
         fail: from a chat request's number to how it fails: an HTTP status, "cut" (the connection breaks after
             the first token), "event" (an error event), or None.
         bodies, headers: of every chat request, in order of arrival.
@@ -36,14 +41,20 @@ class FakeChat:
         self.url = ""
         self.registry = CollectorRegistry()
         self.tokens = Counter("vllm:generation_tokens", "Tokens.", registry=self.registry)
+        self.cache_queries = Counter("vllm:mm_cache_queries", "Pictures.", registry=self.registry)
+        self.cache_hits = Counter("vllm:mm_cache_hits", "Pictures met before.", registry=self.registry)
         Gauge("load", "Not a counter.", registry=self.registry).set(7)
         self.reset()
 
     def reset(self) -> None:
         """Forget the requests and behave well again."""
         self.prunes = self.usage = True
+        self.hides_config = self.counts_caches = False
+        self.pictures: set[str] = set()
         self.owner = "vllm"
         self.prefill_s = self.token_s = 0.0
+        self.prefill_of: dict[str, float] = {}
+        self.one_chunk = False
         self.fail: Callable[[int], Failure] = lambda number: None
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -59,7 +70,21 @@ class FakeChat:
             failure = 400
         if isinstance(failure, int):
             return JSONResponse({"error": {"message": f"refused with {failure}"}}, failure)
-        return StreamingResponse(self._stream(body, preset, failure), media_type="text/event-stream")
+        if self.counts_caches:
+            self._count_pictures(body)
+        headers = {"X-VTPrune-Vision-Tokens-Kept": str(KEPT[preset])} if self.prunes else {}
+        if not body.get("stream"):
+            return JSONResponse({"choices": [{"message": {"content": "a"}}]}, headers=headers)
+        events = self._stream(body, preset, failure)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    def _count_pictures(self, body: dict[str, Any]) -> None:
+        for part in body["messages"][0]["content"]:
+            if part["type"] == "image_url":
+                url = part["image_url"]["url"]
+                self.cache_queries.inc()
+                self.cache_hits.inc(url in self.pictures)
+                self.pictures.add(url)
 
     async def _stream(self, body: dict[str, Any], preset: str, failure: str | None) -> AsyncIterator[bytes]:
         self.in_flight += 1
@@ -67,11 +92,11 @@ class FakeChat:
         try:
             # The role comes before the prompt is computed, as on some servers: it is no token.
             yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-            await asyncio.sleep(self.prefill_s)
-            for token in range(body["max_tokens"]):
+            await asyncio.sleep(self.prefill_of.get(preset, self.prefill_s))
+            for token in range(1 if self.one_chunk else body["max_tokens"]):
                 if token:
                     await asyncio.sleep(self.token_s)
-                last = token == body["max_tokens"] - 1
+                last = self.one_chunk or token == body["max_tokens"] - 1
                 choice = {"index": 0, "delta": {"content": "a "}, "finish_reason": "length" if last else None}
                 self.tokens.inc()
                 yield _event({"choices": [choice]})
@@ -121,6 +146,12 @@ def _app(fake: FakeChat) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         return PlainTextResponse(generate_latest(fake.registry))
+
+    @app.get("/vtprune/config")
+    async def config() -> Response:
+        if not fake.prunes or fake.hides_config:
+            return JSONResponse({"detail": "Not Found"}, 404)
+        return JSONResponse({"policy": {}})
 
     app.post("/v1/chat/completions", response_model=None)(fake.chat)
     return app

@@ -41,6 +41,15 @@ def crowd() -> list[Request]:
     return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=90) for i, k in enumerate(shares)]
 
 
+def resettable() -> list[Request]:
+    """Requests of every kind that run long enough to be interrupted twice."""
+    images = [
+        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=40)
+        for i, k in enumerate((1.0, 0.75, 0.5, 0.25, 0.25))
+    ]
+    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=40)]
+
+
 def unpruned() -> list[Request]:
     """Requests that every engine must answer alike."""
     texts = [Request(TEXT.replace("story", word)) for word in ("story", "tale", "poem")]

@@ -11,127 +11,29 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.helpers.kv_engine import Engine, answer, refusal
+from tests.helpers.kv_events import events, graphs
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
 
-class Engine:
-    """vLLM's `LLM` on a small checkpoint, with what the scenarios ask of it."""
-
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        prune_layer: int | None = None,
-        relevance: str = "attention",
-        plugin: bool = True,
-        **kwargs: Any,
-    ):
-        from vllm import LLM
-
-        from vllm_vtprune import engine_kwargs
-
-        policy = {"prune_layer": prune_layer, "relevance": relevance}
-        self.llm = LLM(
-            checkpoint,
-            dtype="float32",
-            **{
-                "enforce_eager": True,
-                "max_num_seqs": 16,
-                "max_model_len": 1024,
-                "max_num_batched_tokens": 1024,
-                "limit_mm_per_prompt": {"image": 4},
-                "disable_log_stats": False,
-                **(engine_kwargs(**policy) if plugin else {}),
-                **kwargs,
-            },
-        )
-        self.plugin = plugin
-        self.core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = self.core.scheduler
-        self.pool = self.scheduler.kv_cache_manager.block_pool
-
-    def prompt(self, request: Request) -> dict[str, Any]:
-        from vllm_vtprune import request_kwargs
-
-        tokens = self.llm.get_tokenizer()(request.prompt, add_special_tokens=False).input_ids
-        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-            ratio = {"keep_ratio": request.keep_ratio}
-            knee = {"aggressiveness": request.aggressiveness}
-            if self.plugin:
-                prompt["mm_processor_kwargs"] = request_kwargs(**(ratio if request.keep_ratio else knee))[0]
-        return prompt
-
-    def params(self, request: Request, **kwargs: Any) -> Any:
-        from vllm import SamplingParams
-
-        from vllm_vtprune import request_kwargs
-
-        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope)[1]
-        defaults = {
-            "temperature": 0,
-            "max_tokens": request.max_tokens,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "extra_args": extra_args if self.plugin else None,
-        }
-        return SamplingParams(**{**defaults, **kwargs})
-
-    def run(self, requests: Sequence[Request], **kwargs: Any) -> list[dict[str, Any]]:
-        """Answers of a batch given all at once."""
-        outputs = self.llm.generate(
-            [self.prompt(r) for r in requests], [self.params(r, **kwargs) for r in requests], use_tqdm=False
-        )
-        return [answer(o) for o in outputs]
-
-    def metric(self, name: str) -> float:
-        """The value of one of vLLM's own counters."""
-        return float(next(m.value for m in self.llm.get_metrics() if m.name == name))
-
-    def blocks(self, request_id: str) -> list[int]:
-        """Blocks the request holds, by KV-cache group."""
-        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return [len(m.req_to_blocks.get(request_id, ())) for m in managers]
-
-    def steps(self) -> Iterator[None]:
-        """Run what was added, giving back control after every step."""
-        while self.llm.llm_engine.has_unfinished_requests():
-            self.llm.llm_engine.step()
-            yield
-
-    def add(self, request: Request, request_id: str, **kwargs: Any) -> None:
-        self.llm.llm_engine.add_request(request_id, self.prompt(request), self.params(request, **kwargs))
-
-    def internal_id(self, request_id: str) -> str:
-        """The id the engine made of it: vLLM appends to the ids it is given."""
-        return next(i for i in self.scheduler.requests if i.startswith(request_id))
-
-
-def answer(output: Any, index: int = 0) -> dict[str, Any]:
-    """One completion as plain values."""
-    completion = output.outputs[index]
-    ids = list(completion.token_ids)
-    logprobs = completion.logprobs and [d[t].logprob for d, t in zip(completion.logprobs, ids, strict=True)]
-    return {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "cached": output.num_cached_tokens,
-        "tokens": ids,
-        "logprobs": logprobs,
-        "text": completion.text,
-    }
-
-
 def scenario_grid(checkpoint: str) -> dict[str, Any]:
     """The grid in one batch and one at a time; then everything else an engine with K = 2 must do."""
-    engine = Engine(checkpoint, prune_layer=2, block_size=32)
+    engine = Engine(
+        checkpoint,
+        prune_layer=2,
+        # for requests that say nothing; the scenarios' own say all
+        default_preset="balanced",
+        block_size=32,
+        num_gpu_blocks_override=250,
+        max_num_seqs=32,
+    )
     free = engine.pool.get_num_free_blocks()
     result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
     result["traffic"] = traffic(engine, (0.25,))
@@ -139,7 +41,16 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
     result["unpruned"] = engine.run(unpruned())
     result["pool"] = pool_during(engine)
     result |= behaviours(engine)
+    result |= events(engine)
+    result["free"] = free
+    if engine.is_v2:
+        result["graphs"] = graphs(engine)
     result["blocks_lost"] = free - engine.pool.get_num_free_blocks()
+    result["runner"] = {
+        "v2": engine.is_v2,
+        "scheduler": type(engine.scheduler).__name__,
+        "steps_ahead": engine.core.batch_queue_size,
+    }
     return result
 
 
@@ -182,8 +93,8 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
     for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
         found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
-    # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
-    long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
+    # 993 tokens are the longest of this engine: a step takes 1024 and 31 others may be decoding
+    long = Request("<s>" + "x" * 993, kv_keep=0.5, max_tokens=4)
     found["too_long"] = engine.run([long, pruned])
     found["unpruned_reasons"] = dict(engine.scheduler.unpruned)
 
@@ -236,17 +147,6 @@ def scenario_capacity(checkpoint: str) -> dict[str, Any]:
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     small = [r for r in corners() if len(r.images) == 1]
     return {"free": engine.pool.get_num_free_blocks(), "running": running, "answers": engine.run(small)}
-
-
-def refusal(engine: Engine, request: Request, **kwargs: Any) -> str:
-    """What `LLM.generate` raises for a request; empty if it answers."""
-    from vllm.exceptions import VLLMValidationError
-
-    try:
-        engine.run([request], **kwargs)
-    except VLLMValidationError as error:
-        return str(error)
-    return ""
 
 
 def scenario_top(checkpoint: str) -> dict[str, Any]:

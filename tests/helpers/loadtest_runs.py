@@ -14,7 +14,7 @@ def run(
     fake: FakeChat, folder: Path, *arguments: str, plots: bool = False
 ) -> tuple[int, dict[str, Any], list[Any]]:
     """Exit status, result document, and the lines of the JSONL file."""
-    small = ["--image-size", "32", "--output-len", "3", "--warmup", "0"]
+    small = ["--image-size", "32", "--output-len", "3", "--warmup", "0", "--seed", "0"]
     status = main(
         [
             "--base-url",

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from vllm_vtprune.selection import (
     METHODS,
-    Budget,
     VisionFeatures,
 )
+from vllm_vtprune.settings import VisionSettings
 
 GRID = (6, 8)
 
@@ -30,14 +30,14 @@ every_method = pytest.mark.parametrize("name", METHODS)
 budgets = pytest.mark.parametrize(
     "budget",
     [
-        Budget(aggressiveness=0.3),
-        Budget(aggressiveness=0.5),
-        Budget(aggressiveness=0.7, score="cls_attention"),
-        Budget(aggressiveness=0.5, score="received", min_tokens=7),
-        Budget(keep_ratio=0.22),
-        Budget(keep_ratio=0.5, min_tokens=30),
-        Budget(keep_ratio=0.98),
-        Budget(keep_ratio=0.001),
+        VisionSettings(aggressiveness=0.3),
+        VisionSettings(aggressiveness=0.5),
+        VisionSettings(aggressiveness=0.7, score="cls_attention"),
+        VisionSettings(aggressiveness=0.5, score="received", min_tokens=7),
+        VisionSettings(keep_ratio=0.22),
+        VisionSettings(keep_ratio=0.5, min_tokens=30),
+        VisionSettings(keep_ratio=0.98),
+        VisionSettings(keep_ratio=0.001),
     ],
     ids=str,
 )

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_vtprune.selection import Budget, Selection, VisionFeatures, get_method
+from vllm_vtprune.selection import Selection, VisionFeatures, get_method
+from vllm_vtprune.settings import VisionSettings
 
 GRID = (5, 8)
 
@@ -46,7 +47,7 @@ def field(given: VisionFeatures, name: str) -> Array:
 
 
 def select(name: str, given: VisionFeatures, ratio: float) -> Selection:
-    return get_method(name).select(given, Budget(keep_ratio=ratio))[0]
+    return get_method(name).select(given, VisionSettings(keep_ratio=ratio))[0]
 
 
 def kept(selection: Selection) -> list[int]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm import envs
+from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size, is_kv_cache_spec_uniform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -84,6 +86,21 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         config(checkpoint, **arguments)
+
+
+def test_breakable_cuda_graphs_stay_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where vLLM would turn them on by itself, as it does for batch invariance on some models."""
+    monkeypatch.setattr(VllmConfig, "_uses_breakable_cudagraph_by_default", lambda self: True)
+    for policy, expected in (({}, False), ({"prune_layer": None}, True)):
+        # remembers that it was unset
+        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "")
+        monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+        config(checkpoint, policy=policy)
+        assert envs.VLLM_USE_BREAKABLE_CUDAGRAPH is expected
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="breakable CUDA graphs; leave out VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        config(checkpoint)
+    config(checkpoint, enforce_eager=True)
 
 
 def test_another_decoder_is_refused(mistral: Path) -> None:

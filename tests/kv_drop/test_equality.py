@@ -1,102 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2 on the real engine, beside the plain reference and beside vLLM without the plugin."""
+"""Stage 2 on the real engine, beside the plain reference and beside vLLM without the plugin.
+
+Each scenario runs on Model Runner V1 and V2, each with and without asynchronous scheduling, or on those of
+them that `tests.helpers.kv_matrix` names.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
-from tests.conftest import REPOSITORY
-from tests.helpers.checkpoints import random_llava
-from tests.helpers.kv_cases import corners, crowd, grid, unpruned
-from tests.reference import Reference, Request
+from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, resettable, unpruned
+from tests.helpers.kv_matrix import ON, Runs, Verdicts
+from tests.helpers.pictures import noise
+from tests.reference import Request
 
-# a scenario takes half a minute where two cores are free for it
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+# a scenario takes half a minute where two cores are free for it, and waits for those before it
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 PROMPT = 189  # tokens of QUESTION with one image of 144
-Scenario = Callable[[str], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grouped-query attention, and weights large enough that attention is not uniform."""
-    return random_llava(
-        tmp_path_factory.mktemp("llava"), layers=6, heads=4, kv_heads=2, weight_scale=5.0, seed=3
-    )
+def on(scenario: str) -> Any:
+    """Runs a test on every runner that the scenario runs on."""
+    return pytest.mark.parametrize("runner", ON[scenario])
 
 
-@pytest.fixture(scope="module")
-def ungrouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many key-value heads as heads, as LLaVA-1.5 has."""
-    return random_llava(
-        tmp_path_factory.mktemp("ungrouped"), layers=6, heads=4, kv_heads=4, weight_scale=5.0, seed=4
-    )
-
-
-@pytest.fixture(scope="module")
-def run(checkpoint: Path, ungrouped: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """Runs a scenario of `kv_run` once, in a process of its own; `top` on the ungrouped checkpoint."""
-
-    @cache
-    def scenario(name: str) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp(name) / "out.pt"
-        folder = ungrouped if name == "top" else checkpoint
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.kv_run", name, str(folder), str(out)],
-            # the flag makes vLLM compile with torch's eager backend: traced like any other, without inductor
-            env={
-                **os.environ,
-                "VLLM_PLUGINS": "" if name == "plain" else "vtprune",
-                "VLLM_CPU_CI_ENV": "1",
-                # so small a model gains nothing from threads, which spin where cores are shared
-                "OMP_NUM_THREADS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            },
-            cwd=REPOSITORY,
-            capture_output=True,
-            timeout=850,
-        )
-        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
-        result: dict[str, Any] = torch.load(out, weights_only=False)
-        return result
-
-    return scenario
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Reference:
-    return Reference(checkpoint)
-
-
-def check(
-    reference: Reference,
-    layer: int,
-    requests: Sequence[Request],
-    answers: Sequence[dict[str, Any]],
-    relevance: str = "attention",
-) -> None:
-    """Same prompt, same greedy tokens, log-probabilities within 1e-4."""
-    reference.prune_layer, reference.relevance = layer, relevance
-    for request, mine in zip(requests, answers, strict=True):
-        theirs = reference.judge(request, mine["tokens"])
-        assert mine["prompt_tokens"] == len(theirs.prompt_ids)
-        assert mine["tokens"] == theirs.token_ids, request
-        assert mine["logprobs"] == pytest.approx(theirs.logprobs, abs=1e-4), request
-
-
-def test_judging_is_answering(reference: Reference) -> None:
+def test_judging_is_answering(verdicts: Verdicts) -> None:
     """The fast form of the reference agrees with the one that generates token by token."""
-    reference.prune_layer, reference.relevance = 2, "attention"
+    reference = verdicts.reference(2)
     request = next(r for r in grid() if r.kv_keep == 0.25)
     answer = reference.answer(request)
     judged = reference.judge(request, answer.token_ids)
@@ -104,71 +38,166 @@ def test_judging_is_answering(reference: Reference) -> None:
     assert judged.logprobs == pytest.approx(answer.logprobs, abs=1e-5)
 
 
-def test_a_mixed_batch_answers_as_the_reference(run: Scenario, reference: Reference) -> None:
-    check(reference, 2, grid(), run("grid")["batch"])
+@on("grid")
+def test_the_runner_is_the_one_asked_for(runs: Runs, runner: str) -> None:
+    """Otherwise everything below would be said of another."""
+    version, _, scheduling = runner.partition("-")
+    assert runs("grid", runner)["runner"] == {
+        "v2": version == "v2",
+        "scheduler": "AsyncKVDropScheduler" if scheduling else "KVDropScheduler",
+        "steps_ahead": 2 if scheduling else 1,
+    }
 
 
-def test_a_request_alone_answers_as_the_reference(run: Scenario, reference: Reference) -> None:
-    check(reference, 2, corners(), run("grid")["single"])
+@on("grid")
+def test_a_mixed_batch_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    verdicts.check("grid", runner, 2, grid(), runs("grid", runner)["batch"])
 
 
-def test_dropping_changes_answers(run: Scenario) -> None:
+@on("grid")
+def test_a_request_alone_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    verdicts.check("one at a time", runner, 2, corners(), runs("grid", runner)["single"])
+
+
+def test_dropping_changes_answers(runs: Runs) -> None:
     """Otherwise the comparisons above would prove nothing."""
-    answers = run("grid")["batch"][:10]
+    answers = runs("grid", ON["grid"][0])["batch"][:10]
     assert len({tuple(a["tokens"]) for a in answers}) == 9  # kv_keep 1.0 in both scopes is the same request
 
 
-def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(run: Scenario, ungrouped: Path) -> None:
-    assert run("top")["compiled"] != "NONE"
-    check(Reference(ungrouped), 5, grid(), run("top")["batch"])
+@on("top")
+def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(
+    runs: Runs, runner: str, verdicts: Verdicts
+) -> None:
+    found = runs("top", runner)
+    assert found["compiled"] != "NONE"
+    verdicts.check("top", runner, 5, grid(), found["batch"], ungrouped=True)
 
 
-def test_tensor_parallel_ranks_keep_the_same_tokens(run: Scenario, reference: Reference) -> None:
-    check(reference, 2, corners(), run("tensor_parallel")["batch"])
+@on("tensor_parallel")
+def test_tensor_parallel_ranks_keep_the_same_tokens(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    verdicts.check("tensor_parallel", runner, 2, corners(), runs("tensor_parallel", runner)["batch"])
 
 
-def test_preempted_requests_lose_the_same_tokens(run: Scenario, reference: Reference) -> None:
-    found = run("preemption")
+@on("preemption")
+def test_preempted_requests_lose_the_same_tokens(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("preemption", runner)
     assert found["preemptions"] >= 3
     assert found["blocks_lost"] == 0
-    check(reference, 1, crowd(), found["answers"], "last_token")
+    verdicts.check("preemption", runner, 1, crowd(), found["answers"], "last_token")
 
 
-def test_relevance_without_rotary_embedding(run: Scenario, reference: Reference) -> None:
+@on("grid")
+def test_what_is_preempted_may_be_aborted_or_resume(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("grid", runner)["crowd"]
+    assert found["preemptions"] >= 6 and found["aborted"] == 3
+    assert found["plans_left"] == 0
+    verdicts.check("aborted while preempted", runner, 2, crowd() * 2, found["answers"])
+
+
+@on("grid")
+def test_a_reset_of_the_prefix_cache_changes_no_answer(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    """Requests are preempted and resume in one step; an unpruned one in their midst is none the worse."""
+    found = runs("grid", runner)["reset"]
+    assert found["preemptions"] >= 2 * len(resettable()) - 2
+    assert found["plans_left"] == 0
+    verdicts.check("reset while running", runner, 2, resettable(), found["answers"])
+
+
+@on("grid")
+def test_a_reset_and_an_abort_before_the_next_step(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("grid", runner)["reset_abort"]
+    assert found["plans_left"] == 0
+    verdicts.check("reset, then abort", runner, 2, resettable(), found["answers"])
+
+
+@on("grid")
+def test_dummy_runs_between_steps_change_no_answer(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    """Warm-up of vLLM's kernels, its dummy batches beside other data-parallel ranks, and its profile run."""
+    found = runs("grid", runner)["dummy_runs"]
+    verdicts.check("dummy runs between", runner, 2, resettable(), found["answers"])
+
+
+@on("grid")
+def test_a_session_that_grows_is_served_whole(runs: Runs, runner: str) -> None:
+    """A streaming-input session with kv_keep answers its second chunk as its whole prompt, asked at once."""
+    found = runs("grid", runner)["session"]
+    assert [len(tokens) for tokens in found["told"]] == [8, 8]
+    assert found["told"][1] == found["whole"]
+
+
+@on("grid")
+def test_a_disagreement_fails_one_request_and_touches_no_other(
+    runs: Runs, runner: str, verdicts: Verdicts
+) -> None:
+    """The worker was made to forget two prunings: it has more tokens than the scheduler gave blocks for."""
+    answers = runs("grid", runner)["overrun"]["answers"]
+    assert [i for i, a in enumerate(answers) if a["finish"] == "error"] == [3, 4]
+    assert len(answers[3]["tokens"]) < 10 and not answers[4]["tokens"]
+    others = [None if i in (3, 4) else a for i, a in enumerate(answers)]
+    verdicts.check("a disagreement beside them", runner, 2, resettable(), others)
+
+
+@pytest.mark.parametrize("runner", [r for r in ON["grid"] if r.startswith("v2")])
+def test_decode_batches_replay_full_graphs(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    """CUDA graphs acted out: what is not written in place does not reach the layers above."""
+    found = runs("grid", runner)["graphs"]
+    assert found["replays"] > 100 and found["preemptions"] >= 3
+    verdicts.check("full graphs", runner, 2, [*grid(), *crowd()], found["answers"])
+    for right, wrong in zip(found["answers"][6:8], found["not_in_place"], strict=True):
+        assert right["tokens"] != wrong["tokens"]
+
+
+@pytest.mark.parametrize("runner", [r for r in ON["grid"] if r.startswith("v2")])
+def test_scored_prompt_tokens_are_all_there(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    """`prompt_logprob_token_ids` reads every prompt row: no default drops any, and kv_keep is refused."""
+    found = runs("grid", runner)["token_ids"]
+    assert "leave prompt_logprob_token_ids out, or kv_keep" in found["refused"]
+    expected = verdicts.reference(2).prompt_logprobs(Request(QUESTION, (noise(0),)))
+    start = found["start"]
+    for scores in (found["default"], found["whole"]):
+        np.testing.assert_allclose(scores, expected[start : start + 20, 5:8], atol=1e-4)
+
+
+@on("capacity")
+def test_relevance_without_rotary_embedding(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     requests = [r for r in corners() if len(r.images) == 1]
-    check(reference, 2, requests, run("capacity")["answers"], "no_rope")
+    verdicts.check("capacity", runner, 2, requests, runs("capacity", runner)["answers"], "no_rope")
     for request in requests:
         if request.kv_keep == 0.25 and request.kv_scope == "all":
-            without = reference.judge(request, [0]).kept
-            reference.relevance = "attention"
-            assert reference.judge(request, [0]).kept != without
+            without = verdicts.reference(2, "no_rope").judge(request, [0]).kept
+            assert verdicts.reference(2).judge(request, [0]).kept != without
 
 
-def test_unpruned_requests_are_bit_equal_to_an_engine_without_a_layer(run: Scenario) -> None:
-    with_layer, without = run("grid")["unpruned"], run("no_layer")["unpruned"]
+@on("no_layer")
+def test_unpruned_requests_are_bit_equal_to_an_engine_without_a_layer(runs: Runs, runner: str) -> None:
+    with_layer, without = runs("grid", runner)["unpruned"], runs("no_layer", runner)["unpruned"]
     assert [(a["tokens"], a["logprobs"]) for a in with_layer] == [
         (a["tokens"], a["logprobs"]) for a in without
     ]
 
 
-def test_unpruned_text_is_bit_equal_to_vllm_without_the_plugin(run: Scenario) -> None:
+@on("plain")
+def test_unpruned_text_is_bit_equal_to_vllm_without_the_plugin(runs: Runs, runner: str) -> None:
     """Pictures go through the plugin's tower, which equals vLLM's to rounding only."""
-    ours, vllms = run("grid")["unpruned"], run("plain")["unpruned"]
+    ours, vllms = runs("grid", runner)["unpruned"], runs("plain", runner)["unpruned"]
     for request, mine, theirs in zip(unpruned(), ours, vllms, strict=True):
         assert mine["tokens"] == theirs["tokens"]
         if not request.images:
             assert mine["logprobs"] == theirs["logprobs"]
 
 
-def test_without_a_layer_nothing_of_stage_2_is_loaded(run: Scenario) -> None:
-    found = run("no_layer")
+@on("no_layer")
+def test_without_a_layer_nothing_of_stage_2_is_loaded(runs: Runs, runner: str) -> None:
+    found = runs("no_layer", runner)
     assert found["scheduler"].startswith("vllm.")
     assert found["worker"].startswith("vllm.")
     assert found["decoder"] == "vllm.model_executor.models.llama"
 
 
-def test_blocks_are_those_of_the_budget_and_all_return(run: Scenario) -> None:
-    pool = run("grid")["pool"]
+@on("grid")
+def test_blocks_are_those_of_the_budget_and_all_return(runs: Runs, runner: str) -> None:
+    pool = runs("grid", runner)["pool"]
     size = pool["block_size"]
     kept = -(-PROMPT // 4)
     for held in pool["held"]:
@@ -179,49 +208,55 @@ def test_blocks_are_those_of_the_budget_and_all_return(run: Scenario) -> None:
     assert pool["groups"] == ["BelowPruneLayerSpec", "AbovePruneLayerSpec", "AbovePruneLayerSpec"]
     assert pool["before"] - pool["during"] == sum(map(sum, pool["held"]))
     assert pool["after"] == pool["before"]
-    assert run("grid")["blocks_lost"] == 0
+    assert runs("grid", runner)["blocks_lost"] == 0
 
 
-def test_as_many_requests_run_at_once_as_the_counts_predict(run: Scenario) -> None:
-    found = run("capacity")
+@on("grid")
+def test_as_many_requests_run_at_once_as_the_counts_predict(runs: Runs, runner: str) -> None:
+    found = runs("grid", runner)
     for keep, running in found["running"].items():
         kept = -(-PROMPT * keep // 1)
         per_request = -(-PROMPT // 32) + 2 * -(-kept // 32)
         assert running == found["free"] // per_request, keep
 
 
-def test_prefix_caching_is_untouched_by_pruned_requests(run: Scenario) -> None:
-    ours, vllms = run("grid")["traffic"], run("plain")["traffic"]
+@on("grid")
+def test_prefix_caching_is_untouched_by_pruned_requests(runs: Runs, runner: str) -> None:
+    ours, vllms = runs("grid", runner)["traffic"], runs("plain", "v1")["traffic"]
     assert ours["cached"] == vllms["cached"]
     assert any(ours["cached"])
     assert (ours["hits"], ours["queries"]) == (vllms["hits"], vllms["queries"])
 
 
-def test_n_completions_drop_alike(run: Scenario) -> None:
-    first, *others = [a["tokens"] for a in run("grid")["n3"]]
+@on("grid")
+def test_n_completions_drop_alike(runs: Runs, runner: str) -> None:
+    first, *others = [a["tokens"] for a in runs("grid", runner)["n3"]]
     assert others == [first, first]
-    assert first == run("grid")["batch"][6]["tokens"]
+    assert first == runs("grid", runner)["batch"][6]["tokens"]
 
 
-def test_structured_output(run: Scenario) -> None:
-    assert run("grid")["choice"]["text"] in ("yes", "no")
+@on("grid")
+def test_structured_output(runs: Runs, runner: str) -> None:
+    assert runs("grid", runner)["choice"]["text"] in ("yes", "no")
 
 
-def test_what_cannot_be_served_is_refused_in_a_sentence(run: Scenario) -> None:
-    logprobs, text, number, unknown = run("grid")["refused"]
+def test_what_cannot_be_served_is_refused_in_a_sentence(runs: Runs) -> None:
+    logprobs, text, number, unknown = runs("grid", ON["grid"][0])["refused"]
     assert "leave prompt_logprobs out, or kv_keep" in logprobs
     assert "build it with vllm_vtprune.request_kwargs" in text
     assert "kv_keep must be a number in (0, 1]" in number
     assert "extra_args.vtprune.x" in unknown
 
 
-def test_a_prompt_too_long_for_a_step_is_served_whole_and_counted(run: Scenario) -> None:
-    found = run("grid")
-    assert found["too_long"][0]["prompt_tokens"] == 1010
+@on("grid")
+def test_a_prompt_too_long_for_a_step_is_served_whole_and_counted(runs: Runs, runner: str) -> None:
+    found = runs("grid", runner)
+    assert found["too_long"][0]["prompt_tokens"] == 994
     # beside a long prompt that is chunked, a pruned one is still taken whole
     assert found["too_long"][1]["tokens"] == found["batch"][6]["tokens"]
     assert found["unpruned_reasons"] == {"too_long": 1}
 
 
-def test_aborted_requests_leave_no_plan(run: Scenario) -> None:
-    assert run("grid")["plans_left"] == 0
+@on("grid")
+def test_aborted_requests_leave_no_plan(runs: Runs, runner: str) -> None:
+    assert runs("grid", runner)["plans_left"] == 0

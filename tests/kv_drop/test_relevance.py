@@ -10,14 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_vtprune.kv_drop.relevance import (
-    RELEVANCE,
     Bucket,
     PrunedPrompts,
     attention_received,
     kept_rows,
     make_buckets,
 )
-from vllm_vtprune.policy import RELEVANCES
 
 SIZE = 8
 
@@ -144,7 +142,3 @@ def test_buckets_hold_each_prompt_once_and_pad_by_two_at_most(lengths):
     for padded, (_, length, _) in buckets:
         assert padded == length.max()
         assert padded <= 64 or (padded < 2 * length).all()
-
-
-def test_the_operators_names_are_those_of_the_ratings():
-    assert tuple(RELEVANCE) == RELEVANCES

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.kv_config import config
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
+from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.scheduler import build_scheduler
+from vllm_vtprune.kv_drop.step import KVDropState
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 32
@@ -165,6 +168,44 @@ def test_a_prompt_that_may_grow_is_served_whole(scheduler: Scheduler) -> None:
     # what the worker will read says so, too
     assert streaming.sampling_params is not None
     assert streaming.sampling_params.extra_args == KVSettings(1.0).extra_args()
+
+
+def test_every_chunk_of_a_session_is_served_whole(scheduler: Scheduler) -> None:
+    """The settings of a session's next chunk replace those of the last one; the worker reads them."""
+    for tokens in (60, 40):
+        chunk = request("stream", tokens, 0.5, output=1)
+        chunk.resumable = True
+        scheduler.add_request(chunk)
+        output = scheduler.schedule()
+        (sent,) = output.scheduled_new_reqs or [scheduler.requests["stream"]]
+        assert sent.sampling_params is not None
+        assert sent.sampling_params.extra_args == KVSettings(1.0).extra_args()
+        finish_step(scheduler, output)
+    assert not scheduler.prompt_plans
+
+
+def test_a_request_that_the_worker_could_not_serve_fails_alone(scheduler: Scheduler) -> None:
+    for name in ("first", "failed", "last"):
+        scheduler.add_request(request(name, 30, 0.5, seed=len(name)))
+    output = scheduler.schedule()
+    ids = list(output.num_scheduled_tokens)
+    result = ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={i: n for n, i in enumerate(ids)},
+        sampled_token_ids=[[7] for _ in ids],
+        prompt_logprobs_dict={},
+    )
+    state = KVDropState(8, 200, torch.device("cpu"))
+    state.overrun = {ids.index("failed")}
+    report_failures(result, state)
+    told = scheduler.update_from_output(output, pickle.loads(pickle.dumps(result)))[0].outputs
+    assert {(o.request_id, tuple(o.new_token_ids), str(o.finish_reason)) for o in told} == {
+        ("first", (7,), "None"),
+        ("last", (7,), "None"),
+        ("failed", (), "error"),
+    }
+    assert "failed" not in scheduler.requests and "failed" not in scheduler.prompt_plans
+    assert held(scheduler, "failed") == [0, 0, 0]
 
 
 def random_traffic(scheduler: Scheduler, seed: int) -> int:

@@ -126,6 +126,29 @@ def test_a_preempted_request_loses_the_same_tokens():
     assert len(first) == 33 and again == [*first, 83, 84, 85, 86, 87]
 
 
+def test_a_request_with_too_few_blocks_writes_nothing_and_is_named():
+    """Whole, pruned now and pruned before: each needs exactly its blocks, and one fewer is too few."""
+    state = KVDropState(4, 100, torch.device("cpu"))
+    drop = RequestDrop(20, 8, np.ones(20, dtype=bool))
+    table = torch.arange(12).view(3, 4) + 1
+    drops, scheduled, computed = [None, drop, drop], np.array([5, 20, 1]), np.array([4, 0, 21])
+    rows = [slice(0, 5), slice(5, 17), slice(17, 18)]
+    enough = np.array([3, 3, 4])
+    for begin in (drops, [None, None, None]):
+        now = np.array([5, 12, 1]) if begin is not drops else scheduled
+        before = np.array([4, 0, 13]) if begin is not drops else computed
+        for short in (None, 0, 1, 2):
+            state.begin(begin, now, before)
+            slots = torch.full((40,), 7)
+            state.write_slots(table, 4, slots, enough - (np.arange(3) == short))
+            assert state.overrun == ({short} if short is not None else set())
+            for index, its in enumerate(rows):
+                assert bool((slots[its] == -1).all()) is (index == short)
+    state.clear()  # a dummy run, of which V1's hook knows the blocks of whoever was there before
+    state.write_slots(table, 4, slots, np.zeros(3, dtype=np.int32))
+    assert not state.overrun
+
+
 def test_geometry_of_a_mixed_step():
     step = step_geometry(
         np.array([10, 1, 4], dtype=np.int32),

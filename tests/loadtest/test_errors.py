@@ -105,4 +105,4 @@ def test_interrupt_reports_what_was_measured(
     assert document["interrupted"]
     assert 3 <= document["results"][0]["completed"] < 1000
     assert document["results"][0]["failed"] == 0
-    assert "request throughput" in capsys.readouterr().out
+    assert "req/s" in capsys.readouterr().out

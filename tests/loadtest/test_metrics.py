@@ -65,6 +65,12 @@ def test_tpot_divides_by_tokens_and_not_by_chunks() -> None:
     assert summary["output_tokens_per_chunk"] == 2.5
 
 
+def test_tokens_that_came_in_one_chunk_have_no_time_per_token() -> None:
+    summary = summarise([record(0.0, [0.5], output_tokens=8)], 1.0, {"tpot": 1.0}, is_open_loop=False)
+    assert summary["mean_tpot_ms"] is None
+    assert summary["request_goodput"] == 1.0, "and keep a limit on it"
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0.001, 10), min_size=1, max_size=60))
 def test_statistics_are_numpys(latencies: list[float]) -> None:

@@ -97,6 +97,55 @@ def test_grid_of_settings_is_a_product() -> None:
     assert [(setting.label, setting.headers) for setting in parse_settings(None, [])] == [("default", ())]
 
 
+METHODS = "X-VTPrune-Method=inflection,divprune"
+SCOPES = "X-VTPrune-KV-Scope=all,vision"
+
+
+@pytest.mark.parametrize(
+    ("presets", "headers", "labels"),
+    [
+        ("off,light", [METHODS], ["off", "light method=inflection", "light method=divprune"]),
+        (None, ["X-VTPrune-Keep-Ratio=1", METHODS], ["keep-ratio=1"]),
+        (
+            None,
+            ["X-VTPrune-Aggressiveness=0.0", METHODS, "X-A=1,2"],
+            ["aggressiveness=0.0 x-a=1", "aggressiveness=0.0 x-a=2"],
+        ),
+        (
+            "off",
+            ["X-VTPrune-Keep-Ratio=0.5", METHODS],
+            ["off keep-ratio=0.5 method=inflection", "off keep-ratio=0.5 method=divprune"],
+        ),
+        ("off", [SCOPES], ["off"]),
+        (
+            "off",
+            ["X-VTPrune-KV-Keep=1,0.5", SCOPES],
+            ["off kv-keep=1", "off kv-keep=0.5 kv-scope=all", "off kv-keep=0.5 kv-scope=vision"],
+        ),
+        (
+            "light",
+            ["X-VTPrune-KV-Keep=,1", SCOPES],
+            ["light kv-keep=unset kv-scope=all", "light kv-keep=unset kv-scope=vision", "light kv-keep=1"],
+        ),
+        # the operator's default decides, which is not known here
+        (None, [METHODS], ["method=inflection", "method=divprune"]),
+        # the server is to say what is wrong
+        ("bogus", [METHODS], ["bogus method=inflection", "bogus method=divprune"]),
+    ],
+)
+def test_settings_that_cannot_differ_are_one(
+    presets: str | None, headers: list[str], labels: list[str]
+) -> None:
+    assert [setting.label for setting in parse_settings(presets, headers)] == labels
+
+
+def test_a_setting_knows_what_it_stands_for() -> None:
+    off, light, _ = parse_settings("off,light", [METHODS])
+    assert off.stands_for == ("off method=inflection", "off method=divprune")
+    assert off.headers == (("X-VTPrune-Preset", "off"),)
+    assert light.stands_for == ()
+
+
 @pytest.mark.parametrize(
     ("presets", "headers", "message"),
     [

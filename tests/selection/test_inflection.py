@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vtprune.selection import Budget, inflection_counts, score_curve, share_count, slope_of
+from vllm_vtprune.selection import inflection_counts, score_curve, share_count, slope_of
+from vllm_vtprune.settings import VisionSettings
 
 # Integers up to 2**20 are exact in float32, so the exact reference sees the very same numbers.
 integer_scores = st.lists(st.integers(-1000, 1000), min_size=1, max_size=40)
@@ -172,4 +173,4 @@ def test_a_share_has_a_floor_and_a_ceiling() -> None:
 )
 def test_a_budget_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
-        Budget(**fields)
+        VisionSettings(**fields)

@@ -19,10 +19,11 @@ from tests.helpers.slow_selection import (
     select,
     top,
 )
-from vllm_vtprune.selection import Budget, Selection, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection import Selection, VisionFeatures, get_method, share_count
 from vllm_vtprune.selection.methods.pool import cells
 from vllm_vtprune.selection.methods.prumerge import outlier_counts
 from vllm_vtprune.selection.methods.uniform import even_grid
+from vllm_vtprune.settings import VisionSettings
 
 
 def merged(selection: Selection) -> Array:
@@ -67,7 +68,7 @@ def test_prumerge_keeps_its_own_count_under_aggressiveness_and_the_share_under_k
     outliers = int(outlier_counts(given.cls_attention[:, -1], 0.5)[0])
     assert outliers > 0
     for name, density in (("prumerge", 1), ("prumerge_plus", 4)):
-        selection = get_method(name).select(given, Budget(0.5))[0]
+        selection = get_method(name).select(given, VisionSettings(aggressiveness=0.5))[0]
         assert selection.count == density * outliers + 1
         assert len(selection.indices) == density * outliers
         assert select(name, given, 0.25).count == 10
@@ -182,7 +183,7 @@ def test_pool_averages_each_cell(number: int, ratio: float) -> None:
 def test_pool_halves_both_sides_at_a_quarter() -> None:
     patches = torch.arange(64.0).reshape(64, 1)
     given = VisionFeatures(patches[None], None, (8, 8), (0,))
-    selection = get_method("pool").select(given, Budget(keep_ratio=0.25))[0]
+    selection = get_method("pool").select(given, VisionSettings(keep_ratio=0.25))[0]
     expected = torch.nn.functional.avg_pool2d(patches.reshape(1, 1, 8, 8), 2).reshape(-1).tolist()
     assert merged(selection)[:, 0].tolist() == expected
 

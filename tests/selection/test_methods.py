@@ -25,13 +25,13 @@ from tests.helpers.selection_cases import (
 from vllm_vtprune.selection import (
     METHODS,
     SCORES,
-    Budget,
     Selection,
     VisionFeatures,
     get_method,
     needs_of,
     share_count,
 )
+from vllm_vtprune.settings import VisionSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,8 +56,10 @@ def assert_keeps_all(selection: Selection, tokens: int) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("budget", [Budget(), Budget(aggressiveness=0.0), Budget(keep_ratio=1.0)], ids=str)
-def test_off_is_a_true_no_op(name: str, budget: Budget) -> None:
+@pytest.mark.parametrize(
+    "budget", [VisionSettings(), VisionSettings(aggressiveness=0.0), VisionSettings(keep_ratio=1.0)], ids=str
+)
+def test_off_is_a_true_no_op(name: str, budget: VisionSettings) -> None:
     # Nothing but the patches is there, and they are not even looked at.
     patches = torch.full((2, TOKENS, 4), torch.nan)
     selections = get_method(name).select(VisionFeatures(patches, None, GRID, (0, 1)), budget)
@@ -68,7 +70,7 @@ def test_off_is_a_true_no_op(name: str, budget: Budget) -> None:
 
 @every_method
 @budgets
-def test_the_selection_is_well_formed(name: str, budget: Budget) -> None:
+def test_the_selection_is_well_formed(name: str, budget: VisionSettings) -> None:
     features = batch([image(seed) for seed in range(4)])
     selections = get_method(name).select(features, budget)
     assert len(selections) == 4
@@ -89,7 +91,7 @@ def test_the_selection_is_well_formed(name: str, budget: Budget) -> None:
 
 @every_method
 @budgets
-def test_an_image_alone_is_treated_as_in_a_batch(name: str, budget: Budget) -> None:
+def test_an_image_alone_is_treated_as_in_a_batch(name: str, budget: VisionSettings) -> None:
     images = [image(seed) for seed in range(3)]
     together = get_method(name).select(batch(images), budget)
     for one, selection in zip(images, together, strict=True):
@@ -98,7 +100,7 @@ def test_an_image_alone_is_treated_as_in_a_batch(name: str, budget: Budget) -> N
 
 @every_method
 @budgets
-def test_the_same_twice_is_the_same(name: str, budget: Budget) -> None:
+def test_the_same_twice_is_the_same(name: str, budget: VisionSettings) -> None:
     features = batch([image(seed) for seed in range(3)])
     first, second = (get_method(name).select(features, budget) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -111,14 +113,19 @@ def test_the_same_twice_is_the_same(name: str, budget: Budget) -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_count_never_rises_with_aggressiveness(name: str, seed: int, one: float, other: float) -> None:
     lower, higher = sorted((one, other))
-    gentle, harsh = (get_method(name).select(image(seed), Budget(a))[0].count for a in (lower, higher))
+    gentle, harsh = (
+        get_method(name).select(image(seed), VisionSettings(aggressiveness=a))[0].count
+        for a in (lower, higher)
+    )
     assert gentle >= harsh
 
 
 @every_method
 @pytest.mark.parametrize("least", [1, 5, TOKENS, TOKENS + 1])
 def test_the_most_aggressive_keeps_the_minimum(name: str, least: int) -> None:
-    for selection in get_method(name).select(batch([image(1), image(2)]), Budget(1.0, min_tokens=least)):
+    for selection in get_method(name).select(
+        batch([image(1), image(2)]), VisionSettings(aggressiveness=1.0, min_tokens=least)
+    ):
         assert selection.count == min(least, TOKENS)
 
 
@@ -126,14 +133,18 @@ def test_the_most_aggressive_keeps_the_minimum(name: str, least: int) -> None:
 @given(ratio=st.integers(1, 1000), rows=st.integers(1, 7), columns=st.integers(1, 7), least=st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
 def test_a_fixed_share_is_exact(name: str, ratio: int, rows: int, columns: int, least: int) -> None:
-    budget = Budget(keep_ratio=ratio / 1000, min_tokens=least)
+    budget = VisionSettings(keep_ratio=ratio / 1000, min_tokens=least)
     selection = get_method(name).select(image(ratio, (rows, columns)), budget)[0]
     assert selection.count == share_count(ratio / 1000, rows * columns, least)
 
 
 @every_method
-@pytest.mark.parametrize("budget", [Budget(0.5), Budget(1.0), Budget(keep_ratio=0.1)], ids=str)
-def test_an_image_of_one_patch_keeps_it(name: str, budget: Budget) -> None:
+@pytest.mark.parametrize(
+    "budget",
+    [VisionSettings(aggressiveness=0.5), VisionSettings(aggressiveness=1.0), VisionSettings(keep_ratio=0.1)],
+    ids=str,
+)
+def test_an_image_of_one_patch_keeps_it(name: str, budget: VisionSettings) -> None:
     assert_keeps_all(get_method(name).select(image(3, (1, 1)), budget)[0], 1)
 
 
@@ -149,9 +160,11 @@ def test_an_image_whose_patches_are_all_alike_stays_whole(name: str, aggressiven
         received=torch.full((1, 6, TOKENS), 1 / TOKENS),
         keys=torch.ones(1, TOKENS, 8),
     )
-    assert_keeps_all(get_method(name).select(plain, Budget(aggressiveness))[0], TOKENS)
+    assert_keeps_all(get_method(name).select(plain, VisionSettings(aggressiveness=aggressiveness))[0], TOKENS)
     # Beside an image that is pruned, too.
-    assert_keeps_all(get_method(name).select(_beside(plain), Budget(aggressiveness))[0], TOKENS)
+    assert_keeps_all(
+        get_method(name).select(_beside(plain), VisionSettings(aggressiveness=aggressiveness))[0], TOKENS
+    )
 
 
 def _beside(plain: VisionFeatures) -> VisionFeatures:
@@ -162,8 +175,10 @@ def _beside(plain: VisionFeatures) -> VisionFeatures:
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("budget", [Budget(0.5), Budget(keep_ratio=0.22)], ids=str)
-def test_every_dtype_of_the_tower_is_served(name: str, dtype: torch.dtype, budget: Budget) -> None:
+@pytest.mark.parametrize(
+    "budget", [VisionSettings(aggressiveness=0.5), VisionSettings(keep_ratio=0.22)], ids=str
+)
+def test_every_dtype_of_the_tower_is_served(name: str, dtype: torch.dtype, budget: VisionSettings) -> None:
     features = image(5, dtype=dtype)
     selection = get_method(name).select(features, budget)[0]
     assert selection.gather(features.patches[0]).dtype == dtype
@@ -176,7 +191,10 @@ def test_every_dtype_of_the_tower_is_served(name: str, dtype: torch.dtype, budge
 @given(seed=st.integers(0, 1000), aggressiveness=st.floats(0, 1), score=st.sampled_from(sorted(SCORES)))
 @settings(max_examples=20, deadline=None)
 def test_methods_compare_at_equal_counts(name: str, seed: int, aggressiveness: float, score: str) -> None:
-    features, budget = batch([image(seed), image(seed + 1)]), Budget(aggressiveness, score=score)
+    features, budget = (
+        batch([image(seed), image(seed + 1)]),
+        VisionSettings(aggressiveness=aggressiveness, score=score),
+    )
     expected = [selection.count for selection in get_method("inflection").select(features, budget)]
     assert [selection.count for selection in get_method(name).select(features, budget)] == expected
 
@@ -184,7 +202,9 @@ def test_methods_compare_at_equal_counts(name: str, seed: int, aggressiveness: f
 @every_method
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @budgets
-def test_non_finite_values_are_refused_or_have_no_effect(name: str, bad: float, budget: Budget) -> None:
+def test_non_finite_values_are_refused_or_have_no_effect(
+    name: str, bad: float, budget: VisionSettings
+) -> None:
     method = get_method(name)
     clean = method.select(batch([image(seed) for seed in range(3)]), budget)
     for field in ("patches", *OPTIONAL):
@@ -205,10 +225,10 @@ def test_a_missing_field_is_named(name: str) -> None:
     bare = VisionFeatures(image(0).patches, None, GRID, (0,))
     for field in get_method(name).needs:
         with pytest.raises(ValueError, match=f"{name}.*{field}"):
-            get_method(name).select(bare, Budget(keep_ratio=0.5))
+            get_method(name).select(bare, VisionSettings(keep_ratio=0.5))
     if not get_method(name).needs:
         with pytest.raises(ValueError, match=r"'cosine' needs cls.*choose among cls_attention, received"):
-            get_method(name).select(bare, Budget(aggressiveness=0.5))
+            get_method(name).select(bare, VisionSettings(aggressiveness=0.5))
 
 
 def test_names_are_looked_up_or_listed() -> None:
@@ -218,7 +238,7 @@ def test_names_are_looked_up_or_listed() -> None:
     with pytest.raises(
         ValueError, match=r"unknown score 'norm': choose one of cls_attention, cosine, received"
     ):
-        Budget(score="norm")
+        get_method("topk").select(image(1), VisionSettings(aggressiveness=0.5, score="norm"))
     for name, method in METHODS.items():
         assert name == method.name
         assert needs_of([name]) == method.needs <= set(OPTIONAL)

@@ -18,10 +18,11 @@ from tests.helpers.slow_selection import (
     select,
     top,
 )
-from vllm_vtprune.selection import METHODS, Budget, VisionFeatures, get_method, share_count
+from vllm_vtprune.selection import METHODS, VisionFeatures, get_method, share_count
 from vllm_vtprune.selection.methods.random import splitmix64
 from vllm_vtprune.selection.methods.uniform import even_grid
 from vllm_vtprune.selection.ops import complement, evenly
+from vllm_vtprune.settings import VisionSettings
 
 
 @ratios
@@ -45,7 +46,7 @@ def test_score_rankers_keep_the_best_by_their_score(number: int, ratio: float) -
 def test_the_request_chooses_the_score(score: str) -> None:
     given = features(0)
     for name in ("inflection", "topk"):
-        selection = get_method(name).select(given, Budget(keep_ratio=0.2, score=score))[0]
+        selection = get_method(name).select(given, VisionSettings(keep_ratio=0.2, score=score))[0]
         assert kept(selection) == top(field(given, score), 8)
 
 
@@ -66,7 +67,7 @@ def test_splitmix64_gives_its_published_numbers() -> None:
 def test_random_choices_are_nested_and_follow_the_image() -> None:
     def choice(seed: int, count: int, other_seed: int = 1) -> set[int]:
         given = VisionFeatures(torch.zeros(2, TOKENS, 3), None, GRID, (other_seed, seed))
-        return set(kept(get_method("random").select(given, Budget(keep_ratio=count / TOKENS))[1]))
+        return set(kept(get_method("random").select(given, VisionSettings(keep_ratio=count / TOKENS))[1]))
 
     for count in range(1, TOKENS):
         assert choice(5, count) <= choice(5, count + 1)
@@ -78,7 +79,7 @@ def test_random_choices_are_nested_and_follow_the_image() -> None:
 def test_random_keeps_every_position_equally_often() -> None:
     seeds = tuple(range(4000))
     given = VisionFeatures(torch.zeros(len(seeds), TOKENS, 1), None, GRID, seeds)
-    selections = get_method("random").select(given, Budget(keep_ratio=0.25))
+    selections = get_method("random").select(given, VisionSettings(keep_ratio=0.25))
     counts = torch.stack([selection.indices for selection in selections]).flatten().bincount(minlength=TOKENS)
     # Binomial(4000, 1/4): mean 1000, standard deviation 27.
     assert counts.min() > 1000 - 5 * 27

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.selection_cases import OPTIONAL, batch, budgets, every_method, image
-from vllm_vtprune.selection import Budget, get_method
+from vllm_vtprune.selection import get_method
+from vllm_vtprune.settings import VisionSettings
 
 
 class HostTraffic(TorchDispatchMode):
@@ -94,7 +95,7 @@ def test_the_counter_of_waits_counts(wait: Any, monkeypatch: pytest.MonkeyPatch)
 @every_method
 @budgets
 def test_a_selection_waits_for_the_device_once(
-    name: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
+    name: str, budget: VisionSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = batch([image(seed) for seed in range(4)])
     with host_traffic(monkeypatch) as seen:
@@ -109,13 +110,15 @@ def test_cuda_agrees_that_a_selection_waits_once(name: str) -> None:
     moved = {field: getattr(features, field).cuda() for field in ("patches", *OPTIONAL)}
     on_device = dataclasses.replace(features, **moved)
     method = get_method(name)
-    method.select(on_device, Budget(0.5))  # warm-up: handles and workspaces
+    method.select(on_device, VisionSettings(aggressiveness=0.5))  # warm-up: handles and workspaces
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing CUDA operation") as caught:
-            selections = method.select(on_device, Budget(0.5))
+            selections = method.select(on_device, VisionSettings(aggressiveness=0.5))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 1
-    for one, other in zip(selections, method.select(features, Budget(0.5)), strict=True):
+    for one, other in zip(
+        selections, method.select(features, VisionSettings(aggressiveness=0.5)), strict=True
+    ):
         assert one.count == other.count

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_vtprune.policy import PolicyError, PrunePolicy
+from vllm_vtprune.errors import PolicyError
+from vllm_vtprune.policy import PrunePolicy
 from vtprune_server.limits import ServerLimits, apply_to_vllm
 from vtprune_server.options import add_policy_options, policy_from_options
 
@@ -51,10 +52,10 @@ def test_every_kind_of_value_is_read_from_text() -> None:
 @pytest.mark.parametrize(
     "flags,named",
     [
-        (["--vtprune-max-images", "-1"], "max_images"),
+        (["--vtprune-max-images", "-1"], "--vtprune-max-images"),
         (["--vtprune-max-images", "many"], "--vtprune-max-images"),
         (["--vtprune-log-requests", "maybe"], "--vtprune-log-requests"),
-        (["--vtprune-min-tokens", "0"], "min_tokens"),
+        (["--vtprune-min-tokens", "0"], "--vtprune-min-tokens"),
         (["--vtprune-config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )

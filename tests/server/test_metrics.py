@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -118,3 +121,28 @@ def test_tower_passes_and_cache_hits(server: str) -> None:
         post(server, chat_body(noise(987), vtprune={"aggressiveness": aggressiveness}))
     assert [b - a for a, b in zip(first, read(), strict=True)] == [1, 1, 1, 1]
     assert metric(server, "vtprune_tower_cache_bytes") > 0
+
+
+def test_images_that_wait_for_the_tower_are_shown_and_none_is_left_over(server: str) -> None:
+    """Some of the clients hang up before they are answered."""
+    bodies = [chat_body(*(noise(5000 + 10 * i + j) for j in range(8))) for i in range(24)]
+
+    def ask(i: int) -> None:
+        with suppress(httpx.TimeoutException):
+            post(server, bodies[i], timeout=0.2 if i % 3 == 0 else 120)
+
+    def waiting() -> float:
+        return metric(server, "vtprune_tower_waiting_images")
+
+    with ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(ask, i) for i in range(len(bodies))]
+        seen = [waiting()]
+        while not all(request.done() for request in asked):
+            seen.append(waiting())
+        for request in asked:
+            request.result()
+    assert max(seen) > 0
+    deadline = time.monotonic() + 60
+    while waiting() != 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert waiting() == 0

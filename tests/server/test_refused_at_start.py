@@ -46,8 +46,14 @@ def test_the_rust_front_end(tmp_path: Path) -> None:
     assert "VLLM_USE_RUST_FRONTEND" in serve(tmp_path, VLLM_USE_RUST_FRONTEND="1")
 
 
+def test_a_machine_without_the_library_that_vllms_cpu_kernels_are_linked_to(tmp_path: Path) -> None:
+    """As in slim Debian images; a file that is no library stands in for the missing one."""
+    (tmp_path / "libnuma.so.1").write_bytes(b"")
+    assert "libnuma1" in serve(tmp_path, LD_LIBRARY_PATH=str(tmp_path))
+
+
 def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
-    assert "max_aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
+    assert "--vtprune-max-aggressiveness" in serve(tmp_path, "--vtprune-max-aggressiveness", "2")
     assert "number" in serve(tmp_path, "--prune-layer", "three")
 
 

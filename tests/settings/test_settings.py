@@ -11,17 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vtprune import engine_kwargs, request_kwargs
-from vllm_vtprune.policy import PolicyError, PrunePolicy
+from vllm_vtprune.contract import HEADERS, PRESETS
+from vllm_vtprune.errors import PolicyError, SettingsError
+from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.settings import (
-    HEADERS,
-    PRESETS,
-    Controls,
-    KVSettings,
-    PruneSettings,
-    SettingsError,
-    VisionSettings,
-)
+from vllm_vtprune.settings import Controls, KVSettings, PruneSettings, VisionSettings
 
 POLICY = PrunePolicy(prune_layer=2)
 UNIT = st.floats(0, 1)

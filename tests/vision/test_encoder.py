@@ -15,8 +15,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.conftest import DEMO_MODEL
 from tests.helpers.checkpoints import edit_config, random_llava
+from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.vision import service as vision_service
-from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
+from vllm_vtprune.vision.checkpoint import load_vision_weights
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput, VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 from vllm_vtprune.vision.service import VisionService
@@ -246,6 +247,27 @@ def test_concurrent_callers_share_a_pass() -> None:
         thread.join(10)
     assert results == {name: float(name[1:]) for name in names}
     assert encoder.batches == [1, 8]
+
+
+def test_images_that_wait_for_a_pass_are_told_of_and_none_is_left_over() -> None:
+    tower, encoder = service(max_batch=4)
+    changes: list[int] = []
+    tower.waiting_observer = changes.append
+    encoder.go.clear()
+    names = [f"k{i}" for i in range(9)]
+    threads = [threading.Thread(target=tower.encode, args=([name], numbers([name]))) for name in names]
+    for thread in threads:
+        thread.start()
+    while sum(changes) != 8 or len(tower._waiting) != 8:
+        pass  # the ninth is in the pass under way
+    encoder.go.set()
+    for thread in threads:
+        thread.join(10)
+    assert sum(changes) == 0 and sorted(changes)[:2] == [-4, -4]
+    encoder.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError):
+        tower.encode(["k10"], numbers(["k10"]))
+    assert sum(changes) == 0
 
 
 def test_a_pass_holds_at_most_max_batch() -> None:

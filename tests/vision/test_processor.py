@@ -22,8 +22,8 @@ from vllm.plugins import load_general_plugins
 from tests.conftest import DEMO_MODEL
 from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.settings import SettingsError
 from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 IMAGE_TOKEN = 3

@@ -10,16 +10,16 @@ Nothing here knows of vLLM or torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_vtprune.settings import KVSettings, SettingsError
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.settings import KVSettings
+from vllm_vtprune.share import share_of
 
 #: Why a prompt that asked for dropping is served whole.
 Unpruned = Literal["too_long", "prompt_logprobs", "prompt_embeds", "streaming_input", "bad_settings"]
@@ -114,15 +114,10 @@ def protected_positions(
 
 
 def tokens_kept(prompt_tokens: int, protected: int, settings: KVSettings) -> int:
-    """`max(ceil(r * n), protected)`, at most n.
-
-    The share counts as the decimal it is written as: 0.07 of 100 tokens are 7, although the binary fraction
-    nearest to 0.07 times 100 is a little above 7.
-    """
+    """`max(ceil(r * n), protected)`, at most n."""
     if not settings.drops:
         return prompt_tokens
-    share = math.ceil(Fraction(repr(float(settings.keep))) * prompt_tokens)
-    return min(prompt_tokens, max(share, protected))
+    return min(prompt_tokens, max(share_of(settings.keep, prompt_tokens), protected))
 
 
 def kv_tokens_kept(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
+_NOBODY: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+
+
 @dataclass
 class RequestDrop:
     """What a worker keeps of a request that loses tokens.
@@ -105,6 +108,10 @@ class KVDropState:
 
     A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and
     `seq_lens` are written in place for that reason.
+
+    Attributes:
+        overrun: rows of the batch whose request holds too few blocks for what the step writes. Scheduler and
+            worker then disagree on its prompt: it must fail, and nothing of it is written.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, device: torch.device) -> None:
@@ -117,7 +124,9 @@ class KVDropState:
         self.device = device
         self.step: StepGeometry | None = None
         self.prompts: PrunedPrompts | None = None
+        self.overrun: set[int] = set()
         self._drops: Sequence[RequestDrop | None] = ()
+        self._rows = self._ends = _NOBODY
 
     def clear(self) -> None:
         """No request in the batch has lost tokens, as in vLLM's dummy runs."""
@@ -125,7 +134,9 @@ class KVDropState:
             self.dropped.zero_()
         self.step = None
         self.prompts = None
+        self.overrun = set()
         self._drops = ()
+        self._rows = self._ends = _NOBODY
 
     def begin(
         self,
@@ -142,17 +153,21 @@ class KVDropState:
         """
         if not any(drops):
             self.clear()
+            self._rows, self._ends = scheduled, computed + scheduled
             return
+        self.overrun = set()
         last = self.step
         if last is not None and self._decodes_on(last, drops, scheduled, computed):
             # as nearly every step does; with a small model the geometry would be a tenth of its time
             positions = (computed - last.dropped).astype(np.int64)
             self.step = replace(last, positions=positions)
+            self._rows, self._ends = scheduled, computed + scheduled - last.dropped
             self._copy(self.positions, positions)
             return
         dropped = np.fromiter((d.dropped if d else 0 for d in drops), dtype=np.int32, count=len(drops))
         step = self.step = step_geometry(scheduled, computed, dropped)
         self._drops = drops
+        self._rows, self._ends = np.diff(step.query_start_loc), computed + scheduled - dropped
         self.dropped.zero_()
         self._copy(self.dropped, dropped)
         self._copy(self.query_start_loc, step.query_start_loc)
@@ -177,16 +192,29 @@ class KVDropState:
             and bool(computed.all())
         )
 
-    def write_slots(self, block_table: Tensor, block_size: int, slots: Tensor) -> None:
+    def write_slots(
+        self, block_table: Tensor, block_size: int, slots: Tensor, blocks: NDArray[np.int32] | None
+    ) -> None:
         """Write where the step's rows go above the prune layer, in place: a CUDA graph reads this buffer.
 
         Args:
             block_table: the group's, one row per request of the batch, [>= R, blocks].
             block_size: tokens of a block.
             slots: the group's slot mapping, [>= M]; -1 past the rows, which tells kernels to write nothing.
+            blocks: how many blocks of its row each request holds, [>= R]; what lies beyond them in the row
+                is another's. None in a dummy run, which writes nothing.
         """
-        if self.step is None:
+        if self.step is not None:
+            self._write_places(block_table, block_size, slots)
+        if blocks is None:
             return
+        for index in np.flatnonzero(blocks[: len(self._ends)] * block_size < self._ends).tolist():
+            end = int(self._rows[: index + 1].sum())
+            slots[end - int(self._rows[index]) : end] = -1
+            self.overrun.add(index)
+
+    def _write_places(self, block_table: Tensor, block_size: int, slots: Tensor) -> None:
+        assert self.step is not None
         n = self.step.rows
         positions = self.positions[:n]
         blocks = block_table[self.requests[:n], positions // block_size]

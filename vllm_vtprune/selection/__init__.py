@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 1's rules: which vision tokens of an image stay. Plain torch; knows nothing of vLLM."""
 
-from vllm_vtprune.selection.base import Budget, Selection, SelectionMethod, share_count
+from vllm_vtprune.selection.base import Selection, SelectionMethod, share_count
 from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.inflection import Curve, inflection_counts, score_curve, slope_of
 from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS, get_method, needs_of
@@ -12,7 +12,6 @@ __all__ = [
     "METHODS",
     "SCORES",
     "SCORE_NEEDS",
-    "Budget",
     "Curve",
     "Selection",
     "SelectionMethod",

@@ -10,8 +10,6 @@ from vllm_vtprune.selection.features import VisionFeatures
 
 Score = Callable[[VisionFeatures], Tensor]
 
-DEFAULT_SCORE = "cosine"
-
 # Where a vector is zero its cosine is 0, not NaN.
 _SHORTEST = 1e-12
 

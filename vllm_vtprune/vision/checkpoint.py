@@ -14,14 +14,12 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from vllm_vtprune.errors import CheckpointError
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOWER = "vision_tower."
 _PROJECTOR = "multi_modal_projector."
-
-
-class CheckpointError(ValueError):
-    """The checkpoint does not hold the weights the plugin needs; the message says which."""
 
 
 def load_vision_weights(

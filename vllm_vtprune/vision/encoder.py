@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vllm_vtprune.vision.checkpoint import CheckpointError, load_vision_weights
+from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.vision.checkpoint import load_vision_weights
 from vllm_vtprune.vision.tower_pass import TowerPass, tower_pass
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import get_score
 from vllm_vtprune.vision.crop import crop_of
-from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor, budget_of
+from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
 
 if TYPE_CHECKING:
     from vllm_vtprune.settings import VisionSettings
@@ -72,8 +72,8 @@ def explain(
         ValueError: the image cannot be preprocessed, or its scores are not finite.
     """
     features = processor.vision_features(image, settings, media_io_kwargs)
-    method, budget = get_method(settings.method), budget_of(settings)
-    selection = method.select(features, budget)[0]
+    method = get_method(settings.method)
+    selection = method.select(features, settings)[0]
     scores = get_score(settings.score)(features)
     curve = score_curve(scores)
     tokens = features.tokens

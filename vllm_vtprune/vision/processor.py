@@ -27,11 +27,11 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.context import plugin_context
-from vllm_vtprune.selection.base import Budget
+from vllm_vtprune.contract import KWARG
 from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import SCORE_NEEDS
-from vllm_vtprune.settings import KWARG, VisionSettings
+from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.crop import bounded
 from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput
 from vllm_vtprune.vision.service import VisionService, vision_service
@@ -191,7 +191,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             kept = [f.patches for f in features]
         else:
             batch = _stack(features, keys, self.vision.encoder.grid)
-            selections = get_method(settings.method).select(batch, budget_of(settings))
+            selections = get_method(settings.method).select(batch, settings)
             kept = [s.gather(f.patches) for s, f in zip(selections, features, strict=True)]
         projected = self.vision.encoder.project([(k, f.cls) for k, f in zip(kept, features, strict=True)])
         model_config = self.info.ctx.model_config
@@ -280,11 +280,6 @@ def _bounded(image: Any, image_processor: Any) -> Any:
 def _needs(settings: VisionSettings) -> frozenset[str]:
     """The optional outputs of the tower that the method and the score read."""
     return (get_method(settings.method).needs | SCORE_NEEDS[settings.score]) & OPTIONAL_OUTPUTS
-
-
-def budget_of(settings: VisionSettings) -> Budget:
-    """What the settings let stay, in selection's terms."""
-    return Budget(settings.aggressiveness, settings.keep_ratio, settings.min_tokens, settings.score)
 
 
 def _stack(features: list[TowerOutput], keys: list[str], grid: tuple[int, int]) -> VisionFeatures:

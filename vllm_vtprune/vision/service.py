@@ -52,6 +52,8 @@ class VisionService:
         max_batch: most images in one pass.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         observer: called after each pass with (images in it, seconds); for metrics.
+        waiting_observer: called with each change in the number of images that wait for a pass, from the
+            threads that make it; for metrics.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class VisionService:
         max_batch: int = 16,
         threads: int = 0,
         observer: Callable[[int, float], None] | None = None,
+        waiting_observer: Callable[[int], None] | None = None,
     ) -> None:
         self.encoder = encoder
         self.cache = cache
         self.observer = observer
+        self.waiting_observer = waiting_observer
         self._max_batch = max_batch
         self._threads = threads
         self._waiting: deque[_Job] = deque()
@@ -127,6 +131,7 @@ class VisionService:
             job = _Job(key, pixel_values, outputs, Future())
             self._in_flight[key] = job
             self._waiting.append(job)
+            self._tell_waiting(1)
         return job.future
 
     def _run_until_done(self, futures: Sequence[Future[TowerOutput]]) -> None:
@@ -141,12 +146,17 @@ class VisionService:
                 count = min(self._max_batch, len(self._waiting))
                 batch = [self._waiting.popleft() for _ in range(count)]
             try:
+                self._tell_waiting(-count)
                 with _torch_threads(self._threads_for(len(batch))):
                     self._run_batch(batch)
             finally:
                 with self._pass_done:
                     self._running = False
                     self._pass_done.notify_all()
+
+    def _tell_waiting(self, change: int) -> None:
+        if self.waiting_observer is not None:
+            self.waiting_observer(change)
 
     def _threads_for(self, images: int) -> int:
         if self._threads:

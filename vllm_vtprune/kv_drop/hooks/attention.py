@@ -36,9 +36,14 @@ def dropping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         """The backend's builder, given the batch as the layers above the prune layer see it."""
 
         def __init__(
-            self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any
+            self,
+            kv_cache_spec: AttentionSpec,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            *args: Any,
+            **kwargs: Any,
         ) -> None:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
+            super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self._state: KVDropState = getattr(layer, _ATTRIBUTE)
 

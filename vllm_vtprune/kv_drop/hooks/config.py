@@ -6,9 +6,11 @@ Without a prune layer none of this runs and vLLM is as it ships.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.hooks.request_check import install_request_check
 from vllm_vtprune.kv_drop.plan import KVDropConfig
 
@@ -21,10 +23,6 @@ _SCHEDULER = "vllm_vtprune.kv_drop.hooks.scheduler.build_scheduler"
 _WORKER = "vllm_vtprune.kv_drop.hooks.worker.KVDropWorker"
 #: `model_type` of the decoders whose layers the plugin can run in two halves.
 DECODERS = ("llama",)
-
-
-class UnsupportedConfigError(ValueError):
-    """Stage 2 cannot work with this model or engine configuration; the message says what to change."""
 
 
 def recommended_prune_layer(layers: int) -> int:
@@ -59,6 +57,8 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     problem = _problem(vllm_config, policy)
     if problem is not None:
         raise UnsupportedConfigError(f"vtprune: prune_layer cannot be used with {problem}.")
+    # left unset, vLLM would turn them on by itself (`VllmConfig._maybe_enable_breakable_cudagraph`)
+    os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     vllm_config.parallel_config.worker_cls = _WORKER
     install_request_check()
@@ -121,6 +121,7 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
     text = model.hf_text_config
     if text.model_type not in DECODERS:
         return f"a {text.model_type} decoder; the supported ones are {', '.join(DECODERS)}"
+    from vllm import envs
     from vllm.platforms import current_platform
 
     wrong = {
@@ -134,6 +135,10 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
         "LoRA adapters; leave out --enable-lora": vllm_config.lora_config is not None,
         "KV transfer; leave out --kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "encoder-cache transfer; leave out --ec-transfer-config": vllm_config.ec_transfer_config is not None,
+        # they replay a batch without the model's Python, which rates and drops
+        "breakable CUDA graphs; leave out VLLM_USE_BREAKABLE_CUDAGRAPH=1": (
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH and not model.enforce_eager
+        ),
         "fast prefill; leave out --kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
         "a single KV-cache group; leave out --disable-hybrid-kv-cache-manager": bool(
             scheduler.disable_hybrid_kv_cache_manager

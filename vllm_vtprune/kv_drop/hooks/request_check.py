@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vtprune.settings import KVSettings, SettingsError
+from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.kv_drop.hooks.requests import prompt_logprobs_of
+from vllm_vtprune.settings import KVSettings
 
 
 def install_request_check() -> None:
@@ -47,8 +49,8 @@ def check_request(params: Any) -> None:
         settings = KVSettings.from_extra_args(getattr(params, "extra_args", None), KVSettings())
     except SettingsError as error:
         raise VLLMValidationError(str(error), parameter=error.param) from error
-    if settings.drops and params.prompt_logprobs is not None:
+    if settings.drops and prompt_logprobs_of(params) is not None:
+        name = "prompt_logprobs" if params.prompt_logprobs is not None else "prompt_logprob_token_ids"
         raise VLLMValidationError(
-            "Dropped tokens have no log-probabilities: leave prompt_logprobs out, or kv_keep.",
-            parameter="prompt_logprobs",
+            f"Dropped tokens have no log-probabilities: leave {name} out, or kv_keep.", parameter=name
         )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt, protected_positions, settings_of
 from vllm_vtprune.kv_drop.step import RequestDrop
@@ -19,6 +19,17 @@ def placeholder_ranges(mm_features: Sequence[MultiModalFeatureSpec]) -> list[tup
     return [
         (f.mm_position.offset, f.mm_position.length) for f in mm_features if f.modality != "prompt_embeds"
     ]
+
+
+def prompt_logprobs_of(params: Any) -> int | None:
+    """How many log-probabilities of each prompt token `params` (`SamplingParams`) asks for; None for none.
+
+    0 where it scores token ids of its own (`prompt_logprob_token_ids`): that reads every prompt row, too.
+    """
+    asked: int | None = params.prompt_logprobs
+    if asked is None and params.prompt_logprob_token_ids is not None:
+        return 0
+    return asked
 
 
 def plan_request(
@@ -40,7 +51,7 @@ def plan_request(
         placeholder_ranges(mm_features),
         settings,
         config,
-        prompt_logprobs=sampling_params.prompt_logprobs,
+        prompt_logprobs=prompt_logprobs_of(sampling_params),
         has_prompt_embeds=any(f.modality == "prompt_embeds" for f in mm_features),
         streaming_input=streaming_input,
         num_tokens=num_tokens,

@@ -64,8 +64,9 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
                 for group_id in groups_above([g.kv_cache_spec for g in self.kv_cache_config.kv_cache_groups]):
                     table = self.input_batch.block_table[group_id]
                     rows = table.get_device_tensor(self.input_batch.num_reqs)
+                    held = table.num_blocks_per_row[: len(rows)]
                     # the tensors by layer are the same
-                    self._kv_drop.write_slots(rows, table.block_size, by_group[group_id])
+                    self._kv_drop.write_slots(rows, table.block_size, by_group[group_id], held)
             return by_group, by_layer
 
         def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@ The model class names it through `get_model_state_cls`. Hooks, all of
 `vllm.v1.worker.gpu.model_states.default.DefaultModelState` in vLLM 0.32: `add_request`, `remove_request` and
 `prepare_attn`, which every real and dummy step with attention passes through. All else is shared with V1.
 V2 removes a preempted request like a finished one and adds it anew when it resumes, so `KVDropWorker` says
-beforehand which is which: what was kept of a preempted prompt must be kept again.
+beforehand which is which: what was kept of a preempted prompt must be kept again. It also brings the block
+counts (`vllm.v1.worker.gpu.block_table.BlockTables.num_blocks`), which no argument of these methods carries.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_vtprune.kv_drop.hooks.cache import groups_above
@@ -39,15 +42,22 @@ class KVDropModelState(DefaultModelState):
         self._drops: dict[str, RequestDrop | None] = {}
         self._preempted: dict[str, RequestDrop | None] = {}
         self._leaving: frozenset[str] = frozenset()
+        self._blocks: NDArray[np.int32] | None = None
 
-    def expect(self, finished: Collection[str], preempted: Collection[str]) -> None:
+    def expect(
+        self, finished: Collection[str], preempted: Collection[str], blocks: NDArray[np.int32]
+    ) -> None:
         """Say which of the requests that a step is about to remove will come back.
 
         Args:
             finished: ids that will not, those that were aborted while they waited to resume among them.
             preempted: ids that will.
+            blocks: how many blocks each request holds, [groups, requests of the runner]; read once the step's
+                own are in it.
         """
-        self._leaving = frozenset(preempted)
+        # a reset of the prefix cache preempts, and an abort before the next step finishes what it preempted
+        self._leaving = frozenset(preempted).difference(finished)
+        self._blocks = blocks
         for request_id in finished:
             self._preempted.pop(request_id, None)
 
@@ -57,6 +67,11 @@ class KVDropModelState(DefaultModelState):
         if new_req_data.req_id in self._preempted:
             self._drops[new_req_data.req_id] = self._preempted.pop(new_req_data.req_id)
             return
+        if new_req_data.num_computed_tokens > 0:
+            # a pruned prompt starts at its first token: this one read the prefix cache, or it is a
+            # streaming-input session's that grew
+            self._drops[new_req_data.req_id] = None
+            return
         self._drops[new_req_data.req_id] = request_drop(
             new_req_data.prompt_token_ids,
             new_req_data.mm_features,
@@ -65,9 +80,15 @@ class KVDropModelState(DefaultModelState):
         )
 
     def remove_request(self, req_id: str) -> None:
-        """Forget a request that finished; put one that was preempted aside."""
+        """Forget a request that finished; put one that was preempted aside.
+
+        `GPUModelRunner.add_requests` also calls this for each request that it is about to add. One that was
+        preempted may resume in that very step (`Scheduler.reset_prefix_cache`): by then it was put aside.
+        """
         super().remove_request(req_id)
-        drop = self._drops.pop(req_id, None)
+        if req_id not in self._drops:
+            return
+        drop = self._drops.pop(req_id)
         if req_id in self._leaving:
             self._preempted[req_id] = drop
 
@@ -91,7 +112,12 @@ class KVDropModelState(DefaultModelState):
         state.begin(drops, input_batch.num_scheduled_tokens, input_batch.num_computed_tokens_np)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         for group_id in groups_above(specs):
-            state.write_slots(block_tables[group_id], specs[group_id].block_size, slot_mappings[group_id])
+            state.write_slots(
+                block_tables[group_id],
+                specs[group_id].block_size,
+                slot_mappings[group_id],
+                self._blocks_held(group_id, input_batch),
+            )
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -102,3 +128,10 @@ class KVDropModelState(DefaultModelState):
             *args,
             **kwargs,
         )
+
+    def _blocks_held(self, group_id: int, input_batch: InputBatch) -> NDArray[np.int32] | None:
+        """Blocks of the group that each request of the batch holds, [R]; None for a dummy batch."""
+        if self._blocks is None or input_batch.req_ids[0] not in self._drops:
+            return None
+        held: NDArray[np.int32] = self._blocks[group_id, input_batch.idx_mapping_np]
+        return held

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with one more rule: a prompt that will be pruned is taken whole, or not yet.
 
-Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`, and
+Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`,
 `_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not
-yet".
+yet", and `update_from_output`, which fails the requests of `encoder_cache_mismatch_reqs` and goes on.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_vtprune.kv_drop.hooks.cache import PlannedBlocksManager
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.failures import failed_requests
 from vllm_vtprune.kv_drop.hooks.requests import plan_request
 from vllm_vtprune.kv_drop.plan import PromptPlan
 from vllm_vtprune.settings import KVSettings
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
 _WHY = {
     "too_long": "a prompt longer than one step can take (raise --max-num-batched-tokens)",
-    "prompt_logprobs": "prompt_logprobs together with kv_keep below 1",
+    "prompt_logprobs": "log-probabilities of the prompt together with kv_keep below 1",
     "prompt_embeds": "a prompt given as embeddings",
     "streaming_input": "a prompt that may still grow",
     "bad_settings": "an entry in extra_args that is no KV setting (build it with request_kwargs)",
@@ -58,6 +61,9 @@ class _KVDropMixin(Scheduler):
         """Plan the request's prompt before it is queued."""
         if request.request_id not in self.requests:
             self._plan(request)
+        else:
+            # the next chunk of a streaming-input session, whose settings replace those of the last one
+            _keep_whole(request)
         super().add_request(request)
 
     def _plan(self, request: Request) -> None:
@@ -78,13 +84,8 @@ class _KVDropMixin(Scheduler):
             self.unpruned[plan.unpruned] = self.unpruned.get(plan.unpruned, 0) + 1
             if first:
                 logger.warning("vtprune: served unpruned: %s. Not logged again.", _WHY[plan.unpruned])
-            if plan.unpruned == "streaming_input" and request.sampling_params is not None:
-                # the worker cannot see that the prompt may grow, so it is told in the settings it reads
-                request.sampling_params = request.sampling_params.clone()
-                request.sampling_params.extra_args = {
-                    **(request.sampling_params.extra_args or {}),
-                    **KVSettings().extra_args(),
-                }
+            if plan.unpruned == "streaming_input":
+                _keep_whole(request)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -95,10 +96,40 @@ class _KVDropMixin(Scheduler):
             return 0
         return tokens
 
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """Fail the requests on whose prompts worker and scheduler disagree; their results are dropped."""
+        for request_id in failed_requests(model_runner_output):
+            logger.error(
+                "vtprune: request %s failed: the worker has more tokens for it above the prune layer than "
+                "the scheduler gave blocks for. Please report this.",
+                request_id,
+            )
+            _withhold(model_runner_output, request_id)
+            self.encoder_cache_mismatch_reqs.add(request_id)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
         self.prompt_plans.pop(request.request_id, None)
         return freed
+
+
+def _keep_whole(request: Request) -> None:
+    """Have the worker serve a prompt that may grow whole: it cannot see that, so its settings say so."""
+    if request.sampling_params is not None:
+        request.sampling_params = request.sampling_params.clone()
+        request.sampling_params.extra_args = {
+            **(request.sampling_params.extra_args or {}),
+            **KVSettings().extra_args(),
+        }
+
+
+def _withhold(output: ModelRunnerOutput, request_id: str) -> None:
+    """Take a request's results out of a step's output."""
+    if output.sampled_token_ids:
+        output.sampled_token_ids[output.req_id_to_index[request_id]] = []
+    output.prompt_logprobs_dict.pop(request_id, None)
+    output.prompt_token_id_logprobs_dict.pop(request_id, None)
 
 
 class KVDropScheduler(_KVDropMixin, Scheduler):

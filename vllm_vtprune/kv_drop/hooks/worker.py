@@ -2,7 +2,7 @@
 """vLLM's worker with stage 2: KV-cache specs split at the prune layer, and the model runner's seam installed.
 
 `ParallelConfig.worker_cls` names `KVDropWorker`. Hooks of `vllm.v1.worker.gpu_worker.Worker` in vLLM 0.32:
-`init_device`, which builds the model runner, `get_kv_cache_spec` and `execute_model`.
+`init_device`, which builds the model runner, `get_kv_cache_spec`, `execute_model` and `sample_tokens`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.runner_v1 import install
 
 if TYPE_CHECKING:
@@ -39,9 +40,17 @@ class KVDropWorker(_Worker):
         if self.use_v2_model_runner:
             runner: Any = self.model_runner
             runner.model_state.expect(
-                scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ()
+                scheduler_output.finished_req_ids,
+                scheduler_output.preempted_req_ids or (),
+                runner.block_tables.num_blocks.np,
             )
         return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Let vLLM finish the step, and report the requests that could not be served in it."""
+        output = super().sample_tokens(grammar_output)
+        report_failures(output, self.model_runner.get_model().kv_drop)
+        return output
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The layers' specs, those below and above the prune layer apart."""

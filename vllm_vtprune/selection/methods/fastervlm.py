@@ -17,5 +17,5 @@ class FasterVLM(RankedMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
 
     def rank(self, pruning: Pruning) -> Tensor:
-        """[B, N] CLS attention, mean over heads, whatever the budget's score."""
+        """[B, N] CLS attention, mean over heads, whatever the request's score."""
         return cls_attention(pruning.features)

@@ -11,12 +11,12 @@ class Inflection(RankedMethod):
     """Keeps the tokens before the inflection point of the image's sorted scores.
 
     After arXiv 2409.01162, whose code is not public: the rule is our reading. The image decides how many: see
-    `selection.inflection`. The score is the budget's.
+    `selection.inflection`. The score is the request's.
     """
 
     name = "inflection"
     ranks_by_score = True
 
     def rank(self, pruning: Pruning) -> Tensor:
-        """[B, N] the budget's score."""
+        """[B, N] the request's score."""
         return pruning.scores

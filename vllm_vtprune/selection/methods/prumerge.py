@@ -38,11 +38,11 @@ class PruMerge(SelectionMethod):
 
     def counts(self, pruning: Pruning) -> Tensor:
         """Under `aggressiveness` the outliers and the summary, within min_tokens and N."""
-        budget, tokens = pruning.budget, pruning.features.tokens
-        if budget.keep_ratio is not None or budget.aggressiveness is None:
+        settings, tokens = pruning.settings, pruning.features.tokens
+        if settings.keep_ratio is not None or settings.aggressiveness is None:
             return super().counts(pruning)
-        outliers = outlier_counts(cls_attention(pruning.features), budget.aggressiveness)
-        return (self.density * outliers + 1).clamp(min(budget.min_tokens, tokens), tokens)
+        outliers = outlier_counts(cls_attention(pruning.features), settings.aggressiveness)
+        return (self.density * outliers + 1).clamp(min(settings.min_tokens, tokens), tokens)
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """Anchors with what was merged into them, and the summary; a count of 1 is one anchor."""

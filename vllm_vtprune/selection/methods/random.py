@@ -11,7 +11,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Random(RankedMethod):
-    """Keeps tokens at random, at the count the budget gives.
+    """Keeps tokens at random, at the count the settings give.
 
     The draw depends on the image's seed alone, not on the batch, the device or the count: a smaller choice is
     part of a larger one. Positions are ranked by SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose

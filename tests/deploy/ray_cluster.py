@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Ray cluster over `nodes`, and vtprune deployed on it as deploy/ray/README.md says."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from tests.conftest import REPOSITORY
+from tests.deploy.nodes import Node, machines
+
+FILES = REPOSITORY / "deploy" / "ray"
+_BIN = Path(sys.executable).parent
+_PORT = 8000
+_START_SECONDS = 240
+
+
+class RayCluster:
+    """A head and its workers.
+
+    Args:
+        nodes: the machines, the head's first.
+        folder: for logs and the token; short, since Ray puts sockets below it.
+        env: of every node, beside deploy/ray/node.env.
+    """
+
+    def __init__(self, nodes: list[Node], folder: Path, env: Mapping[str, str]) -> None:
+        self.nodes = nodes
+        self.folder = folder
+        self.token = secrets.token_hex(32)
+        (folder / "token").write_text(self.token)
+        self.env = {
+            **os.environ,
+            **node_environment(),
+            **env,
+            "RAY": str(_BIN / "ray"),
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            # the checkout's packages, wherever the environment's install points
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'server'}",
+        }
+        if nodes[0].namespace is None:  # one host: the second proxy needs another port
+            self.env["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = str(_PORT + 1)
+
+    def url(self, node: int) -> str:
+        """Serve's proxy on a node."""
+        port = _PORT if node == 0 or self.nodes[0].namespace else _PORT + 1
+        return f"http://{self.nodes[node].address}:{port}"
+
+    def start_node(self, number: int) -> None:
+        """`ray start` on a machine."""
+        node, head = self.nodes[number], self.nodes[0].address
+        where = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1"]
+        if number:
+            where = ["--address", f"{head}:6379"]
+        with (self.folder / f"node{number}.log").open("ab") as log:
+            node.start(
+                *(str(_BIN / "ray"), "start", "--block", "--node-ip-address", node.address, *where),
+                *("--num-cpus", "4", "--object-store-memory", "100000000"),
+                *("--temp-dir", str(self.folder / f"n{number}")),
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def api(self, path: str) -> Any:
+        """Ask the dashboard, from the head, where alone it listens."""
+        code = (
+            "import sys, urllib.request as u; h = {'Authorization': 'Bearer ' + sys.argv[2]}; "
+            "print(u.urlopen(u.Request(sys.argv[1], headers=h), timeout=20).read().decode())"
+        )
+        command = self.nodes[0].command(
+            sys.executable, "-I", "-c", code, f"http://127.0.0.1:8265{path}", self.token
+        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+        if done.returncode:
+            raise ConnectionError(done.stderr[-500:])
+        return json.loads(done.stdout)
+
+    def nodes_alive(self) -> int:
+        """How many nodes Ray counts."""
+        nodes = self.api("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+    def deploy(self, config: Mapping[str, Any]) -> None:
+        """`serve deploy FILE` on the head."""
+        file = self.folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(dict(config)))
+        done = subprocess.run(
+            self.nodes[0].command(str(_BIN / "serve"), "deploy", str(file), "-a", "http://127.0.0.1:8265"),
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+
+    def application(self) -> dict[str, Any]:
+        """Serve's details of the application `vtprune`."""
+        details: dict[str, Any] = self.api("/api/serve/applications/")["applications"].get("vtprune", {})
+        return details
+
+    def replicas(self, state: str = "RUNNING") -> list[dict[str, Any]]:
+        """Replicas in a state: their `pid`, `node_ip`, `replica_id`, ..."""
+        deployment = self.application().get("deployments", {}).get("VTPrune", {})
+        return [replica for replica in deployment.get("replicas", []) if replica["state"] == state]
+
+    def running(self, replicas: int) -> bool:
+        """Whether so many replicas run, no more and no fewer, and Serve calls the application RUNNING."""
+        application = self.application()
+        if application.get("status") == "DEPLOY_FAILED":
+            raise RuntimeError(application.get("message"))
+        every = application.get("deployments", {}).get("VTPrune", {}).get("replicas", [])
+        states = [replica["state"] for replica in every]
+        return application.get("status") == "RUNNING" and states == ["RUNNING"] * replicas
+
+    def wait_running(self, replicas: int, timeout: float = _START_SECONDS) -> float:
+        """Wait for `running`; the seconds it took."""
+        return wait_until(lambda: self.running(replicas), timeout, self.describe)
+
+    def describe(self) -> str:
+        """Status and the ends of logs, for a failure's message."""
+        said = [json.dumps(self.application(), indent=1)[-4000:]]
+        for log in sorted(self.folder.glob("n*/session_latest/logs/serve/replica*.log")):
+            said.append(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}")
+        return "\n".join(said)
+
+    def engine_of(self, replica: dict[str, Any]) -> psutil.Process:
+        """A replica's EngineCore process."""
+        for child in psutil.Process(replica["pid"]).children(recursive=True):
+            if "EngineCore" in " ".join(child.cmdline()):
+                return child
+        raise LookupError("the replica has no engine process")
+
+    def proxy_of(self, number: int) -> psutil.Process:
+        """The process of Serve's proxy on a node."""
+        port = httpx.URL(self.url(number)).port
+        for process in self.nodes[number].processes():
+            if "ProxyActor" in " ".join(process.cmdline()) and any(
+                c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in _sockets(process)
+            ):
+                return process
+        raise LookupError("the node has no proxy")
+
+    def logs(self) -> str:
+        """What replicas have printed, on all nodes."""
+        files = sorted(self.folder.glob("n*/session_latest/logs/*.err"))
+        return "\n".join(file.read_text(errors="replace") for file in files)
+
+
+def _sockets(process: psutil.Process) -> list[Any]:
+    try:
+        return list(process.net_connections("tcp"))
+    except psutil.Error:
+        return []
+
+
+def node_environment() -> dict[str, str]:
+    """deploy/ray/node.env."""
+    lines = (FILES / "node.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def serve_file(flags: str = "", **deployment: Any) -> dict[str, Any]:
+    """deploy/ray/serve.yaml with other flags or options of the deployment."""
+    config: dict[str, Any] = yaml.safe_load((FILES / "serve.yaml").read_text())
+    (application,) = config["applications"]
+    application["args"]["flags"] = flags
+    application["deployments"][0] |= deployment
+    return config
+
+
+def wait_until(
+    holds: Callable[[], bool], timeout: float, describe: Callable[[], str] = str, every: float = 0.5
+) -> float:
+    """Wait until something holds, and give the seconds; an error in between counts as no."""
+    began, last = time.monotonic(), ""
+    while time.monotonic() - began < timeout:
+        try:
+            if holds():
+                return time.monotonic() - began
+        except (httpx.HTTPError, OSError, KeyError, subprocess.SubprocessError) as error:
+            last = repr(error)
+        time.sleep(every)
+    raise TimeoutError(f"not within {timeout} s; {last}\n{describe()}")
+
+
+@contextmanager
+def ray_cluster(count: int = 2, env: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
+    """Machines with Ray on them, nothing deployed yet."""
+    folder = Path(tempfile.mkdtemp(prefix="vtp"))
+    try:
+        with machines(count) as nodes:
+            cluster = RayCluster(nodes, folder, env or {})
+            cluster.start_node(0)
+            wait_until(lambda: "version" in json.dumps(cluster.api("/api/version")), 90, cluster_log(cluster))
+            for number in range(1, count):
+                cluster.start_node(number)
+            wait_until(lambda: cluster.nodes_alive() == count, 90, cluster_log(cluster))
+            try:
+                yield cluster
+            finally:
+                for node in reversed(nodes):
+                    node.stop()
+    finally:
+        if not os.environ.get("VTPRUNE_KEEP_LOGS"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def cluster_log(cluster: RayCluster) -> Callable[[], str]:
+    """What `ray start` said on the nodes."""
+    return lambda: "\n".join(
+        log.read_text(errors="replace")[-3000:] for log in sorted(cluster.folder.glob("node*.log"))
+    )

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2's FULL CUDA graphs of decode batches, acted out on the CPU.
+
+A replay runs the forward pass once more with the very objects it was captured with: dummy metadata, padded
+batch. Only what lies in tensors that were written in place is of the present step, which is what a CUDA graph
+is. CPU attention plans its threads on the host; that plan alone is made anew, from those same tensors.
+
+Not acted out: the graphs' memory, piecewise graphs, the metadata of CUDA's attention backends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.config import CUDAGraphMode
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+SIZES = [1, 2, 4, 8, 16]
+
+
+class ActedGraph:
+    """In the place of a `torch.cuda.CUDAGraph`.
+
+    Attributes:
+        replays: how often it was replayed.
+    """
+
+    def __init__(self, forward: Any, runner: Any) -> None:
+        self.forward, self.runner, self.replays = forward, runner, 0
+
+    def replay(self) -> None:
+        if self.runner.model.kv_drop.prompts is not None:
+            raise RuntimeError("a graph was replayed in a step that prunes a prompt")
+        self.replays += 1
+        metadata = inspect.getclosurevars(self.forward).nonlocals["attn_metadata"]
+        for one in {id(m): m for m in metadata.values()}.values():
+            one.plan_again(one)
+        self.forward(CUDAGraphMode.NONE)
+
+
+class ActedGraphs:
+    """An engine's V2 runner with acted graphs for decode batches of up to 16."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        _remember_how_to_plan()
+        type(current_platform).get_global_graph_pool = classmethod(lambda cls: None)
+        CudaGraphManager.capture = _capture  # type: ignore[method-assign]
+        compilation = runner.vllm_config.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        compilation.cudagraph_capture_sizes = SIZES
+        compilation.max_cudagraph_capture_size = SIZES[-1]
+        self.manager = runner.cudagraph_manager = ModelCudaGraphManager(
+            runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, 1
+        )
+        self.manager.acted_runner = runner
+        self.capture()
+
+    @property
+    def replays(self) -> int:
+        """How often any of them was replayed."""
+        return sum(graph.replays for graph in self.manager.graphs.values())
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture all of them anew."""
+        r = self._runner
+        self.manager.graphs.clear()
+        self.manager.capture(
+            r.model, r.model_state, r.input_buffers, None, r.block_tables, r.attn_groups, r.kv_cache_config
+        )
+
+
+def _capture(self: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
+    """`CudaGraphManager.capture` of full graphs, as it calls the function, without a device."""
+    for desc in self._capture_descs[CUDAGraphMode.FULL]:
+        create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
+        forward = create_forward_fn(desc, warmup=False)
+        forward(CUDAGraphMode.NONE)
+        self.graphs[desc] = ActedGraph(forward, self.acted_runner)
+    self._graphs_captured = True
+
+
+def _remember_how_to_plan() -> None:
+    build = cpu_attn.CPUAttentionMetadataBuilder.build
+
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata: Any = build(self, *args, **kwargs)
+
+        def plan_again(m: Any) -> None:
+            m.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(m.seq_lens),
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                seq_lens=m.seq_lens,
+                dtype=self.dtype,
+                query_start_loc=m.query_start_loc,
+                causal=m.causal,
+                sliding_window_size=self.window_size,
+                isa=self.isa,
+                enable_kv_split=False,
+                dynamic_causal=None,
+                kv_cache_dtype=self.kv_cache_dtype,
+            )
+
+        metadata.plan_again = plan_again
+        return metadata
+
+    cpu_attn.CPUAttentionMetadataBuilder.build = remembering

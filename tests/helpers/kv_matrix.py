@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scenario of stage 2 runs on which model runner, their runs, and what came out.
+
+`make test` runs the pairs below. `python -m tests.soak_kv --runner RUNNER` sets VTPRUNE_TEST_ALL_ON=RUNNER:
+then every scenario runs on that runner.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.helpers.checkpoints import random_llava
+from tests.helpers.model_runner_v2 import RUNNERS, environment
+from tests.reference import Answer, Reference, Request
+
+#: Asks for every scenario on one runner.
+VARIABLE = "VTPRUNE_TEST_ALL_ON"
+_ALL_ON = os.environ.get(VARIABLE)
+_IN_CI: dict[str, tuple[str, ...]] = {
+    "grid": RUNNERS,
+    "top": ("v1", "v2"),
+    "tensor_parallel": ("v1", "v2"),
+    "preemption": ("v1",),
+    "capacity": ("v1",),
+    "no_layer": ("v1",),
+    "plain": ("v1",),
+}
+#: Scenario of `tests.helpers.kv_run` -> runners.
+ON = {name: (_ALL_ON,) if _ALL_ON else runners for name, runners in _IN_CI.items()}
+
+
+class Runs:
+    """Runs scenarios, each once, in a process of its own, two at a time: `runs(SCENARIO, RUNNER)`."""
+
+    def __init__(self, folder: Path, checkpoints: dict[str, Path]) -> None:
+        self._folder, self._checkpoints = folder, checkpoints
+        self._pool = ThreadPoolExecutor(2)
+        self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, scenario: str, runner: str) -> dict[str, Any]:
+        """What the scenario saw."""
+        return self.start(scenario, runner).result()
+
+    def start(self, scenario: str, runner: str) -> Future[dict[str, Any]]:
+        """Have it run, if it does not yet."""
+        with self._lock:
+            key = scenario, runner
+            if key not in self._running:
+                self._running[key] = self._pool.submit(self._run, scenario, runner)
+            return self._running[key]
+
+    def close(self) -> None:
+        """Wait for what runs and start nothing more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, scenario: str, runner: str) -> dict[str, Any]:
+        out = self._folder / f"{scenario}-{runner}.pt"
+        checkpoint = self._checkpoints["ungrouped" if scenario == "top" else "grouped"]
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.helpers.kv_run", scenario, str(checkpoint), str(out)],
+            # the flag makes vLLM compile with torch's eager backend: traced like any other, without inductor
+            env={
+                **os.environ,
+                **environment(runner),
+                "VLLM_PLUGINS": "" if scenario == "plain" else "vtprune",
+                "VLLM_CPU_CI_ENV": "1",
+                # so small a model gains nothing from threads, which spin where cores are shared
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            },
+            cwd=REPOSITORY,
+            capture_output=True,
+            timeout=1700,
+        )
+        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
+        result: dict[str, Any] = torch.load(out, weights_only=False)
+        return result
+
+
+class Verdicts:
+    """The reference's word on answers, asked once for equal ones, and how many were compared.
+
+    Attributes:
+        counts: answers found equal, by scenario and runner.
+    """
+
+    def __init__(self, checkpoints: dict[str, Path]) -> None:
+        self._references = {name: Reference(folder) for name, folder in checkpoints.items()}
+        self._judged: dict[Any, Answer] = {}
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def reference(self, layer: int, relevance: str = "attention", *, ungrouped: bool = False) -> Reference:
+        """The reference with this prune layer."""
+        reference = self._references["ungrouped" if ungrouped else "grouped"]
+        reference.prune_layer, reference.relevance = layer, relevance
+        return reference
+
+    def check(
+        self,
+        scenario: str,
+        runner: str,
+        layer: int,
+        requests: Sequence[Request],
+        answers: Sequence[dict[str, Any] | None],
+        relevance: str = "attention",
+        *,
+        ungrouped: bool = False,
+    ) -> None:
+        """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none."""
+        reference = self.reference(layer, relevance, ungrouped=ungrouped)
+        for number, (request, mine) in enumerate(zip(requests, answers, strict=True)):
+            if mine is None:
+                continue
+            key = (scenario, number, layer, relevance, ungrouped, tuple(mine["tokens"]))
+            if key not in self._judged:
+                self._judged[key] = reference.judge(request, mine["tokens"])
+            theirs = self._judged[key]
+            assert mine["prompt_tokens"] == len(theirs.prompt_ids)
+            assert mine["tokens"] == theirs.token_ids, request
+            assert mine["logprobs"] == pytest.approx(theirs.logprobs, abs=1e-4), request
+            self.counts[scenario, runner] += 1
+
+    def table(self) -> list[str]:
+        """Answers that equalled the reference: a line per scenario, a column per runner."""
+        runners = [r for r in RUNNERS if any(r == runner for _, runner in self.counts)]
+        scenarios = dict.fromkeys(scenario for scenario, _ in self.counts)
+        lines = [f"{'answers equal to the reference':32}" + "".join(f"{r:>10}" for r in runners)]
+        for scenario in scenarios:
+            cells = (self.counts[scenario, runner] or "-" for runner in runners)
+            lines.append(f"{scenario:32}" + "".join(f"{cell:>10}" for cell in cells))
+        return lines
+
+
+def checkpoints(folder: Callable[[str], Path]) -> dict[str, Path]:
+    """Grouped-query attention, and as many key-value heads as heads, as LLaVA-1.5 has.
+
+    Their weights are large enough that attention is not uniform.
+    """
+    return {
+        name: random_llava(folder(name), layers=6, heads=4, kv_heads=heads, weight_scale=5.0, seed=seed)
+        for name, heads, seed in (("grouped", 2, 3), ("ungrouped", 4, 4))
+    }

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract's words, each once: what a request may ask for, by header or body field, and the presets.
+
+Parsing, OpenAPI, the names in errors, the documents' tables and the tools that send headers all read
+`FIELDS`. Nothing here knows of vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from vllm_vtprune.errors import SettingsError
+
+KVScope = Literal["all", "vision"]
+HEADER_PREFIX = "x-vtprune-"
+#: The key of the body's object; under it the settings travel in `mm_processor_kwargs` and
+#: `SamplingParams.extra_args`, too.
+KWARG = "vtprune"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A whole set of settings under one name; `kv_keep` applies where the server has a prune layer."""
+
+    aggressiveness: float
+    kv_keep: float = 1.0
+
+
+#: The aggressiveness keeps a third, 22 % and 11 % of the tokens on average over the validation split of the
+#: demo model's scenes; other pictures and towers keep other shares. kv_keep then costs 0.3, 0.8 and 5 points
+#: there, and a quarter 4 to 12 (docs/evaluation.md).
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "off": Preset(aggressiveness=0.0),
+        "light": Preset(aggressiveness=0.23, kv_keep=0.75),
+        "balanced": Preset(aggressiveness=0.54, kv_keep=0.5),
+        "aggressive": Preset(aggressiveness=0.7, kv_keep=0.5),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ContractField:
+    """One thing a request may say.
+
+    Attributes:
+        name: key in the body's `vtprune` object, and of the offline helper.
+        header: the request header that carries it.
+        description: what it means, in one line of Markdown.
+        bounds: of a number; None for a word.
+        choices: the words there are; empty where the server's policy knows them.
+    """
+
+    name: str
+    header: str
+    description: str
+    bounds: Literal["[0, 1]", "(0, 1]"] | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a value, for OpenAPI."""
+        if self.bounds is None:
+            return {"type": "string", **({"enum": list(self.choices)} if self.choices else {})}
+        least = "minimum" if self.bounds.startswith("[") else "exclusiveMinimum"
+        return {"type": "number", least: 0, "maximum": 1}
+
+    def parse(self, value: Any, name: str, *, text: bool) -> Any:
+        """A value as the client sent it, checked: a number, or a word in lower case.
+
+        Args:
+            value: a header's text, or a JSON value.
+            name: the header or body field to blame.
+            text: whether a number comes as text.
+
+        Raises:
+            SettingsError: it is none of the field's values.
+        """
+        if self.bounds is not None:
+            return self._number(value, name, text=text)
+        if not isinstance(value, str):
+            raise SettingsError(f"{name} must be a string, not {kind_of(value)}.", name)
+        word = value.strip().lower()
+        if self.choices and word not in self.choices:
+            raise SettingsError(f"{name} must be one of {', '.join(self.choices)}, not {clip(word)!r}.", name)
+        return word
+
+    def _number(self, value: Any, name: str, *, text: bool) -> float:
+        number = math.nan
+        if text:
+            # float() takes '1_0', which no HTTP client means as a number
+            with suppress(ValueError):
+                number = float(value) if "_" not in value else math.nan
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            # an int too large for a float is out of range all the same
+            number = float(value) if abs(value) <= 2 else math.inf
+        else:
+            raise SettingsError(f"{name} must be a number in {self.bounds}, not {kind_of(value)}.", name)
+        low_ok = number >= 0.0 if self.bounds == "[0, 1]" else number > 0.0
+        if not (low_ok and number <= 1.0):  # NaN fails both comparisons
+            raise SettingsError(f"{name} must be a number in {self.bounds}, not {clip(str(value))}.", name)
+        return number + 0.0  # -0.0 becomes 0.0
+
+
+FIELDS: Mapping[str, ContractField] = MappingProxyType(
+    {
+        field.name: field
+        for field in (
+            ContractField(
+                "preset",
+                "X-VTPrune-Preset",
+                "`off`, `light`, `balanced` or `aggressive`: a whole set of settings",
+                choices=tuple(PRESETS),
+            ),
+            ContractField(
+                "aggressiveness",
+                "X-VTPrune-Aggressiveness",
+                "0 to 1: 0 keeps everything, 0.5 cuts at the knee, 1 keeps the minimum",
+                bounds="[0, 1]",
+            ),
+            ContractField(
+                "keep_ratio",
+                "X-VTPrune-Keep-Ratio",
+                "above 0, up to 1: a fixed share of each image instead of the inflection point",
+                bounds="(0, 1]",
+            ),
+            ContractField("method", "X-VTPrune-Method", "a selection method's name; default `inflection`"),
+            ContractField(
+                "kv_keep",
+                "X-VTPrune-KV-Keep",
+                "above 0, up to 1: share of the prompt kept above the prune layer",
+                bounds="(0, 1]",
+            ),
+            ContractField(
+                "kv_scope",
+                "X-VTPrune-KV-Scope",
+                "`all`: every token competes; `vision`: text tokens stay",
+                choices=get_args(KVScope),
+            ),
+        )
+    }
+)
+#: Field of the contract -> header that carries it.
+HEADERS: Mapping[str, str] = MappingProxyType({name: field.header for name, field in FIELDS.items()})
+
+
+def body_schema() -> dict[str, Any]:
+    """The JSON schema of the body's `vtprune` object; null counts as absent, for the whole too."""
+    properties = {
+        name: {"anyOf": [field.schema, {"type": "null"}], "description": field.description}
+        for name, field in FIELDS.items()
+    }
+    return {
+        "anyOf": [
+            {"type": "object", "additionalProperties": False, "properties": properties},
+            {"type": "null"},
+        ]
+    }
+
+
+def header_parameters() -> list[dict[str, Any]]:
+    """The request headers as OpenAPI's `parameters`."""
+    return [
+        {
+            "name": field.header,
+            "in": "header",
+            "required": False,
+            "description": field.description,
+            "schema": field.schema,
+        }
+        for field in FIELDS.values()
+    ]
+
+
+def clip(text: str, limit: int = 60) -> str:
+    """A client's text, shortened for an error."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for an error."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that a worker could not serve, on their way to the scheduler.
+
+They travel as an attribute of `vllm.v1.outputs.ModelRunnerOutput`, which is pickled whole between processes.
+`vllm.v1.worker.gpu.async_utils.AsyncOutput` (Model Runner V2) and
+`vllm.v1.worker.gpu_model_runner.AsyncGPUModelRunnerOutput` (V1) hold one and return it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+if TYPE_CHECKING:
+    from vllm_vtprune.kv_drop.step import KVDropState
+
+_ATTRIBUTE = "kv_drop_failed"
+
+
+def report_failures(output: Any, state: KVDropState) -> None:
+    """Note in a step's output which of its requests held too few blocks.
+
+    Args:
+        output: what the model runner's `sample_tokens` returned for the present step.
+        state: the present step.
+    """
+    if not state.overrun:
+        return
+    if not isinstance(output, ModelRunnerOutput):
+        output = getattr(output, "model_runner_output", None) or output._model_runner_output
+    setattr(output, _ATTRIBUTE, [output.req_ids[row] for row in sorted(state.overrun)])
+
+
+def failed_requests(output: ModelRunnerOutput) -> Collection[str]:
+    """Ids that `report_failures` noted."""
+    ids: Collection[str] = getattr(output, _ATTRIBUTE, ())
+    return ids

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was decided about an image, as a part of its identity in vLLM's caches.
+
+A tower's pass differs in its last bits with the company in its batch, and selection is a hard cut: two
+processes, or one before and after it forgot, may keep different tokens of the same picture under the same
+settings. vLLM takes what lies under one identifier for one thing (`EncoderCacheManager`,
+`generate_block_hash_extra_keys`, the processor's caches), so the identifier carries the kept units too. Equal
+outcomes have equal identifiers, whoever computed them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+
+def outcome_of(units: Tensor, tokens: int) -> str:
+    """Names what stays of one image, in 16 hexadecimal digits.
+
+    Args:
+        units: the kept ones, ascending, [k] int64.
+        tokens: k' >= k, where a method adds tokens of its own.
+    """
+    kept = units.to("cpu", torch.int64).numpy().tobytes()
+    return hashlib.blake2b(kept, digest_size=8, salt=tokens.to_bytes(8, "little")).hexdigest()
+
+
+class Outcomes:
+    """The last outcome of each picture and setting in this process, so that a known one runs no tower.
+
+    Thread-safe. An entry is some 200 bytes; the longest unused one leaves first.
+    """
+
+    def __init__(self, limit: int = 1 << 16) -> None:
+        self._limit = limit
+        self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str, setting: str) -> str | None:
+        """The outcome for a picture's content key under a canonical setting; None where there was none."""
+        with self._lock:
+            if (key, setting) not in self._known:
+                return None
+            self._known.move_to_end((key, setting))
+            return self._known[key, setting]
+
+    def put(self, key: str, setting: str, outcome: str) -> None:
+        """Note an outcome."""
+        with self._lock:
+            self._known[key, setting] = outcome
+            self._known.move_to_end((key, setting))
+            if len(self._known) > self._limit:
+                self._known.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._known.clear()

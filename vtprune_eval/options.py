@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the command line to the settings of a run, judged before anything long starts."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from vllm_vtprune import demo_model
+from vllm_vtprune.settings import KVSettings, VisionSettings
+from vtprune_eval.setting import Setting
+
+#: What a server's operator decides: flag -> attribute and default.
+_OPERATORS = {
+    "--prune-layer": ("prune_layer", []),
+    "--window": ("window", [8]),
+    "--relevance": ("relevance", ["attention"]),
+    "--score": ("score", "cosine"),
+}
+
+
+def judge(options: argparse.Namespace) -> None:
+    """Refuse what cannot run, from the arguments and the model's configuration alone.
+
+    Raises:
+        ValueError: the sentence says which argument to change.
+    """
+    if options.aggressiveness and options.keep_ratio:
+        raise ValueError(
+            "--aggressiveness and --keep-ratio exclude each other: run them one after the other."
+        )
+    if options.study and (options.out is None or options.server):
+        raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
+    if missing := [str(path) for path in options.draw or () if not path.is_file()]:
+        raise ValueError(f"--draw: there is no picture {', '.join(missing)}.")
+    if options.server:
+        _judge_for_server(options)
+    else:
+        _judge_for_transformers(options)
+
+
+def settings_of(options: argparse.Namespace) -> list[Setting]:
+    """Every combination of the values given; the demo model has a prune layer of its own."""
+    own = demo_model.PRUNE_LAYER if options.model is None and not options.server else None
+    layers = options.prune_layer or [own]
+    if options.preset:
+        return [Setting.preset(name, layer) for name, layer in product(options.preset, layers)]
+    amounts: list[dict[str, Any]] = [{"keep_ratio": r, "aggressiveness": None} for r in options.keep_ratio]
+    amounts = amounts or [{"aggressiveness": a} for a in options.aggressiveness or [0.0]]
+    visions = [
+        VisionSettings(method=method, score=options.score, **amount)
+        for method, amount in product(options.method, amounts)
+    ]
+    drops = product(options.kv_keep, options.kv_scope, layers, options.window, options.relevance)
+    settings = [
+        Setting(vision, KVSettings(keep, scope), layer, window, relevance)
+        for vision, (keep, scope, layer, window, relevance) in product(visions, list(drops))
+    ]
+    # without dropping, stage 2's other settings make no difference
+    once = {
+        (s.vision, (s.kv, s.prune_layer, s.window, s.relevance) if s.kv.drops else None): s for s in settings
+    }
+    return list(once.values())
+
+
+def model_config(model: str | None) -> Any:
+    """The configuration of a checkpoint, the demo model's for None; reads no weights.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    name = model or str(demo_model.FOLDER)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"MODEL {name} is neither a folder with a checkpoint nor a model found by that name ({reason})."
+        ) from None
+
+
+def _judge_for_server(options: argparse.Namespace) -> None:
+    given = [flag for flag, (name, default) in _OPERATORS.items() if getattr(options, name) != default]
+    if given:
+        raise ValueError(f"A server has its operator's own {', '.join(given)}: leave that out with --server.")
+
+
+def _judge_for_transformers(options: argparse.Namespace) -> None:
+    device = options.device.partition(":")[0]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch finds no CUDA device on this machine.")
+    dropping = [setting for setting in settings_of(options) if setting.kv.drops]
+    if not dropping:
+        return
+    asked = "--preset" if options.preset else "--kv-keep"
+    layers = model_config(options.model).get_text_config().num_hidden_layers
+    allowed = f"1 to {layers - 1} for this model's {layers} decoder layers"
+    for setting in dropping:
+        if setting.prune_layer is None:
+            raise ValueError(
+                f"{asked} drops tokens at a prune layer (kv_keep {setting.kv.keep:g}): name it with "
+                f"--prune-layer, {allowed}."
+            )
+        if setting.prune_layer >= layers:
+            raise ValueError(f"--prune-layer must be {allowed}, not {setting.prune_layer}.")
