@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtprune.selection.base import SelectionMethod
+from vllm_vtprune.selection.base import SelectionMethod, share_count
 from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import get_score
@@ -82,6 +82,8 @@ def explain(
     follows_curve = type(method).counts is SelectionMethod.counts and settings.keep_ratio is None
     if follows_curve and settings.aggressiveness and not constant:
         cut = int(inflection_counts(scores, settings.aggressiveness, settings.min_tokens)[0])
+        if cut > share_count(settings.max_share, tokens, settings.min_tokens):
+            cut = None  # the ceiling decides, and not the curve
     kept = [False] * tokens
     for index in selection.indices.tolist():
         kept[index] = True
