@@ -16,11 +16,11 @@ from collections.abc import Mapping
 #: Set by the server, read in the engine's process, which does not know the server's flags.
 WITHHOLD_VARIABLE = "VTPRUNE_WITHHOLD_ERROR_TEXT"
 
-# What vLLM's engine logs of one request and survives: `StructuredOutputManager._create_grammar` and
-# `EngineCoreProc._handle_request_preproc_error`. What ends the engine is logged whole.
+# What vLLM's engine logs of one request and survives, of `StructuredOutputManager` and `EngineCoreProc` (the
+# last since 0.33). What ends the engine is logged whole.
 _ENGINE = {
-    "vllm.v1.structured_output": "_create_grammar",
-    "vllm.v1.engine.core": "_handle_request_preproc_error",
+    "vllm.v1.structured_output": ("_create_grammar",),
+    "vllm.v1.engine.core": ("_handle_request_preproc_error", "_handle_request_validation_error"),
 }
 
 
@@ -78,7 +78,7 @@ def withhold_in_engine() -> None:
 
 
 def _withhold_for_requests(record: logging.LogRecord) -> bool:
-    if record.funcName == _ENGINE.get(record.name):
+    if record.funcName in _ENGINE.get(record.name, ()):
         withhold(record)
     return True
 

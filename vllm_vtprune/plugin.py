@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 
-from vllm_vtprune.compat import check_front_end, check_vllm_version
+from vllm_vtprune.compat import check_front_end, check_hooks, check_vllm_version
 from vllm_vtprune.error_text import withhold_in_engine
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ def register_with_vllm() -> None:
     try:
         check_vllm_version()
         check_front_end()
+        check_hooks()
 
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP

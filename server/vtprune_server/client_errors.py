@@ -48,15 +48,18 @@ def disclosable(error: BaseException) -> BaseException:
 def disclose_in_streams(handlers: Any) -> None:
     """Have what serving handlers write into a stream that fails pass through `disclosable`.
 
-    Hook: `vllm.entrypoints.generate.base.serving.GenerateBaseServing.create_streaming_error_response`.
+    Hooks: `vllm.entrypoints.generate.base.serving.GenerateBaseServing.create_streaming_error_response`, and
+    `vllm.entrypoints.serve.engine.serving.BaseServing.create_error_response`, with which 0.33's chat streams
+    (`OpenAIServingChat.chat_completion_stream_generator`) make their errors.
 
     Args:
         handlers: vLLM's serving handlers; what has no such method is passed over.
     """
     for handler in handlers:
-        write = getattr(handler, "create_streaming_error_response", None)
-        if write is not None:
-            handler.create_streaming_error_response = _disclosing(write)
+        if not hasattr(handler, "create_streaming_error_response"):
+            continue
+        for name in ("create_streaming_error_response", "create_error_response"):
+            setattr(handler, name, _disclosing(getattr(handler, name)))
 
 
 def disclose_in_messages(handler: Any) -> None:
@@ -94,10 +97,9 @@ def _disclosable_or_failed(error: BaseException) -> BaseException:
 
 
 def _disclosing(write: Any) -> Any:
-    def write_disclosable(message: Any, *args: Any, **kwargs: Any) -> str:
+    def write_disclosable(message: Any, *args: Any, **kwargs: Any) -> Any:
         said = _disclosable_or_failed(message) if isinstance(message, Exception) else message
-        answer: str = write(said, *args, **kwargs)
-        return answer
+        return write(said, *args, **kwargs)
 
     return write_disclosable
 

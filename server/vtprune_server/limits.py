@@ -17,6 +17,8 @@ from vllm_vtprune.policy import OperatorModel
 from vtprune_server.sources import Source, gather, texts
 
 ENV_PREFIX = "VTPRUNE_"
+#: Of a decoded picture, RGBA.
+_BYTES_PER_PIXEL = 4
 
 
 class ServerLimits(OperatorModel):
@@ -97,6 +99,11 @@ def apply_to_vllm(
         "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "32",
         "VLLM_MAX_IMAGE_PIXELS": str(limits.max_image_megapixels * 1_000_000),
+        # since 0.33 vLLM bounds all images of a request together, too: below what the limits above allow
+        "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB": str(32 * limits.max_images),
+        "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES": str(
+            _BYTES_PER_PIXEL * 1_000_000 * limits.max_image_megapixels * limits.max_images
+        ),
     }.items():
         environ.setdefault(name, value)
 

@@ -79,14 +79,15 @@ class PublicHTTPConnection(HTTPConnection):
         timeout: float | None = None,
         allow_redirects: bool = True,
         max_bytes: int | None = None,
+        **kwargs: Any,
     ) -> bytes:
-        """The blocking form, through the same checks."""
+        """The blocking form, through the same checks; what else vLLM gives goes to `async_get_bytes`."""
 
         async def fetch() -> bytes:
             connection = PublicHTTPConnection()
             async with await connection.get_async_client():
                 return await connection.async_get_bytes(
-                    url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes
+                    url, timeout=timeout, allow_redirects=allow_redirects, max_bytes=max_bytes, **kwargs
                 )
 
         # a thread of its own, since the caller's may already run an event loop
@@ -189,5 +190,5 @@ def _blaming_the_client() -> Iterator[None]:
 
 
 #: Refusals of vLLM's that help and tell nothing: too many pixels, a scheme or domain that is not allowed.
-_VLLMS_SENTENCES = ("Image dimensions", "The URL must be", "Invalid data URL")
+_VLLMS_SENTENCES = ("Image dimensions", "The URL must be", "Invalid data URL", "Request decoded media")
 _UNREADABLE = "The image could not be decoded: send a whole PNG, JPEG, WebP or GIF."

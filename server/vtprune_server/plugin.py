@@ -20,11 +20,13 @@ class VTPruneEndpointPlugin:
 
     name = "vtprune"
     required_tasks = ("generate",)
+    _app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Replace the prompt routes and add ours; vLLM calls this once all of its own are attached.
 
-        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost.
+        Middleware added here runs inside vLLM's (CORS, its key check), the last added outermost; what goes
+        around vLLM's is added by `init_state`.
         """
         from vllm import envs
 
@@ -35,7 +37,6 @@ class VTPruneEndpointPlugin:
         from vtprune_server.middleware.body_limit import BodyLimitMiddleware
         from vtprune_server.middleware.drain import DrainMiddleware, RequestsInFlight
         from vtprune_server.middleware.quiet_errors import QuietErrors
-        from vtprune_server.middleware.request_ids import RequestIds
         from vtprune_server.playground import attach_playground
         from vtprune_server.request_log import configure_request_log
         from vtprune_server.routes import attach_prompt_routes
@@ -50,14 +51,16 @@ class VTPruneEndpointPlugin:
             app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_mb * 2**20)
         app.state.vtprune_in_flight = RequestsInFlight()
         app.add_middleware(DrainMiddleware, in_flight=app.state.vtprune_in_flight)
-        app.add_middleware(RequestIds, answer=not args.enable_request_id_headers)
         # the same keys as vLLM's `init_entrypoints_middleware`
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         if keys:
             app.add_middleware(EveryRouteAuthentication, tokens=keys)
+        self._app = app
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Make the shared renderer ours and load the tower, so that a bad checkpoint fails at start."""
+        if self._app is not None:
+            add_outer_middleware(self._app)
         if engine_client is None:
             return
         from vllm_vtprune.context import plugin_context
@@ -90,6 +93,20 @@ class VTPruneEndpointPlugin:
             tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
+
+
+def add_outer_middleware(app: FastAPI) -> None:
+    """Add what goes around vLLM's middleware, once `build_app` has built the stack and before it runs.
+
+    Hook: `starlette.applications.Starlette.middleware_stack`, which takes no more by then.
+    """
+    from vtprune_server.middleware.anthropic_errors import AnthropicErrors
+    from vtprune_server.middleware.request_ids import RequestIds
+    from vtprune_server.middleware.request_log import RequestLog
+
+    stack = AnthropicErrors(app.middleware_stack or app.build_middleware_stack())
+    answer = not app.state.args.enable_request_id_headers
+    app.middleware_stack = RequestIds(RequestLog(stack), answer=answer)
 
 
 def create_plugin() -> VTPruneEndpointPlugin:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a request: counted and logged.
 
-The log has one JSON line per request: its id, settings, counts and outcome, and nothing of what it said or
-showed. The lines go to the logger ``vtprune.requests``, by default to standard error; a logging configuration
-(`VLLM_LOGGING_CONFIG_PATH`) that names this logger takes over.
+The log has one JSON line for every request that renders a prompt and every one that is refused: its id,
+settings, counts and outcome, and nothing of what it said or showed. The lines go to the logger
+``vtprune.requests``, by default to standard error; a logging configuration (`VLLM_LOGGING_CONFIG_PATH`) that
+names this logger takes over.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import json
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import Headers
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from vtprune_server import metrics
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import Scope
 
     from vtprune_server.context import RequestContext
     from vtprune_server.counts import TokenCounts
@@ -29,6 +33,17 @@ logger = logging.getLogger("vtprune.requests")
 
 #: Routes that render a prompt and generate nothing: their counts are reported, not served.
 _COUNTING_ROUTES = ("/tokenize", "/v1/messages/count_tokens")
+#: Key of an ASGI scope: the request's `Followed`.
+FOLLOWED = "vtprune.followed"
+#: How much of a client's own request id is logged.
+_LONGEST_ID = 128
+
+
+@dataclass
+class Followed:
+    """Whether a `RequestRecord` logs the request; else `middleware.request_log` does, if it is refused."""
+
+    by_record: bool = False
 
 
 def configure_request_log(enabled: bool) -> None:
@@ -55,6 +70,9 @@ class RequestRecord:
         self._context = context
         self._raw_request = raw_request
         self._started = time.perf_counter()
+        followed = raw_request.scope.get(FOLLOWED) if raw_request is not None else None
+        if followed is not None:
+            followed.by_record = True
 
     def count(self, counts: TokenCounts) -> None:
         """An answer that carries these counts is about to be sent."""
@@ -105,14 +123,7 @@ class RequestRecord:
             fields |= context.counts.as_usage()
         if context.unpruned is not None:
             fields["unpruned"] = context.unpruned
-        line = {
-            "event": "request",
-            "request_id": self._request_id(),
-            "route": self._route,
-            "seconds": round(time.perf_counter() - self._started, 4),
-            **fields,
-        }
-        logger.info(json.dumps(line, separators=(",", ":")))
+        _write(self._request_id(), self._route, time.perf_counter() - self._started, fields)
 
     def _request_id(self) -> str | None:
         if self._raw_request is None:
@@ -120,4 +131,21 @@ class RequestRecord:
         # set by vLLM's handlers (`RequestResponseMetadata`); the header by `middleware.request_ids`
         metadata = getattr(self._raw_request.state, "request_metadata", None)
         request_id = getattr(metadata, "request_id", None) or self._raw_request.headers.get("x-request-id")
-        return request_id[:128] if request_id else None
+        return request_id[:_LONGEST_ID] if request_id else None
+
+
+def log_unfollowed(scope: Scope, route: str | None, status: int | None, seconds: float) -> None:
+    """Log a request that no record follows; no status means that the client went away before an answer."""
+    request_id = Headers(scope=scope).get("x-request-id")
+    _write(request_id and request_id[:_LONGEST_ID], route, seconds, {"status": status})
+
+
+def _write(request_id: str | None, route: str | None, seconds: float, fields: dict[str, Any]) -> None:
+    line = {
+        "event": "request",
+        "request_id": request_id,
+        "route": route,
+        "seconds": round(seconds, 4),
+        **fields,
+    }
+    logger.info(json.dumps(line, separators=(",", ":")))

@@ -24,6 +24,8 @@ def annotate(response: Any, counts: TokenCounts | None, record: RequestRecord) -
     Returns:
         The response to send. Errors (status 400 and above) are passed on untouched.
     """
+    if type(response) is Response and not response.body:
+        response = None  # 0.33's `with_cancellation` answers so for a client that went away, 0.32's with None
     status = getattr(response, "status_code", None)
     if counts is None or not isinstance(response, Response) or response.status_code >= 400:
         record.answered(status)

@@ -70,7 +70,8 @@ def attach_prompt_routes(app: FastAPI) -> None:
                 methods=["POST"],
                 dependencies=[*route.dependencies, Depends(prune_headers)],
                 responses=route.responses,
-                openapi_extra=HEADER_PARAMETERS,
+                # 0.33 describes the answers there, 0.32 in `responses`
+                openapi_extra={**(route.openapi_extra or {}), **HEADER_PARAMETERS},
                 response_model=None,
                 summary=route.summary,
                 name=route.name,

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune import demo_model
-from vllm_vtprune.compat import check_cpu_kernels, check_front_end, check_vllm_version
+from vllm_vtprune.compat import (
+    check_cpu_kernels,
+    check_front_end,
+    check_hooks,
+    check_vllm_version,
+    serve_parser,
+)
 from vllm_vtprune.errors import UnsupportedError
 from vtprune_server.ready_hint import announce_when_ready
 
@@ -32,6 +38,7 @@ def main(rest: list[str]) -> int:
     try:
         check_vllm_version()
         check_front_end()
+        check_hooks()
         check_cpu_kernels()
     except UnsupportedError as error:
         return _refuse(error)
@@ -66,8 +73,6 @@ def parse(rest: list[str]) -> Namespace:
         SystemExit: argparse's, for an unknown flag, a value it cannot read or `--help`.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import init_logger
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -76,6 +81,7 @@ def parse(rest: list[str]) -> Namespace:
     from vtprune_server.options import add_policy_options, policy_from_options
 
     init_logger(__name__)
+    make_arg_parser, cli_env_setup = serve_parser()
     cli_env_setup()
     parser = make_arg_parser(
         FlexibleArgumentParser(prog="vtprune serve", usage="vtprune serve [MODEL] [options]")

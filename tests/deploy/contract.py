@@ -6,8 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 from tests.conftest import REPOSITORY
+
+#: For tests that are too long for every run: they belong to the environment that has Ray.
+only_in_test_deploy = pytest.mark.skipif(find_spec("ray") is None, reason="make test-deploy runs this")
 
 #: Tests that ask one server over HTTP and nothing else of it.
 CONTRACT = (

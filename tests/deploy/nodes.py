@@ -58,7 +58,8 @@ class Node:
     def stop(self) -> None:
         """Ask the programs started here to end."""
         for process in self._started:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         for process in self._started:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)

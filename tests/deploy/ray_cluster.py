@@ -68,6 +68,8 @@ class RayCluster:
             where = ["--address", f"{head}:6379"]
         with (self.folder / f"node{number}.log").open("ab") as log:
             node.start(
+                # as an init system does: on a busy machine Ray gives up on a start after 30 s
+                *("sh", "-c", 'until "$@"; do sleep 1; done', "sh"),
                 *(str(_BIN / "ray"), "start", "--block", "--node-ip-address", node.address, *where),
                 *("--num-cpus", "4", "--object-store-memory", "100000000"),
                 *("--temp-dir", str(self.folder / f"n{number}")),
@@ -111,7 +113,12 @@ class RayCluster:
 
     def application(self) -> dict[str, Any]:
         """Serve's details of the application `vtprune`."""
-        details: dict[str, Any] = self.api("/api/serve/applications/")["applications"].get("vtprune", {})
+        details: dict[str, Any] = self.details()["applications"].get("vtprune", {})
+        return details
+
+    def details(self) -> dict[str, Any]:
+        """Serve's details of everything."""
+        details: dict[str, Any] = self.api("/api/serve/applications/")
         return details
 
     def replicas(self, state: str = "RUNNING") -> list[dict[str, Any]]:
@@ -120,13 +127,20 @@ class RayCluster:
         return [replica for replica in deployment.get("replicas", []) if replica["state"] == state]
 
     def running(self, replicas: int) -> bool:
-        """Whether so many replicas run, no more and no fewer, and Serve calls the application RUNNING."""
-        application = self.application()
+        """Whether so many replicas run, no more and no fewer, each node of theirs with a proxy that answers.
+
+        Raises:
+            RuntimeError: the application cannot be deployed.
+        """
+        details = self.details()
+        application = details["applications"].get("vtprune", {})
         if application.get("status") == "DEPLOY_FAILED":
             raise RuntimeError(application.get("message"))
         every = application.get("deployments", {}).get("VTPrune", {}).get("replicas", [])
-        states = [replica["state"] for replica in every]
-        return application.get("status") == "RUNNING" and states == ["RUNNING"] * replicas
+        if application.get("status") != "RUNNING" or [r["state"] for r in every] != ["RUNNING"] * replicas:
+            return False
+        healthy = {node for node, proxy in details["proxies"].items() if proxy["status"] == "HEALTHY"}
+        return healthy >= {replica["node_id"] for replica in every}
 
     def wait_running(self, replicas: int, timeout: float = _START_SECONDS) -> float:
         """Wait for `running`; the seconds it took."""
@@ -207,10 +221,10 @@ def ray_cluster(count: int = 2, env: Mapping[str, str] | None = None) -> Iterato
         with machines(count) as nodes:
             cluster = RayCluster(nodes, folder, env or {})
             cluster.start_node(0)
-            wait_until(lambda: "version" in json.dumps(cluster.api("/api/version")), 90, cluster_log(cluster))
+            wait_until(lambda: "version" in cluster.api("/api/version"), _START_SECONDS, cluster_log(cluster))
             for number in range(1, count):
                 cluster.start_node(number)
-            wait_until(lambda: cluster.nodes_alive() == count, 90, cluster_log(cluster))
+            wait_until(lambda: cluster.nodes_alive() == count, _START_SECONDS, cluster_log(cluster))
             try:
                 yield cluster
             finally:

@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from tests.conftest import start_server, stop_server
-from tests.deploy.contract import run_contract_tests
+from tests.deploy.contract import only_in_test_deploy, run_contract_tests
 from tests.helpers.client import chat_body, metric, post
 from tests.helpers.pictures import noise
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), only_in_test_deploy]
 
 
 @pytest.fixture(scope="module")

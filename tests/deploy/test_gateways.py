@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.conftest import REPOSITORY, LiveServer, start_server, stop_server
+from tests.deploy.contract import only_in_test_deploy
 from tests.helpers.client import CHAT, answer, chat_body, metric, post
 from tests.helpers.pictures import noise, scene
 
@@ -26,7 +27,7 @@ COMMANDS = {
     "nginx": ["nginx", "-p", ".", "-c", "nginx.conf", "-g", "daemon off;"],
 }
 
-pytestmark = [pytest.mark.engine]
+pytestmark = [pytest.mark.engine, only_in_test_deploy]
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,15 @@ def test_a_pruned_prompt_is_taken_whole_or_not_yet(scheduler: Scheduler) -> None
     finish_step(scheduler, second)
 
 
+def test_a_prompt_that_must_wait_is_not_overtaken(scheduler: Scheduler) -> None:
+    """A step's admissions end at it by themselves in vLLM 0.32, and not in 0.33."""
+    scheduler.add_request(request("chunked", 100, 1.0, seed=1))
+    scheduler.add_request(request("pruned", 60, 0.5, seed=2))
+    scheduler.add_request(request("behind", 20, 1.0, seed=3))
+    assert scheduler.schedule().num_scheduled_tokens == {"chunked": 100}  # 28 are left: `behind` would fit
+    assert scheduler.max_num_active_reqs == scheduler.max_num_running_reqs
+
+
 def test_an_unpruned_prompt_in_its_place_is_split(scheduler: Scheduler) -> None:
     scheduler.add_request(request("first", 100, 1.0, seed=1))
     scheduler.add_request(request("second", 60, 1.0, seed=2))

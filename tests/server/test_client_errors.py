@@ -14,6 +14,9 @@ import torch
 from jinja2 import TemplateError
 from vllm import SamplingParams
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GenerationError, VLLMNotFoundError, VLLMValidationError
 
@@ -79,12 +82,31 @@ def test_what_is_no_400_is_left_to_its_handler() -> None:
     assert disclosable(error) is error
 
 
-def test_streams_tell_no_more() -> None:
-    handler = SimpleNamespace(create_streaming_error_response=lambda message, code=400: f"{code} {message}")
+async def test_streams_tell_no_more() -> None:
+    async def broken() -> AsyncIterator[Any]:
+        raise KeyError("secret")
+        yield
+
+    handler = object.__new__(
+        OpenAIServingChat
+    )  # what its constructor reads off an engine is not asked for here
+    for name in ("enable_force_include_usage", "enable_auto_tools", "_include_reasoning_tokens_details"):
+        setattr(handler, name, False)
+    handler.parser_cls = None
     disclose_in_streams([object(), handler])
-    assert handler.create_streaming_error_response(raised(lambda: int("secret"))) == f"400 {GENERIC_REFUSAL}"
-    assert handler.create_streaming_error_response(raised(lambda: {}["secret"])) == f"400 {GENERIC_ERROR}"  # type: ignore[index]
-    assert handler.create_streaming_error_response("As it is", code=500) == "500 As it is"
+    request = ChatCompletionRequest(messages=[], model="m", stream=True)
+    metadata = RequestResponseMetadata(request_id="r")
+    stream = handler.chat_completion_stream_generator(request, broken(), "r", "m", [], None, metadata)  # type: ignore[arg-type]
+    said = "".join([event async for event in stream])
+    assert GENERIC_ERROR in said and said.endswith("data: [DONE]\n\n")
+    assert "secret" not in said
+
+
+def test_a_streams_own_sentences_are_told() -> None:
+    handler = object.__new__(OpenAIServingChat)
+    disclose_in_streams([handler])
+    assert GENERIC_REFUSAL in handler.create_streaming_error_response(raised(lambda: int("secret")))
+    assert "As it is" in handler.create_streaming_error_response("As it is")
 
 
 async def test_streams_of_the_messages_api_tell_no_more() -> None:

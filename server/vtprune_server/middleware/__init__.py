@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around every route, the innermost first: errors, body limit, drain, request ids, the API key."""
+"""Around every route.
+
+The innermost first: errors, body limit, drain, the API key; then vLLM's own; then Anthropic's errors, the log
+of refusals, request ids.
+"""

@@ -93,8 +93,19 @@ class _KVDropMixin(Scheduler):
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.prompt_plans.get(request.request_id)
         if plan is not None and num_computed_tokens + tokens < plan.tokens:
+            # 0.32 ends the step's admissions here; 0.33 goes on to the next in the queue, which could
+            # overtake this prompt without end. No more than none may be running, so they end in both.
+            self.max_num_active_reqs = 0
             return 0
         return tokens
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """The next step; a bound that a waiting prompt set in it is lifted afterwards."""
+        most = self.max_num_active_reqs
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_active_reqs = most
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Fail the requests on whose prompts worker and scheduler disagree; their results are dropped."""

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What no parser sees: methods that we replace on vLLM's objects, private names that we read, assumed orders.
+
+Kinds: "replace" puts something of ours in the place of a method, class or attribute; "read" uses a private
+name; "order" assumes what vLLM does before, after or with what we give it.
+"""
+
+from __future__ import annotations
+
+from vllm_vtprune.hooks.uses import Use
+
+_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
+_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner."
+_BATCH_V1 = "vllm.v1.worker.gpu_input_batch:InputBatch."
+_REQUEST_V1 = "vllm.v1.worker.gpu_input_batch:CachedRequestState."
+_BATCH_V2 = "vllm.v1.worker.gpu.input_batch:InputBatch."
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
+_RENDERER = "vllm.renderers.base:BaseRenderer."
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor."
+_ENGINE = "vllm.v1.engine.core:EngineCoreProc."
+_METADATA = "vllm.v1.attention.backend:CommonAttentionMetadata."
+_CHAT_ROUTE = "vllm.entrypoints.openai.chat_completion.api_router:create_chat_completion"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat."
+_MESSAGES = "vllm.entrypoints.anthropic.serving:"
+
+#: Our file -> (symbol, kind, what is relied on).
+_BY_FILE: dict[str, list[tuple[str, str, str]]] = {
+    "vllm_vtprune/plugin.py": [
+        (
+            "vllm.config.vllm:VllmConfig.try_verify_and_update_config",
+            "order",
+            "runs once, before scheduler and worker classes are resolved",
+        ),
+    ],
+    "vllm_vtprune/context.py": [
+        (
+            "vllm.config.model:ModelConfig",
+            "replace",
+            "an attribute of ours survives pickling to every process",
+        ),
+    ],
+    "vllm_vtprune/error_text.py": [
+        (
+            "vllm.v1.structured_output:StructuredOutputManager._create_grammar",
+            "order",
+            "logs an error's text",
+        ),
+        (_ENGINE + "_handle_request_preproc_error", "order", "logs an error's text"),
+    ],
+    "vllm_vtprune/kv_drop/step.py": [
+        (_METADATA + "_num_computed_tokens_cache", "replace", "reset, as it caches what compaction changes"),
+        (_METADATA + "_token_to_req_indices_cache", "replace", "reset, as it caches what compaction changes"),
+    ],
+    "vllm_vtprune/kv_drop/hooks/attention.py": [
+        (
+            "vllm.model_executor.layers.attention.attention:Attention.attn_backend",
+            "replace",
+            "our subclass of the backend builds the metadata of the layers above",
+        ),
+        (
+            "vllm.model_executor.layers.attention.attention:Attention.get_attn_backend",
+            "order",
+            "asked after the model was built",
+        ),
+    ],
+    "vllm_vtprune/kv_drop/hooks/cache.py": [
+        ("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered", "read", "registers a spec"),
+    ],
+    "vllm_vtprune/kv_drop/hooks/request_check.py": [
+        (
+            "vllm.platforms.interface:Platform.validate_request",
+            "replace",
+            "sees every request before the engine",
+        ),
+        (
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+            "order",
+            "calls `validate_request` and lets its errors through",
+        ),
+    ],
+    "vllm_vtprune/kv_drop/hooks/runner_v1.py": [
+        (_V1 + "_prepare_inputs", "replace", "the runner's class is ours after `init_device`"),
+        *((_V1 + name, "read", "") for name in ("input_batch", "requests", "kv_cache_config", "get_model")),
+        *((_BATCH_V1 + name, "read", "") for name in ("req_ids", "num_computed_tokens_cpu", "block_table")),
+        *(
+            (_REQUEST_V1 + name, "read", "")
+            for name in ("prompt_token_ids", "mm_features", "sampling_params")
+        ),
+    ],
+    "vllm_vtprune/kv_drop/hooks/runner_v2.py": [
+        (_V2 + "add_requests", "order", "removes a request's state before it adds it"),
+        (_V2 + "finish_requests", "order", "removes preempted requests as it does finished ones"),
+        *(
+            (_BATCH_V2 + name, "read", "")
+            for name in ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
+        ),
+    ],
+    "vllm_vtprune/kv_drop/hooks/worker.py": [(_V2 + "model_state", "read", "")],
+    "vllm_vtprune/kv_drop/hooks/scheduler.py": [
+        (_SCHEDULER + "schedule", "order", "what follows when `_reserve_prefill_lookahead` says 0"),
+        (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
+        ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
+    ],
+    "vllm_vtprune/vision/processor.py": [
+        (_PROCESSOR + "_call_hf_processor", "read", "pixels as the family's own processor makes them"),
+    ],
+    "vtprune_server/plugin.py": [
+        (
+            "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",
+            "order",
+            "runs before ours, which therefore lie inside vLLM's",
+        ),
+        (
+            "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+            "order",
+            "sets the renderer and the models' handler before endpoint plugins get the state",
+        ),
+        (
+            "vllm.entrypoints.generate.api_router:init_generate_state",
+            "order",
+            "every handler that streams lies in the application's state",
+        ),
+    ],
+    "vtprune_server/routes.py": [
+        (_CHAT_ROUTE, "order", "parameters `request` and `raw_request`; what the handler returns"),
+    ],
+    "vtprune_server/responses.py": [
+        (
+            "vllm.entrypoints.serve.utils.api_utils:with_cancellation",
+            "order",
+            "what a handler returns when its client went away",
+        ),
+    ],
+    "vtprune_server/renderer.py": [
+        ("vllm.renderers.online_renderer:OnlineRenderer", "replace", "the renderer's class is ours"),
+        (
+            _PROCESSOR + "_apply_prompt_updates",
+            "order",
+            "AssertionError for an image whose place was cut off",
+        ),
+    ],
+    "vtprune_server/middleware/drain.py": [
+        ("vllm.engine.protocol:EngineClient.shutdown", "replace", "waits for requests in flight"),
+        ("vllm.entrypoints.launchers.launcher:serve_http", "order", "calls `shutdown` on SIGTERM"),
+    ],
+    "vtprune_server/media.py": [
+        (
+            "vllm.connections:HTTPConnection._async_client",
+            "replace",
+            "a client that refuses private addresses",
+        ),
+        ("vllm.multimodal.media.image:ImageMediaIO.load_bytes", "order", "first words of vLLM's refusals"),
+    ],
+    "vtprune_server/client_errors.py": [
+        (
+            "vllm.entrypoints.generate.base.serving:GenerateBaseServing.create_streaming_error_response",
+            "replace",
+            "what a stream says of an error",
+        ),
+        (_CHAT + "chat_completion_stream_generator", "order", "ends a stream that failed"),
+        (
+            "vllm.entrypoints.serve.engine.serving:BaseServing.create_error_response",
+            "replace",
+            "makes the errors of 0.33's chat streams",
+        ),
+        (_MESSAGES + "sanitize_message", "replace", "the text of an error in a messages stream"),
+        (_MESSAGES + "AnthropicServingMessages.create_messages", "replace", ""),
+        (_MESSAGES + "AnthropicServingMessages.count_tokens", "replace", ""),
+        (
+            "vllm.entrypoints.serve.exception_handling.register:init_exception_handler",
+            "order",
+            "ValueError, TypeError and OverflowError are 400 with their text",
+        ),
+    ],
+    "vtprune_server/prefetch.py": [
+        (_RENDERER + "_process_multimodal_async", "replace", "runs the tower first"),
+        (_RENDERER + "_process_multimodal", "read", ""),
+        (_RENDERER + "_mm_executor", "read", ""),
+    ],
+    "vtprune_server/resend.py": [
+        (
+            "vllm.v1.engine.async_llm:AsyncLLM.generate",
+            "replace",
+            "sends a request again whose image was lost",
+        ),
+        (_ENGINE + "_handle_mm_cache_miss", "order", "an output with finish_reason 'error' and no tokens"),
+    ],
+}
+
+DECLARED = [
+    Use(symbol, kind, where, why) for where, entries in _BY_FILE.items() for symbol, kind, why in entries
+]
