@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from demo.model import IGNORE
-from vtprune_eval.documents import Page
+from vtprune_eval.documents import Page, Printed
 from vtprune_eval.drawn import Drawn, draw
-from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene
+from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, Text
 
 ATTRIBUTES = {
     "colour": 1 + len(COLOURS),
@@ -58,7 +58,11 @@ def objects_of(drawn: Drawn) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     for row, shape in enumerate(shapes):
         names = _COLOUR_NUMBER[shape.colour], _SHAPE_NUMBER[shape.shape]
         table[row] = (*names, 1 + shape.size, 0, _CELL_NUMBER[shape.place])
-    texts = drawn.printed if isinstance(drawn, Page) else (drawn.text,) if drawn.text is not None else ()
+    texts: list[Printed | Text] = []
+    if isinstance(drawn, Page):
+        texts += drawn.printed
+    elif drawn.text is not None:
+        texts.append(drawn.text)
     for row, text in enumerate(texts, start=len(shapes)):
         table[row] = (0, 0, 0, _WORD_NUMBER[text.word], _CELL_NUMBER[text.place])
     return table
