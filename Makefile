@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make help` lists the targets. Each makes .venv first if it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients test-next lint format bench lock clean
+.PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients test-next wheel lint format bench lock clean
 
 python := .venv/bin/python
 PORT ?=
@@ -25,7 +25,7 @@ test-fast: setup  ## run the tests that start no engine
 test-next: setup  ## run the tests that start no engine over vLLM 0.33's sources (fetches 340 MB once)
 	@exec $(python) tools/next_vllm.py $(ARGS)
 
-test-images: setup  ## build the container images and run them (root, buildah, debootstrap; 12 minutes)
+test-images: setup  ## build the container images and run them (root, buildah, debootstrap)
 	@exec $(python) -m pytest tests/deploy/images.py $(ARGS)
 
 test-clients: setup  ## run docs/clients.md in environments of its own (ARGS="-k litellm")
@@ -36,6 +36,9 @@ setup-deploy: setup  ## make .venv-deploy: .venv and Ray Serve over it
 
 test-deploy: setup-deploy  ## run the tests of deploy/ (ARGS="any pytest flag"); deploy/README.md has what they use
 	@exec .venv-deploy/bin/python -m pytest tests/deploy $(ARGS)
+
+wheel: setup  ## build dist/vtprune-*.whl
+	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 lint: setup  ## run ruff and mypy
 	$(python) -m ruff check .

@@ -6,8 +6,6 @@ python -m benchmarks [--json FILE] [--scale 1.0]
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,11 +15,12 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.arms import parse_arms
+from benchmarks.commands import bench_parser, write_json
 from benchmarks.compare import DEFAULT_ARMS, compare
 from benchmarks.interleaved import TrafficSpec
 from benchmarks.models import model_named
 from benchmarks.roofline import measure_machine, report
-from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.command import command
 
 _PROG = "python -m benchmarks"
 
@@ -55,29 +54,17 @@ PARTS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG, description="Measure this machine: pruned and unpruned serving."
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, every block included")
+    return command(_PROG, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    parser = bench_parser(_PROG, "Measure this machine: pruned and unpruned serving.")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the time of each part")
-    parser.add_argument(
-        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
-    )
     options = parser.parse_args(argv)
     started = time.monotonic()
-    try:
-        document = run(options.scale, options.model_dir)
-    except LoadTestError as error:
-        print(f"{_PROG}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    document = run(options.scale, options.model_dir)
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"wrote {options.json}")
-    return 0
+    write_json(options.json, document)
 
 
 def run(scale: float, model_dir: Path | None) -> dict[str, Any]:

@@ -10,10 +10,7 @@ arm `off` is the plugin loaded and pruning nothing: its ratio is the plugin's ov
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import math
 import shlex
 import sys
 import tempfile
@@ -22,51 +19,46 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import machine
 from benchmarks.arms import Arm, parse_arms, servers_for
-from benchmarks.interleaved import Rounds, TrafficSpec, connected
+from benchmarks.commands import bench_parser, write_json
+from benchmarks.interleaved import LoadRounds, TrafficSpec, connected
 from benchmarks.models import BenchModel, model_named
+from benchmarks.rounds import decimal, finite, quartiles
 from benchmarks.servers import RunningServer, running
+from vtprune_loadtest.columns import columns
+from vtprune_loadtest.command import SentenceParser, command
 from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.spread import Spread
 
 DEFAULT_ARMS = "vllm,off,a0.25,a0.5,a0.75"
+_WIDTH = 140
 _METRICS = ("e2el_s", "ttft_s", "tpot_s", "requests_per_s", "cpu_s")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.compare") -> int:
     """Compare; gives the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        options = _parser(prog).parse_args(arguments)
-        arms = parse_arms(options.arms)
-        seconds = {_positive(text): options.seconds for text in options.concurrency.split(",")}
-        traffic = TrafficSpec(output_len=options.output_len, images=options.images, seed=options.seed)
-        document: dict[str, Any] = {
-            "command": shlex.join([*prog.split(), *arguments]),
-            "machine": machine.describe(),
-            "traffic": asdict(traffic),
-            "models": {},
-        }
-        print(machine.one_line(document["machine"]))
-        for name in options.model.split(","):
-            model = model_named(name.strip(), options.model_dir)
-            document["models"][model.name] = compare(
-                model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs
-            )
-    except LoadTestError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(prog, lambda: _run(list(sys.argv[1:] if argv is None else argv), prog))
+
+
+def _run(arguments: list[str], prog: str) -> None:
+    options = _parser(prog).parse_args(arguments)
+    arms = parse_arms(options.arms)
+    seconds = {_positive(text): options.seconds for text in options.concurrency.split(",")}
+    traffic = TrafficSpec(output_len=options.output_len, images=options.images, seed=options.seed)
+    document: dict[str, Any] = {
+        "command": shlex.join([*prog.split(), *arguments]),
+        "machine": machine.describe(),
+        "traffic": asdict(traffic),
+        "models": {},
+    }
+    print(machine.one_line(document["machine"]))
+    for name in options.model.split(","):
+        model = model_named(name.strip(), options.model_dir)
+        document["models"][model.name] = compare(
+            model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs
+        )
     document["load_average_at_end"] = machine.describe()["load_average"]
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"wrote {options.json}")
-    return 0
+    write_json(options.json, document)
 
 
 def compare(
@@ -123,11 +115,10 @@ def compare(
     return results
 
 
-def as_json(measured: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
+def as_json(measured: LoadRounds, arms: Sequence[Arm]) -> dict[str, Any]:
     """Medians of every metric, paired ratios to the first arm with their spread, and the blocks."""
-    base = arms[0].label
     result: dict[str, Any] = {
-        "rounds": len(measured.blocks[base]),
+        "rounds": len(measured),
         "requests_per_block": measured.requests_per_block,
         "arms": {},
     }
@@ -135,62 +126,51 @@ def as_json(measured: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
         blocks = measured.blocks[arm.label]
         result["arms"][arm.label] = {
             "headers": dict(arm.headers),
-            "median": {name: _median(measured, arm.label, name) for name in asdict(blocks[0])},
-            "ratio": {
-                name: _finite(asdict(Spread.of(measured.ratios(arm.label, base, name)))) for name in _METRICS
-            },
-            "blocks": [_finite(asdict(block)) for block in blocks],
+            "median": {name: measured.median(arm.label, name) for name in asdict(blocks[0])},
+            "ratio": {name: finite(asdict(measured.spread(arm.label, name))) for name in _METRICS},
+            "blocks": [finite(asdict(block)) for block in blocks],
         }
     return result
 
 
-def table(title: str, measured: Rounds, arms: Sequence[Arm]) -> str:
+def table(title: str, measured: LoadRounds, arms: Sequence[Arm]) -> str:
     """The results of one load point, a line for each arm."""
-    base = arms[0].label
-    rounds = len(measured.blocks[base])
+    base = measured.base
+    rows = []
+    for label in (arm.label for arm in arms):
+        vision = measured.median(label, "vision_tokens_kept")
+        ratios = ("e2el_s", "requests_per_s", "cpu_s")
+        rows.append(
+            [
+                label,
+                "all" if vision is None else f"{vision:.0f}",
+                decimal(measured.median(label, "prompt_tokens"), 0),
+                decimal(measured.median(label, "ttft_s"), 1, 1000),
+                decimal(measured.median(label, "e2el_s"), 1, 1000),
+                decimal(measured.median(label, "requests_per_s"), 2),
+                *("" if label == base else quartiles(measured.spread(label, name)) for name in ratios),
+            ]
+        )
+    header = ["arm", "vision", "prompt", "TTFT ms", "e2e ms", "req/s"]
+    header += ["e2e ratio", "throughput ratio", "CPU time ratio"]
     lines = [
         "",
-        f"{title}, concurrency {measured.concurrency}: {rounds} rounds of {measured.requests_per_block} "
-        f"requests per arm; medians; ratios to {base}, paired by round, with quartiles",
-        f"{'arm':<18}{'vision':>8}{'prompt':>8}{'TTFT ms':>9}{'e2e ms':>9}{'req/s':>8}"
-        f"  {'e2e ratio':<20}{'throughput ratio':<20}{'CPU time ratio':<20}",
+        f"{title}, concurrency {measured.concurrency}: {len(measured)} rounds of "
+        f"{measured.requests_per_block} requests per arm; medians; ratios to {base}, paired by round, with "
+        "quartiles",
+        *columns(header, rows, width=_WIDTH),
     ]
-    for arm in arms:
-        vision = _median(measured, arm.label, "vision_tokens_kept")
-        line = (
-            f"{arm.label:<18}{'all' if vision is None else format(vision, '.0f'):>8}"
-            f"{_median(measured, arm.label, 'prompt_tokens') or math.nan:>8.0f}"
-            f"{1000 * (_median(measured, arm.label, 'ttft_s') or math.nan):>9.1f}"
-            f"{1000 * (_median(measured, arm.label, 'e2el_s') or math.nan):>9.1f}"
-            f"{_median(measured, arm.label, 'requests_per_s') or math.nan:>8.2f}"
-        )
-        if arm.label != base:
-            spreads = (
-                Spread.of(measured.ratios(arm.label, base, m)) for m in ("e2el_s", "requests_per_s", "cpu_s")
-            )
-            line += "  " + "".join(f"{s.median:.3f} [{s.q1:.3f} {s.q3:.3f}] " for s in spreads)
-        lines.append(line)
-    if any(arm.label == "off" for arm in arms) and base == "vllm":
+    if base == "vllm" and "off" in measured.labels:
         lines.append(_overhead(measured))
     return "\n".join(lines)
 
 
-def _overhead(measured: Rounds) -> str:
-    spread = Spread.of(measured.ratios("off", "vllm", "e2el_s"))
+def _overhead(measured: LoadRounds) -> str:
+    spread = measured.spread("off", "e2el_s")
     return (
         f"plugin loaded and off: end-to-end latency {spread.median - 1:+.1%} "
         f"({spread.interval} {spread.low - 1:+.1%} to {spread.high - 1:+.1%})"
     )
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """What JSON can hold: what a server does not report, or a clock did not resolve, is null."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _median(measured: Rounds, label: str, metric: str) -> float | None:
-    value = float(np.median(measured.values(label, metric)))
-    return None if math.isnan(value) else value
 
 
 def _positive(text: str) -> int:
@@ -199,8 +179,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Compare vLLM without the plugin and our server.")
+def _parser(prog: str) -> SentenceParser:
+    parser = bench_parser(prog, "Compare vLLM without the plugin and our server.")
     parser.add_argument(
         "--model", default="demo,decoder-150m", help="demo, decoder-150m, llava-1.5-7b; several by comma"
     )
@@ -213,10 +193,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--output-len", type=int, default=16, help="tokens per answer; default: %(default)s")
     parser.add_argument("--images", type=int, default=1, help="pictures per prompt; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, every block included")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs")
     return parser
 

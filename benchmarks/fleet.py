@@ -20,12 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.flops import RequestShape, Shape, request_work
+from benchmarks.flops import CostShape, RequestShape, request_work
 from benchmarks.models import CLIP_L, LLAVA_7B
-from benchmarks.roofline import Machine, total_seconds
+from benchmarks.roofline import MachineLimits, total_seconds
 
 #: NVIDIA H100 SXM: dense bfloat16 and HBM3, from its data sheet.
-H100 = Machine(peak_flops=989e12, bandwidth=3.35e12)
+H100 = MachineLimits(peak_flops=989e12, bandwidth=3.35e12)
 H100_BYTES = 80e9
 #: Of the roofline, that a server is planned to reach. Assumed: benchmarks/gpu/run.sh would measure it.
 SHARE = 0.4
@@ -48,7 +48,7 @@ DEMO_RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / 
 #: Requests an hour.
 LOADS = (1_000, 100_000, 10_000_000)
 
-LLAVA = Shape(
+LLAVA = CostShape(
     patches=(CLIP_L.image // CLIP_L.patch) ** 2,
     patch_inputs=3 * CLIP_L.patch**2,
     tower_hidden=CLIP_L.hidden,
@@ -101,7 +101,7 @@ class Replica:
         return 1 / self.seconds
 
 
-def replica(request: RequestShape, shape: Shape = LLAVA, machine: Machine = H100) -> Replica:
+def replica(request: RequestShape, shape: CostShape = LLAVA, machine: MachineLimits = H100) -> Replica:
     """Plan one GPU for one kind of request."""
     per_token = 2 * shape.kv_width * shape.element
     below = request.prune_layer if request.prune_layer is not None else shape.layers

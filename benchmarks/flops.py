@@ -19,7 +19,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Shape:
+class CostShape:
     """What of a LLaVA's configuration decides its cost.
 
     Attributes:
@@ -44,7 +44,7 @@ class Shape:
     element: int
 
     @staticmethod
-    def of(folder: Path) -> Shape:
+    def of(folder: Path) -> CostShape:
         """Read a checkpoint's config.json."""
         config = json.loads((folder / "config.json").read_text())
         vision, text = config["vision_config"], config["text_config"]
@@ -52,7 +52,7 @@ class Shape:
         head = text.get("head_dim") or text["hidden_size"] // heads
         layer = config.get("vision_feature_layer", -2)
         depth = vision["num_hidden_layers"]
-        return Shape(
+        return CostShape(
             patches=(vision["image_size"] // vision["patch_size"]) ** 2,
             patch_inputs=3 * vision["patch_size"] ** 2,
             tower_hidden=vision["hidden_size"],
@@ -122,7 +122,7 @@ class Work:
         return max(self.flops / peak_flops, self.bytes / bandwidth)
 
 
-def request_work(shape: Shape, request: RequestShape, batch: int = 1) -> Mapping[str, Work]:
+def request_work(shape: CostShape, request: RequestShape, batch: int = 1) -> Mapping[str, Work]:
     """Work of one request by phase: `tower`, `projector`, `prefill`, `decode`.
 
     Args:
@@ -139,17 +139,17 @@ def request_work(shape: Shape, request: RequestShape, batch: int = 1) -> Mapping
     }
 
 
-def _tower(shape: Shape, images: int) -> Work:
+def _tower(shape: CostShape, images: int) -> Work:
     tokens, width = shape.patches + 1, shape.tower_hidden
     attention = 4 * tokens**2 * width * shape.tower_layers
     return Work(images * (2 * tokens * shape.tower_weights + attention), shape.tower_weights * shape.element)
 
 
-def _projector(shape: Shape, tokens: float) -> Work:
+def _projector(shape: CostShape, tokens: float) -> Work:
     return Work(2 * tokens * shape.projector_weights, shape.projector_weights * shape.element)
 
 
-def _prefill(shape: Shape, request: RequestShape) -> Work:
+def _prefill(shape: CostShape, request: RequestShape) -> Work:
     flops = moved = 0.0
     for layers, tokens in _halves(shape, request):
         causal = 4 * shape.q_width * tokens * (tokens + 1) / 2
@@ -159,7 +159,7 @@ def _prefill(shape: Shape, request: RequestShape) -> Work:
     return Work(flops + 2 * head, moved + head * shape.element)
 
 
-def _decode(shape: Shape, request: RequestShape, batch: int) -> Work:
+def _decode(shape: CostShape, request: RequestShape, batch: int) -> Work:
     """The prefill yields the first token; `output - 1` steps the rest."""
     steps = request.output - 1
     weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
@@ -172,7 +172,7 @@ def _decode(shape: Shape, request: RequestShape, batch: int) -> Work:
     return Work(flops, moved)
 
 
-def _halves(shape: Shape, request: RequestShape) -> list[tuple[int, float]]:
+def _halves(shape: CostShape, request: RequestShape) -> list[tuple[int, float]]:
     """(layers, prompt tokens) below and above the prune layer."""
     if request.kv_kept is None or request.prune_layer is None:
         return [(shape.layers, request.prompt)]

@@ -13,12 +13,12 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.arms import Arm
+from benchmarks.rounds import Rounds, shuffled
 from benchmarks.servers import RunningServer
 from vtprune_loadtest.arrivals import ArrivalProcess
 from vtprune_loadtest.client import ChatClient, Endpoint
@@ -81,21 +81,11 @@ class Block:
 
 
 @dataclass
-class Rounds:
-    """The blocks of one load point: `blocks[label][i]` is the arm's block of round i."""
+class LoadRounds(Rounds[Block]):
+    """The rounds of one load point."""
 
     concurrency: int
     requests_per_block: int
-    labels: list[str]
-    blocks: dict[str, list[Block]] = field(default_factory=dict)
-
-    def values(self, label: str, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """[rounds] one metric of one arm."""
-        return np.array([getattr(block, metric) for block in self.blocks[label]])
-
-    def ratios(self, label: str, base: str, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """[rounds] the metric of one arm over another's, round by round."""
-        return self.values(label, metric) / self.values(base, metric)
 
 
 class Comparison:
@@ -165,7 +155,7 @@ class Comparison:
         max_rounds: int | None = None,
         min_rounds: int = 3,
         only: Collection[str] | None = None,
-    ) -> Rounds:
+    ) -> LoadRounds:
         """Rounds at one concurrency, as many as fit into the time, `min_rounds` at least.
 
         Args:
@@ -183,14 +173,14 @@ class Comparison:
         requests = block_size(concurrency, self._fastest_s)
         taking_part = [i for i, arm in enumerate(self.arms) if only is None or arm.label in only]
         labels = [self.arms[i].label for i in taking_part]
-        rounds = Rounds(concurrency, requests, labels, {label: [] for label in labels})
+        rounds = LoadRounds(labels, concurrency, requests)
         start, done = time.monotonic(), 0
         while done < (max_rounds or math.inf):
             elapsed = time.monotonic() - start
             if done >= min_rounds and elapsed * (done + 1) / done > seconds:
                 break
-            for index in self._rng.permutation(taking_part):
-                block = await self._block(int(index), concurrency, requests, done)
+            for index in shuffled(taking_part, self._rng):
+                block = await self._block(index, concurrency, requests, done)
                 rounds.blocks[self.arms[index].label].append(block)
             done += 1
         return rounds
@@ -200,14 +190,14 @@ class Comparison:
         await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
         await asyncio.sleep(self._last_block + _REST_S - time.monotonic())
         server = self._servers[arm.server]
-        cpu = server.cpu_seconds()
+        cpu = server.process.cpu_seconds()
         result = await self._runners[arm.server].run(
             Phase(Role.MEASURED, (index,), requests, None),
             LoadPoint(None, concurrency),
             (0, turn),
             asyncio.Event(),
         )
-        cpu = server.cpu_seconds() - cpu
+        cpu = server.process.cpu_seconds() - cpu
         self._last_block = time.monotonic()
         for record in result.records:
             if not record.ok:

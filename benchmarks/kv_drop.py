@@ -5,33 +5,41 @@
     python -m benchmarks.kv_drop --rounds 5 --keep 1,0.5 --json out.json
 
 Two engines, one of vLLM without the plugin and one with a prune layer, run in processes of their own and are
-measured in turn within each round, so that drift of the machine hits all alike. Pictures are distinct: no
-cache helps. Time to first token is one request's alone; throughput is that of a batch given all at once.
-Ratios are to vLLM without the plugin, taken within each round; median and range over rounds are printed.
+measured in each round in an order of its own, so that drift of the machine hits all alike. Pictures are
+distinct: no cache helps. Time to first token is one request's alone; throughput is that of a batch given all
+at once. Ratios are to vLLM without the plugin, taken within each round; median and range (from six rounds up
+the 95 % interval) are printed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import multiprocessing
 import os
-import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import machine
+from benchmarks.commands import bench_parser, write_json
 from benchmarks.models import BenchModel, model_named
+from benchmarks.rounds import Rounds, decimal, shuffled
+from vtprune_loadtest.columns import columns
+from vtprune_loadtest.command import command
 
 PLAIN = "vllm"
+_WIDTH = 120
 QUESTION = "<s>USER: <image>\nWhat is in this picture, and what is it made of? ASSISTANT:"
 
 
 @dataclass(frozen=True)
-class Sample:
+class EngineSample:
     """One arm in one round.
 
     Attributes:
@@ -46,7 +54,7 @@ class Sample:
 
 
 def serve(pipe: Connection, model: BenchModel, plugin: bool, batch: int, output: int, eager: bool) -> None:
-    """The engine's process: answers each received (kv_keep, seed) with a `Sample`."""
+    """The engine's process: answers each received (kv_keep, seed) with a `EngineSample`."""
     os.environ["VLLM_PLUGINS"] = "vtprune" if plugin else ""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to read the block pool
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(model.kv_cache_gb or 4))
@@ -72,8 +80,7 @@ def serve(pipe: Connection, model: BenchModel, plugin: bool, batch: int, output:
         pipe.send(_measure(llm, keep, seed, batch, output))
 
 
-def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Sample:
-    import numpy as np
+def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> EngineSample:
     from PIL import Image
     from vllm import SamplingParams
 
@@ -111,7 +118,7 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Sampl
     )
     while engine.has_unfinished_requests():
         engine.step()
-    return Sample(ttft, batch * (prompt_tokens + output) / seconds, held * block_mib)
+    return EngineSample(ttft, batch * (prompt_tokens + output) / seconds, held * block_mib)
 
 
 def arms(shares: Sequence[float]) -> dict[str, tuple[bool, float]]:
@@ -119,10 +126,11 @@ def arms(shares: Sequence[float]) -> dict[str, tuple[bool, float]]:
     return {PLAIN: (False, 1.0), **{f"kv_keep {share:g}": (True, share) for share in shares}}
 
 
-def measure(
-    model: BenchModel, shares: Sequence[float], rounds: int, batch: int, output: int, eager: bool
-) -> Iterator[dict[str, Sample]]:
-    """One dict of samples, by arm, per round; the arms' order turns from round to round."""
+@contextlib.contextmanager
+def engines(
+    model: BenchModel, batch: int, output: int, eager: bool
+) -> Iterator[Callable[[bool, float, int], EngineSample]]:
+    """Both engines, started one after the other, as one function of (plugin, kv_keep, seed)."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[bool, Connection] = {}
     processes = []
@@ -133,67 +141,75 @@ def measure(
         far.close()
         processes.append(process)
         pipes[plugin].recv()
-    labels = list(arms(shares).items())
-    for number in range(rounds):
-        samples = {}
-        turn = number % len(labels)
-        for label, (plugin, keep) in labels[turn:] + labels[:turn]:
-            pipes[plugin].send((keep, number))
-            samples[label] = pipes[plugin].recv()
-        yield samples
+
+    def measured(plugin: bool, keep: float, seed: int) -> EngineSample:
+        pipes[plugin].send((keep, seed))
+        sample: EngineSample = pipes[plugin].recv()
+        return sample
+
+    yield measured
     for pipe in pipes.values():
         pipe.send(None)
     for process in processes:
         process.join(60)
 
 
-def report(results: Sequence[dict[str, Sample]], labels: Sequence[str]) -> str:
-    """The table: medians over rounds, and ratios to vLLM within each round with their range."""
-    lines = [
-        "arm             KV MiB   TTFT s   tokens/s   TTFT ratio (range)        throughput ratio (range)"
-    ]
-    for label in labels:
-        samples = [r[label] for r in results]
-        ttft = [r[label].ttft_s / r[PLAIN].ttft_s for r in results]
-        speed = [r[label].tokens_per_s / r[PLAIN].tokens_per_s for r in results]
-        seconds = statistics.median(s.ttft_s for s in samples)
-        rate = statistics.median(s.tokens_per_s for s in samples)
-        numbers = f"{samples[0].kv_mib:>8.2f} {seconds:>8.3f} {rate:>10.1f}"
-        lines.append(f"{label:<13} {numbers}   {_spread(ttft):<25} {_spread(speed)}")
-    return "\n".join(lines)
+def table(rounds: Rounds[EngineSample]) -> str:
+    """A line for each arm: medians over rounds, and ratios to vLLM within each round with their interval."""
+    rows = []
+    for label in rounds.labels:
+        ratios = [rounds.spread(label, name) for name in ("ttft_s", "tokens_per_s")]
+        rows.append(
+            [
+                label,
+                decimal(rounds.median(label, "kv_mib"), 2),
+                decimal(rounds.median(label, "ttft_s"), 3),
+                decimal(rounds.median(label, "tokens_per_s"), 1),
+                *(f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios),
+            ]
+        )
+    interval = rounds.spread(PLAIN, "ttft_s").interval
+    header = ["arm", "KV MiB", "TTFT s", "tokens/s", f"TTFT ratio ({interval})", "throughput ratio"]
+    return "\n".join(columns(header, rows, width=_WIDTH))
 
 
-def _spread(ratios: Sequence[float]) -> str:
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.kv_drop") -> int:
+    """Run the command; gives the exit status."""
+    return command(prog, lambda: _run(argv, prog))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def _run(argv: Sequence[str] | None, prog: str) -> None:
+    parser = bench_parser(prog, "What dropping prompt tokens from the KV cache gains, without a server.")
     parser.add_argument("--model", default="decoder-150m", help="demo, decoder-150m or llava-1.5-7b")
     parser.add_argument("--keep", default="1,0.5,0.25", help="kv_keep of the arms, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="requests at once")
     parser.add_argument("--output", type=int, default=16, help="output tokens per request")
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager execution")
-    parser.add_argument("--json", help="file for every sample")
     options = parser.parse_args(argv)
-    shares = [float(share) for share in options.keep.split(",")]
-    model = model_named(options.model)
+    compared = arms([float(share) for share in options.keep.split(",")])
+    model = model_named(options.model, options.model_dir)
     where = machine.describe()
     print(machine.one_line(where))
     print(f"{options.model}, prune layer {model.prune_layer}: {options.batch} requests at once, ", end="")
     print(f"{options.output} output tokens each")
-    results = []
-    for samples in measure(model, shares, options.rounds, options.batch, options.output, not options.compile):
-        results.append(samples)
-        print(f"round {len(results)} of {options.rounds} done", flush=True)
-    print(report(results, list(arms(shares))))
-    if options.json:
-        rounds = [{label: asdict(sample) for label, sample in r.items()} for r in results]
-        with open(options.json, "w") as file:
-            json.dump({"machine": where, "arguments": vars(options), "rounds": rounds}, file, indent=1)
+    rounds: Rounds[EngineSample] = Rounds(list(compared))
+    rng = np.random.default_rng(0)
+    with engines(model, options.batch, options.output, not options.compile) as measured:
+        for number in range(options.rounds):
+            for label in shuffled(list(compared), rng):
+                rounds.blocks[label].append(measured(*compared[label], number))
+            print(f"round {number + 1} of {options.rounds} done", flush=True)
+    print(table(rounds))
+    samples = [
+        {label: asdict(blocks[number]) for label, blocks in rounds.blocks.items()}
+        for number in range(len(rounds))
+    ]
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
+    write_json(options.json, {"machine": where, "arguments": arguments, "rounds": samples})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

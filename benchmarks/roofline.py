@@ -13,7 +13,6 @@ below; attention over long prompts, further from the roofline than matrix produc
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -22,24 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flops import RequestShape, Shape, Work, as_dict, request_work
+from benchmarks.commands import bench_parser, write_json
+from benchmarks.flops import CostShape, RequestShape, Work, as_dict, request_work
 from benchmarks.models import BenchModel, model_named
+from benchmarks.rounds import decimal
+from vtprune_loadtest.columns import columns
+from vtprune_loadtest.command import command
 from vtprune_loadtest.errors import LoadTestError
 
 _MATMUL = 2048
 _COPY_BYTES = 512 * 2**20
 _REPEATS = 7
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineLimits:
     """What the machine can do at best, in operations and bytes per second."""
 
     peak_flops: float
     bandwidth: float
 
 
-def measure_machine() -> Machine:
+def measure_machine() -> MachineLimits:
     """The best of a few large matrix products and copies: float32, or bfloat16 on an accelerator."""
     import torch
 
@@ -52,23 +56,25 @@ def measure_machine() -> Machine:
     target = torch.empty_like(source)
     product_s = _best(lambda: torch.matmul(a, a, out=b), device.type)
     copy_s = _best(lambda: target.copy_(source), device.type)
-    return Machine(2 * size**3 / product_s, 2 * _COPY_BYTES / copy_s)
+    return MachineLimits(2 * size**3 / product_s, 2 * _COPY_BYTES / copy_s)
 
 
-def bound(shape: Shape, full: RequestShape, pruned: RequestShape, machine: Machine, batch: int) -> float:
+def bound(
+    shape: CostShape, full: RequestShape, pruned: RequestShape, machine: MachineLimits, batch: int
+) -> float:
     """The most that a pruned request can be faster than a full one, as a ratio of times."""
     return total_seconds(request_work(shape, full, batch), machine) / total_seconds(
         request_work(shape, pruned, batch), machine
     )
 
 
-def total_seconds(work: Mapping[str, Work], machine: Machine) -> float:
+def total_seconds(work: Mapping[str, Work], machine: MachineLimits) -> float:
     """The least time of a request: its phases one after another."""
     return sum(phase.seconds(machine.peak_flops, machine.bandwidth) for phase in work.values())
 
 
 def report(
-    model: BenchModel, results: Mapping[str, Any], traffic: Mapping[str, Any], machine: Machine
+    model: BenchModel, results: Mapping[str, Any], traffic: Mapping[str, Any], machine: MachineLimits
 ) -> dict[str, Any]:
     """Bounds and shares for every arm of one model's results at every concurrency; prints a table.
 
@@ -78,13 +84,8 @@ def report(
         traffic: the requests' fields (`interleaved.TrafficSpec`).
         machine: from `measure_machine`.
     """
-    shape = Shape.of(model.folder)
-    print(
-        f"\n{model.name}: bound on throughput at {machine.peak_flops / 1e9:.0f} GFLOP/s and "
-        f"{machine.bandwidth / 1e9:.1f} GB/s\n"
-        f"{'concurrency':>11}  {'arm':<18}{'GFLOP: tower':>13}{'projector':>10}{'prefill':>9}{'decode':>8}"
-        f"{'bound':>8}{'measured':>10}{'share':>8}{'of the gain':>13}"
-    )
+    shape = CostShape.of(model.folder)
+    rows = []
     found: dict[str, Any] = {}
     for concurrency, point in results.items():
         arms = point["arms"]
@@ -108,12 +109,25 @@ def report(
                 "share_of_gain": gain,
             }
             gflop = [phase.flops / 1e9 for phase in work.values()]
-            print(
-                f"{concurrency:>11}  {label:<18}"
-                f"{gflop[0]:>13.2f}{gflop[1]:>10.2f}{gflop[2]:>9.1f}{gflop[3]:>8.2f}"
-                f"{limit:>7.2f}x{measured:>9.2f}x{measured / limit:>8.0%}"
-                f"{'' if gain is None else format(gain, '.0%'):>13}"
+            rows.append(
+                [
+                    concurrency,
+                    label,
+                    *(decimal(phase, digits) for phase, digits in zip(gflop, (2, 2, 1, 2), strict=True)),
+                    f"{limit:.2f}x",
+                    f"{measured:.2f}x",
+                    f"{measured / limit:.0%}",
+                    "" if gain is None else f"{gain:.0%}",
+                ]
             )
+    header = ["concurrency", "arm", "GFLOP: tower", "projector", "prefill", "decode"]
+    header += ["bound", "measured", "share", "of the gain"]
+    print(
+        f"\n{model.name}: bound on throughput at {machine.peak_flops / 1e9:.0f} GFLOP/s and "
+        f"{machine.bandwidth / 1e9:.1f} GB/s",
+        *columns(header, rows, left=2, width=_WIDTH),
+        sep="\n",
+    )
     return found
 
 
@@ -144,23 +158,22 @@ def _best(run: Callable[[], object], device: str) -> float:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.roofline") -> int:
     """Read compare's results and print bounds and shares; gives the exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description="The bound on speed-up, and the share measured.")
+    return command(prog, lambda: _run(argv, prog))
+
+
+def _run(argv: Sequence[str] | None, prog: str) -> None:
+    parser = bench_parser(prog, "The bound on speed-up, and the share measured.")
     parser.add_argument("results", type=Path, help="JSON written by benchmarks.compare")
-    parser.add_argument(
-        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
-    )
     parser.add_argument("--peak-gflops", type=float, help="default: measured now; do it on an idle machine")
     parser.add_argument("--bandwidth-gbs", type=float, help="default: measured now")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     try:
         document = json.loads(options.results.read_text())
         models = {name: model_named(name, options.model_dir) for name in document["models"]}
     except (OSError, ValueError, KeyError, LoadTestError) as error:
-        print(f"{prog}: {options.results} cannot be used: {error}", file=sys.stderr)
-        return 2
+        raise LoadTestError(f"{options.results} cannot be used: {error}") from None
     machine = measure_machine()
-    machine = Machine(
+    machine = MachineLimits(
         options.peak_gflops * 1e9 if options.peak_gflops else machine.peak_flops,
         options.bandwidth_gbs * 1e9 if options.bandwidth_gbs else machine.bandwidth,
     )
@@ -168,10 +181,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.ro
         name: report(model, document["models"][name], document["traffic"], machine)
         for name, model in models.items()
     }
-    if options.json is not None:
-        limits = {"peak_gflops": machine.peak_flops / 1e9, "bandwidth_gbs": machine.bandwidth / 1e9}
-        options.json.write_text(json.dumps({"machine": limits, "models": found}, indent=1) + "\n")
-    return 0
+    limits = {"peak_gflops": machine.peak_flops / 1e9, "bandwidth_gbs": machine.bandwidth / 1e9}
+    write_json(options.json, {"machine": limits, "models": found})
 
 
 if __name__ == "__main__":

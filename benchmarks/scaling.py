@@ -10,9 +10,7 @@ prompts of thousands of tokens fit into minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,11 +20,11 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.arms import Arm, parse_arms, servers_for
-from benchmarks.interleaved import Rounds, TrafficSpec, connected
+from benchmarks.commands import bench_parser, write_json
+from benchmarks.interleaved import LoadRounds, TrafficSpec, connected
 from benchmarks.models import default_model_dir, many_patches
 from benchmarks.servers import RunningServer, running
-from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.spread import Spread
+from vtprune_loadtest.command import command
 
 ARMS = "vllm,keep0.22"
 _METRICS = {"requests_per_s": "requests/s", "ttft_s": "time to first token, s"}
@@ -54,30 +52,22 @@ POINTS = (
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.scaling") -> int:
     """Measure every point; gives the exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description="How cost grows, pruned and unpruned.")
+    return command(prog, lambda: _run(argv, prog))
+
+
+def _run(argv: Sequence[str] | None, prog: str) -> None:
+    parser = bench_parser(prog, "How cost grows, pruned and unpruned.")
     parser.add_argument("--seconds", type=float, default=20.0, help="per point; three rounds at least")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; needs matplotlib")
-    parser.add_argument(
-        "--model-dir", type=Path, help="where built models are kept; default ~/.cache/vtprune"
-    )
     options = parser.parse_args(argv)
     document: dict[str, Any] = {"command": prog, "machine": machine.describe(), "arms": ARMS, "points": []}
     print(machine.one_line(document["machine"]))
-    try:
-        for patches in sorted({point.patches for point in POINTS}):
-            document["points"] += measure(patches, options.seconds, options.model_dir or default_model_dir())
-    except LoadTestError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    for patches in sorted({point.patches for point in POINTS}):
+        document["points"] += measure(patches, options.seconds, options.model_dir or default_model_dir())
     document["load_average_at_end"] = machine.describe()["load_average"]
-    if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.json, document)
     if options.plot is not None:
         plot(document, options.plot)
-    return 0
 
 
 def measure(patches: int, seconds: float, model_dir: Path) -> list[dict[str, Any]]:
@@ -91,42 +81,34 @@ def measure(patches: int, seconds: float, model_dir: Path) -> list[dict[str, Any
         for point in POINTS:
             if point.patches == patches:
                 rounds = asyncio.run(_measure(point, arms, servers, model.name, seconds))
-                lines.append(_as_json(point, rounds, arms))
+                lines.append(_as_json(point, rounds))
                 print(_line(lines[-1], arms), flush=True)
     return lines
 
 
 async def _measure(
     point: Point, arms: Sequence[Arm], servers: Sequence[RunningServer], model: str, seconds: float
-) -> Rounds:
+) -> LoadRounds:
     # a seed of its own: a picture that an earlier point sent would be in the servers' caches
     traffic = TrafficSpec(images=point.images, output_len=point.output_len, seed=POINTS.index(point))
     async with connected(arms, servers, model, traffic) as comparison:
         return await comparison.run(point.concurrency, seconds=seconds)
 
 
-def _as_json(point: Point, rounds: Rounds, arms: Sequence[Arm]) -> dict[str, Any]:
-    base = arms[0].label
-    spreads = {
-        arm.label: {
-            metric: {
-                "median": Spread.of(rounds.values(arm.label, metric)).median,
-                "ratio": Spread.of(rounds.ratios(arm.label, base, metric)).median,
-                "ratio_q1": Spread.of(rounds.ratios(arm.label, base, metric)).q1,
-                "ratio_q3": Spread.of(rounds.ratios(arm.label, base, metric)).q3,
-            }
-            for metric in _METRICS
-        }
-        for arm in arms
-    }
-    prompt = {arm.label: float(rounds.values(arm.label, "prompt_tokens").mean()) for arm in arms}
-    count = len(rounds.blocks[base])
+def _as_json(point: Point, rounds: LoadRounds) -> dict[str, Any]:
+    def metric(label: str, name: str) -> dict[str, float | None]:
+        spread = rounds.spread(label, name)
+        ratio = {"ratio": spread.median, "ratio_q1": spread.q1, "ratio_q3": spread.q3}
+        return {"median": rounds.median(label, name), **ratio}
+
     return {
         "axis": point.axis,
         "value": point.value,
-        "rounds": count,
-        "prompt_tokens": prompt,
-        "arms": spreads,
+        "rounds": len(rounds),
+        "prompt_tokens": {
+            label: float(rounds.values(label, "prompt_tokens").mean()) for label in rounds.labels
+        },
+        "arms": {label: {name: metric(label, name) for name in _METRICS} for label in rounds.labels},
     }
 
 

@@ -6,24 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from benchmarks.models import BenchModel
-from vtprune_loadtest.errors import LoadTestError
+from benchmarks.processes import ServerProcess
 
 _START_S = 600.0
-_POLL_S = 0.5
-_STOP_S = 20.0
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_LOG_TAIL = 3000
 
 
 @dataclass(frozen=True)
@@ -52,15 +43,15 @@ def pruning_kv(model: BenchModel) -> ServerSpec:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that answers `/health`."""
+    """A server under comparison that answers."""
 
     spec: ServerSpec
-    url: str
-    process: subprocess.Popen[bytes]
+    process: ServerProcess
 
-    def cpu_seconds(self) -> float:
-        """User and system time of all of its live processes so far, from /proc; NaN where there is none."""
-        return sum(cpu_seconds_of_session(self.process.pid))
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return self.process.url
 
 
 @contextlib.contextmanager
@@ -86,22 +77,11 @@ def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> It
 def _running(spec: ServerSpec, model: BenchModel, log_dir: Path) -> Iterator[RunningServer]:
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{model.name}-{spec.name}.log"
-    port = _free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command(spec, model), "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment(spec, model),
-            start_new_session=True,
-        )
+    process = ServerProcess.start(command(spec, model), log, environment(spec, model), within_s=_START_S)
     try:
-        server = RunningServer(spec, f"http://127.0.0.1:{port}", process)
-        _wait_until_healthy(server, log)
-        yield server
+        yield RunningServer(spec, process)
     finally:
-        _stop(process)
+        process.stop()
 
 
 def command(spec: ServerSpec, model: BenchModel) -> list[str]:
@@ -130,48 +110,5 @@ def environment(spec: ServerSpec, model: BenchModel) -> dict[str, str]:
     return env
 
 
-def cpu_seconds_of_session(session: int) -> list[float]:
-    """User plus system time of each live process of a session (proc(5), /proc/PID/stat)."""
-    times = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # the second field is the name in parentheses and may hold spaces
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended meanwhile
-        if int(fields[3]) == session:
-            times.append((int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
-    return times or [float("nan")]
-
-
-def _wait_until_healthy(server: RunningServer, log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline and server.process.poll() is None:
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(_POLL_S)
-    tail = log.read_text(errors="replace")[-_LOG_TAIL:]
-    raise LoadTestError(f"The server {server.spec.name} did not start; its log {log} ends with:\n{tail}")
-
-
 def _exit(number: int, _frame: object) -> None:
     sys.exit(128 + number)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_S)
-    # what it started lives in its process group, and may outlive it
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

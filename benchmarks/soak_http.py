@@ -15,24 +15,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import json
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
 
+from benchmarks.commands import bench_parser, write_json
+from benchmarks.processes import ServerProcess
+from vtprune_loadtest.command import command
 from vtprune_loadtest.images import DrawnPictures
+from vtprune_loadtest.prometheus import parse_counters
 
 #: Growth that counts as flat, per hour of the fitted line.
 FLAT_MIB_PER_HOUR = 120.0
@@ -57,12 +59,13 @@ _KINDS = {
     "two pictures": 5,
     "bad": 5,
 }
+_SAMPLE_S, _REPEAT_S = 2.0, 60.0
 _COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 _PICTURES = DrawnPictures(168, 168, "jpeg", seed=0)
 
 
 @dataclass
-class Sample:
+class ProcessSample:
     """The server's processes at one moment."""
 
     seconds: float
@@ -76,95 +79,98 @@ class Soak:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[ProcessSample] = field(default_factory=list)
     resent: float = 0.0
 
+    def progress(self) -> str:
+        """One line on the last sample."""
+        last = self.samples[-1]
+        return (
+            f"{last.seconds / 60:5.1f} min  {last.mib:7.0f} MiB  {last.descriptors:4d} files  "
+            f"{self.outcomes.total()} requests"
+        )
 
-def main(argv: list[str] | None = None) -> int:
+
+def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.soak_http") -> int:
     """Run the soak; 0 if nothing failed or grew."""
-    parser = argparse.ArgumentParser(
-        prog="soak_http", description=__doc__.splitlines()[0] if __doc__ else None
+    return command(prog, lambda: _run(argv, prog))
+
+
+def _run(argv: list[str] | None, prog: str) -> int:
+    parser = bench_parser(
+        prog, "Mixed requests against a server of its own, errors and growth watched.", models=False
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--warm-up", type=float, default=0.3, help="share of the time left out of the fit")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the samples and the verdict here")
-    parser.add_argument("--log", type=Path, help="keep the server's output here")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's output here")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        process, url = start_server(Path(folder))
+        server = start_server(Path(folder))
         try:
-            soak = asyncio.run(run(url, process, options))
+            soak = asyncio.run(run(server, options))
         finally:
-            process.terminate()
-            process.wait(60)
+            server.stop()
             if options.log is not None:
-                shutil.copy(Path(folder) / "server.log", options.log)
+                shutil.copy(server.log, options.log)
     return report(soak, options)
 
 
-def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """`vtprune serve` on the embedded model and a free port, once it is healthy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def start_server(folder: Path) -> ServerProcess:
+    """`vtprune serve` on the embedded model, once it is healthy.
+
+    Raises:
+        LoadTestError: it did not start.
+    """
     # Small caches are full when the warm-up is over, so that what grows afterwards is a leak; and vLLM's
     # processor cache evicts all the time, so that its halves drift apart (`vtprune_server.resend`).
     flags = ["--vtprune-feature-cache-gb", "0.01", "--mm-processor-cache-gb", "0.0005"]
-    flags += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--num-gpu-blocks-override", "256"]
     command = [sys.executable, "-m", "vtprune_server.cli", "serve", *flags]
     # oneDNN keeps a compiled kernel per matrix shape, 1024 of them by default, which takes long to fill
     environ = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environ)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return process, url
-        except httpx.TransportError:
-            time.sleep(0.5)
-    process.kill()
-    raise RuntimeError("the server did not start:\n" + (folder / "server.log").read_text()[-3000:])
+    return ServerProcess.start(command, folder / "server.log", environ, within_s=300, cwd=folder)
 
 
-async def run(url: str, process: subprocess.Popen[bytes], options: argparse.Namespace) -> Soak:
+async def run(server: ServerProcess, options: argparse.Namespace) -> Soak:
     """Keep `concurrency` requests in flight until the time is over."""
     soak = Soak()
-    started = time.monotonic()
-    deadline = started + options.minutes * 60
+    deadline = time.monotonic() + options.minutes * 60
     limits = httpx.Limits(max_connections=options.concurrency * 2)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-
-        async def worker(number: int) -> None:
-            chooser = random.Random(options.seed * 1000 + number)
-            while time.monotonic() < deadline:
-                try:
-                    soak.outcomes[await one_request(client, chooser)] += 1
-                except Exception as error:
-                    soak.failures.append(f"{type(error).__name__}: {error}")
-
-        async def watcher() -> None:
-            first = await known_answer(client)
-            asked = started
-            while time.monotonic() < deadline:
-                soak.samples.append(sample(process, time.monotonic() - started))
-                if time.monotonic() - asked > 60:
-                    asked = time.monotonic()
-                    if await known_answer(client) != first:
-                        soak.failures.append("the known request was answered differently")
-                    last = soak.samples[-1]
-                    print(f"{last.seconds / 60:5.1f} min  {last.mib:7.0f} MiB  {last.descriptors:4d} files  "
-                          f"{sum(soak.outcomes.values())} requests", flush=True)  # fmt: skip
-                await asyncio.sleep(2)
-
-        await asyncio.gather(watcher(), *(worker(i) for i in range(options.concurrency)))
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        workers = (
+            ask_until(deadline, client, random.Random(options.seed * 1000 + number), soak)
+            for number in range(options.concurrency)
+        )
+        await asyncio.gather(watch_until(deadline, client, server, soak), *workers)
         soak.resent = await resent(client)
-    if process.poll() is not None:
+    if server.process.poll() is not None:
         soak.failures.append("the server died")
     return soak
+
+
+async def ask_until(deadline: float, client: httpx.AsyncClient, chooser: random.Random, soak: Soak) -> None:
+    """Send one request after another."""
+    while time.monotonic() < deadline:
+        try:
+            soak.outcomes[await one_request(client, chooser)] += 1
+        except Exception as error:
+            soak.failures.append(f"{type(error).__name__}: {error}")
+
+
+async def watch_until(deadline: float, client: httpx.AsyncClient, server: ServerProcess, soak: Soak) -> None:
+    """Sample the server's processes, and ask the known request again every minute."""
+    first = await known_answer(client)
+    started = asked = time.monotonic()
+    while time.monotonic() < deadline:
+        soak.samples.append(sample(server, time.monotonic() - started))
+        if time.monotonic() - asked > _REPEAT_S:
+            asked = time.monotonic()
+            if await known_answer(client) != first:
+                soak.failures.append("the known request was answered differently")
+            print(soak.progress(), flush=True)
+        await asyncio.sleep(_SAMPLE_S)
 
 
 async def one_request(client: httpx.AsyncClient, chooser: random.Random) -> str:
@@ -228,52 +234,45 @@ async def known_answer(client: httpx.AsyncClient) -> Any:
 
 async def resent(client: httpx.AsyncClient) -> float:
     """Requests that were sent to the engine again because its cache had lost their image."""
-    lines = (await client.get("/metrics")).text.splitlines()
-    return float(next(line for line in lines if line.startswith("vtprune_images_resent_total")).split()[-1])
+    counters = parse_counters((await client.get("/metrics")).text)
+    return counters.get("vtprune_images_resent_total", 0.0)
 
 
-def sample(process: subprocess.Popen[bytes], seconds: float) -> Sample:
+def sample(server: ServerProcess, seconds: float) -> ProcessSample:
     """Anonymous and shared memory, and descriptors, of the server and the processes it started.
 
     Pages of files are left out: what they count for depends on who else on the machine maps them.
     """
-    root = psutil.Process(process.pid)
     kib, descriptors = 0, 0
-    for member in [root, *root.children(recursive=True)]:
+    for member in server.members():
         try:
             rollup = Path(f"/proc/{member.pid}/smaps_rollup").read_text()
             kib += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(_COUNTED))
             descriptors += member.num_fds()
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             continue
-    return Sample(seconds, kib / 1024, descriptors)
+    return ProcessSample(seconds, kib / 1024, descriptors)
 
 
-def slope_per_hour(samples: list[Sample], name: str) -> float:
+def slope_per_hour(samples: list[ProcessSample], name: str) -> float:
     """Least-squares slope of a field over time."""
     times = [s.seconds / 3600 for s in samples]
-    values = [float(getattr(s, name)) for s in samples]
-    mean_t, mean_v = sum(times) / len(times), sum(values) / len(values)
-    spread = sum((t - mean_t) ** 2 for t in times)
-    return sum((t - mean_t) * (v - mean_v) for t, v in zip(times, values, strict=True)) / spread
+    return linear_regression(times, [float(getattr(s, name)) for s in samples]).slope
 
 
 def report(soak: Soak, options: argparse.Namespace) -> int:
     """Print the verdict; 0 if nothing failed or grew."""
     kept = [s for s in soak.samples if s.seconds >= options.warm_up * options.minutes * 60]
     memory, files = slope_per_hour(kept, "mib"), slope_per_hour(kept, "descriptors")
-    print(
-        f"requests: {sum(soak.outcomes.values())} " + ", ".join(f"{k} {n}" for k, n in soak.outcomes.items())
-    )
+    print(f"requests: {soak.outcomes.total()} " + ", ".join(f"{k} {n}" for k, n in soak.outcomes.items()))
     print(f"memory after warm-up: {kept[0].mib:.0f} to {kept[-1].mib:.0f} MiB, slope {memory:+.1f} MiB/h")
     print(f"file descriptors: {kept[0].descriptors} to {kept[-1].descriptors}, slope {files:+.1f}/h")
     print(f"sent to the engine again with their images: {soak.resent:.0f}")
     print(f"failures: {len(soak.failures)}", *soak.failures[:10], sep="\n  ")
     flat = memory <= FLAT_MIB_PER_HOUR and files <= FLAT_FDS_PER_HOUR
-    if options.json is not None:
-        verdict = {"memory_mib_per_hour": memory, "files_per_hour": files, "failures": soak.failures}
-        samples = [asdict(s) for s in soak.samples]
-        options.json.write_text(json.dumps({**verdict, "outcomes": soak.outcomes, "samples": samples}))
+    verdict = {"memory_mib_per_hour": memory, "files_per_hour": files, "failures": soak.failures}
+    samples = [asdict(s) for s in soak.samples]
+    write_json(options.json, {**verdict, "outcomes": soak.outcomes, "samples": samples})
     return 0 if flat and not soak.failures else 1
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the embedded demo model was made: scenes, architecture, training, export and accuracy."""
+"""How the embedded demo model was made: architecture, training and export."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy by question kind, from tower features and any choice of patches."""
+"""Accuracy while training: packed questions on tower features, any choice of patches.
+
+What the finished model answers is measured by `vtprune_eval`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from demo.packing import answer_logits, pack
-from vtprune_eval.drawn import ALL_KINDS, Drawn, is_held_out, questions_each
-from vtprune_eval.scene_questions import Question
+from vtprune_eval.drawn import ALL_KINDS, Drawn, questions_each
 
 Keep = Callable[[int, Tensor], Tensor]
 """Patch choice: scene number and the tower's states [1 + P, width] to kept patch indices in raster order."""
@@ -22,46 +24,25 @@ Keep = Callable[[int, Tensor], Tensor]
 
 @dataclass
 class Accuracy:
-    """Right and asked questions by kind.
-
-    `held_out` counts those about a colour-shape pair or a page's layout never seen in training.
-    """
+    """Right and asked questions by kind."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
 
-    def count(self, drawn: Drawn, question: Question, correct: bool) -> None:
+    def count(self, kind: str, correct: bool) -> None:
         """Add one answered question."""
-        held_out = ["held_out"] if is_held_out(drawn, question) else []
-        for name in (question.kind, *held_out):
-            self.asked[name] += 1
-            self.right[name] += correct
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "overall": self.overall,
-            "by_kind": self.by_kind,
-            "held_out": self.held_out,
-            "asked": dict(self.asked),
-        }
+        self.asked[kind] += 1
+        self.right[kind] += correct
 
     @property
     def overall(self) -> float:
         """Share of all questions answered right."""
-        return sum(self.right[kind] for kind in ALL_KINDS) / max(
-            1, sum(self.asked[kind] for kind in ALL_KINDS)
-        )
+        return self.right.total() / max(1, self.asked.total())
 
     @property
     def by_kind(self) -> dict[str, float]:
         """Share answered right of each kind that was asked."""
         return {kind: self.right[kind] / self.asked[kind] for kind in ALL_KINDS if self.asked[kind]}
-
-    @property
-    def held_out(self) -> float | None:
-        """Share answered right of what is held out; None where nothing was."""
-        return self.right["held_out"] / self.asked["held_out"] if self.asked["held_out"] else None
 
 
 @torch.inference_mode()
@@ -86,9 +67,7 @@ def measure(
         projected = model.model.multi_modal_projector(patches.to(model.device, model.dtype))
         packed = pack(asked, torch.full((len(group),), patches.shape[1]), model.device)
         right = answer_logits(model, projected, packed).argmax(-1) == packed.targets
-        questions = [
-            (scene, question) for scene, of_it in zip(group, asked, strict=True) for question in of_it
-        ]
-        for (scene, question), correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
-            accuracy.count(scene, question, correct)
+        questions = [question for per_scene in asked for question in per_scene]
+        for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
+            accuracy.count(question.kind, correct)
     return accuracy

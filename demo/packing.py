@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from demo.model import ASSISTANT, END, IGNORE, PAD, START, USER, VOCABULARY, words_of
-from vtprune_eval.scene_questions import Question
+from vtprune_eval.scene_questions import SceneQuestion
 
 PREFIX = (START, USER)
 """Tokens before the picture."""
@@ -39,7 +39,7 @@ class Packed:
     first: Tensor
 
 
-def pack(questions: list[list[Question]], kept: Tensor, device: torch.device) -> Packed:
+def pack(questions: list[list[SceneQuestion]], kept: Tensor, device: torch.device) -> Packed:
     """Pack each picture's questions behind its `kept` tokens, int64 [B]; shorter ones are padded."""
     rows: list[list[tuple[int, int, int, int]]] = []  # token, segment, position, target
     for asked in questions:

@@ -2,8 +2,9 @@
 """Train the demo model and export it: `python -m demo.train --out DIR`.
 
 Phase 1 pretrains the CLIP tower alone, phase 2 freezes it and trains projector and language model, then the
-best weights by validation accuracy are exported to `DIR/export` and measured on the test split
-(`DIR/report.json`). Every phase saves its state each two minutes: run the same command again to go on.
+best weights by validation accuracy are exported to `DIR/export` and measured on the test split as `vtprune
+eval DIR/export` does (`DIR/report.json`). Every phase saves its state each two minutes: run the same command
+again to go on.
 """
 
 from __future__ import annotations
@@ -14,49 +15,34 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
 
-from demo.accuracy import measure
-from demo.curve import before_the_cut, describe_knee, similarity
 from demo.export import export
-from demo.language import Features, LanguageSettings, train_language
+from demo.language import LanguageSettings, train_language
 from demo.model import Size, build
 from demo.optim import Log, load
 from demo.tower import TowerSettings, pretrain
-from vtprune_eval.scenes import BASE_SIZE, Scene
+from vllm_vtprune.settings import VisionSettings
+from vtprune_eval.drawn import DOMAINS
+from vtprune_eval.measure import evaluate
+from vtprune_eval.scenes import BASE_SIZE
+from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import drawn_questions
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 
-def report(folder: Path, size: Size, count: int, log: Log, device: torch.device) -> dict[str, object]:
-    """Accuracy of `folder`/best.pt on the first `count` test pictures, and the scenes' CLS curve."""
-    model = build(size)
-    state = load(folder / "best.pt")
-    if state is None:
-        raise FileNotFoundError(f"{folder / 'best.pt'} is missing: train first.")
-    model.load_state_dict(state["model"])
-    model.to(device).eval()  # type: ignore[arg-type]
-    data = Features.room_for(model.model.vision_tower, "test", count, size).grow(count)
-    everything = measure(model, data.scenes, data.states)
-    scenes = [number for number, drawn in enumerate(data.scenes) if isinstance(drawn, Scene)]
-    shown = [drawn for drawn in data.scenes if isinstance(drawn, Scene)]
-    return {
-        "pictures": count,
-        **everything.as_dict(),
-        "knee": describe_knee(shown, data.states[scenes]).as_dict(),
-        "pruned": {f"a={a}": _pruned(model, data, a) for a in (0.3, 0.5, 0.7)},
-    }
+def report(folder: Path, scenes: int, device: str) -> dict[str, object]:
+    """What the exported model in `folder` answers on the test split, unpruned and pruned to three depths.
 
-
-def _pruned(model: LlavaForConditionalGeneration, data: Features, aggressiveness: float) -> dict[str, float]:
-    """Accuracy with the patches before the cut, and with as many random ones per picture."""
-    kept = [before_the_cut(scores, aggressiveness) for scores in similarity(data.states)]
-    generator = torch.Generator().manual_seed(0)
-    total = data.states.shape[1] - 1
-    chance = [torch.randperm(total, generator=generator)[: len(indices)].sort().values for indices in kept]
-    return {
-        "share_kept": sum(map(len, kept)) / (total * len(kept)),
-        "inflection": measure(model, data.scenes, data.states, lambda number, _: kept[number]).overall,
-        "random": measure(model, data.scenes, data.states, lambda number, _: chance[number]).overall,
-    }
+    By domain: the drawn scenes, and the pages.
+    """
+    settings = [Setting(VisionSettings(aggressiveness=a)) for a in (0.3, 0.5, 0.7)]
+    model = LocalModel(str(folder), device)
+    result: dict[str, object] = {}
+    for domain in DOMAINS:
+        questions = drawn_questions("test", scenes, model.image_size, domain)
+        runner = LocalRunner(model, questions, frozenset())
+        result[domain] = evaluate(runner, settings, print, ("random",))
+    return result
 
 
 def main() -> None:
@@ -92,13 +78,14 @@ def main() -> None:
     pretrain(model.model.vision_tower, size, tower, options.out, options.seed, log)
     train_language(model, size, language, options.out, options.seed, log)
 
-    result = report(options.out, size, options.test_scenes, log, device)
+    best = load(options.out / "best.pt")
+    if best is None:
+        raise FileNotFoundError(f"{options.out / 'best.pt'} is missing: more --language-steps make one.")
+    model.load_state_dict(best["model"])
+    export(model, size, options.out / "export", getattr(torch, options.dtype))
+    result = report(options.out / "export", options.test_scenes, options.device)
     (options.out / "report.json").write_text(json.dumps(result, indent=1))
     log(phase="report", **result)
-    best = load(options.out / "best.pt")
-    if best is not None:
-        model.load_state_dict(best["model"])
-    export(model, size, options.out / "export", getattr(torch, options.dtype))
 
 
 if __name__ == "__main__":

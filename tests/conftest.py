@@ -5,14 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 # before any test module imports vLLM or transformers
@@ -21,9 +15,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-import httpx
 import pytest
 
+from benchmarks.processes import ServerProcess as LiveServer
 from vllm_vtprune import demo_model
 from vllm_vtprune.error_text import withhold_everywhere
 
@@ -35,65 +29,17 @@ _START_SECONDS = 240
 _ENVIRONMENT = dict(os.environ)
 
 
-@dataclass(frozen=True)
-class LiveServer:
-    """A server process.
-
-    Attributes:
-        url: its base URL.
-        process: the API process; None where it is not ours.
-        log: the file its output goes to.
-    """
-
-    url: str
-    process: subprocess.Popen[bytes] | None
-    log: Path
-
-    def healthy(self) -> bool:
-        """Whether `/health` answers 200."""
-        return httpx.get(f"{self.url}/health", timeout=20).status_code == 200
-
-
 def start_server(
     log: Path, *arguments: str, module: str = "vtprune_server.cli", env: dict[str, str] | None = None
 ) -> LiveServer:
     """Start ``python -m vtprune_server.cli serve ARGUMENTS`` and wait until it is healthy."""
-    port = _free_port()
     command = [sys.executable, "-m", module, *(["serve"] if module.endswith("cli") else []), *arguments]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**_ENVIRONMENT, **(env or {})},
-            start_new_session=True,
-        )
-    server = LiveServer(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if server.healthy():
-                return server
-        except httpx.TransportError:
-            time.sleep(0.5)
-    stop_server(server)
-    raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+    return LiveServer.start(command, log, {**_ENVIRONMENT, **(env or {})}, within_s=_START_SECONDS)
 
 
 def stop_server(server: LiveServer) -> None:
     """Stop the process and whatever it started."""
-    assert server.process is not None
-    server.process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        server.process.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    server.stop()
 
 
 @pytest.fixture(scope="session")

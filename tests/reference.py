@@ -25,14 +25,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 class Request:
     """A prompt with one ``<image>`` per picture, and the two stages' settings.
 
-    `aggressiveness` and `keep_ratio` are stage 1's, `kv_keep` and `kv_scope` stage 2's.
+    `aggressiveness` and `keep_ratio` are stage 1's, `kv_keep` (one share, or one a prune layer) and
+    `kv_scope` stage 2's.
     """
 
     prompt: str
     images: tuple[Image.Image, ...] = ()
     aggressiveness: float = 0.0
     keep_ratio: float | None = None
-    kv_keep: float = 1.0
+    kv_keep: float | tuple[float, ...] = 1.0
     kv_scope: str = "all"
     max_tokens: int = 16
 
@@ -41,7 +42,7 @@ class Request:
 class Answer:
     """What the method answers, greedily.
 
-    `kept` are the prompt positions that went on above the prune layer.
+    `kept` are the prompt positions that went on above the highest prune layer.
     """
 
     prompt_ids: list[int]
@@ -50,15 +51,23 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
 
 
+#: Decoder layer, largest share kept above it, and of what: "prompt" or "vision".
+PruneLayer = tuple[int, float, str]
+
+
 class Reference:
-    """The method on one checkpoint, in float32."""
+    """The method on one checkpoint, in float32.
+
+    `prune_layer` is one layer, whose share is the request's own, or several with their largest shares;
+    `relevance` is one name, or one for each.
+    """
 
     def __init__(
         self,
         checkpoint: Path | str,
-        prune_layer: int | None = None,
+        prune_layer: int | tuple[PruneLayer, ...] | None = None,
         window: int = 8,
-        relevance: str = "attention",
+        relevance: str | tuple[str, ...] = "attention",
     ) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
@@ -74,9 +83,9 @@ class Reference:
         """Greedy answer of `max_tokens` tokens; the end-of-sequence token does not stop it."""
         prompt_ids, embeddings, is_image = self._prompt(request)
         kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
-        answer = Answer(prompt_ids, kept)
+        answer = Answer(prompt_ids, kept[-1])
         for _ in range(request.max_tokens):
-            logprobs = self._logprobs(embeddings, len(prompt_ids), kept)[-1]
+            logprobs = self._logprobs(embeddings, kept)[-1]
             token = int(logprobs.argmax())
             answer.token_ids.append(token)
             answer.logprobs.append(float(logprobs[token]))
@@ -93,8 +102,8 @@ class Reference:
         prompt_ids, embeddings, is_image = self._prompt(request)
         kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
         embeddings = torch.cat([embeddings, self._embed_tokens(list(token_ids[:-1]))])
-        best = self._logprobs(embeddings, len(prompt_ids), kept)[-len(token_ids) :].max(-1)
-        return Answer(prompt_ids, kept, best.indices.tolist(), best.values.tolist())
+        best = self._logprobs(embeddings, kept)[-len(token_ids) :].max(-1)
+        return Answer(prompt_ids, kept[-1], best.indices.tolist(), best.values.tolist())
 
     @torch.inference_mode()
     def prompt_logprobs(self, request: Request) -> Tensor:
@@ -111,17 +120,19 @@ class Reference:
         prompt_ids, embeddings, is_image = self._prompt(request)
         kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
         embeddings_all = torch.cat([embeddings, self._embed_tokens(list(token_ids[:-1]))])
-        logprobs = self._logprobs(embeddings_all, len(prompt_ids), kept)[-len(token_ids) :]
+        logprobs = self._logprobs(embeddings_all, kept)[-len(token_ids) :]
         for row, token in zip(logprobs, token_ids, strict=True):
             if int(row.argmax()) != token:
                 if float(row.max() - row[token]) < tolerance:
                     return True
                 break
-        if len(kept) == len(prompt_ids):
-            return False
-        relevance = self._relevance(embeddings)
-        left = [relevance[i] for i in set(range(len(prompt_ids))) - set(kept)]
-        return any(abs(relevance[i] - max(left)) < 1e-5 * max(left) for i in kept)
+        for border, stay in enumerate(kept[1:]):
+            if len(stay) < len(kept[border]):
+                relevance = self._relevance(embeddings, kept[: border + 1])
+                left = max(relevance[i] for i in set(kept[border]) - set(stay))
+                if any(abs(relevance[i] - left) < 1e-5 * abs(left) for i in stay):
+                    return True
+        return False
 
     # stage 1 -----------------------------------------------------------------------------------------------
 
@@ -174,50 +185,100 @@ class Reference:
 
     def _kept_positions(
         self, ids: list[int], embeddings: Tensor, is_image: Sequence[bool], request: Request
-    ) -> list[int]:
-        """Prompt positions that go on above the prune layer, in order."""
+    ) -> list[list[int]]:
+        """Prompt positions in each band, in order, from the lowest, which has all."""
         n = len(ids)
-        if self.prune_layer is None or request.kv_keep >= 1:
-            return list(range(n))
+        asked = request.kv_keep if isinstance(request.kv_keep, tuple) else (request.kv_keep,)
+        shares = []
+        for number, (_, most, of) in enumerate(self._prune_layers):
+            own = asked[min(number, len(asked) - 1)]
+            share = 1.0 if own >= 1 else min(own, most)
+            shares.append((share, "vision" if share == 0 else of))
+        # where visual tokens are counted alone, no text leaves at any prune layer
+        vision = request.kv_scope == "vision" or any(s < 1 and of == "vision" for s, of in shares)
         special = set(self.tokenizer.all_special_ids)
         protected = [
-            i == 0
-            or i >= n - self.window
-            or (not is_image[i] and (request.kv_scope == "vision" or ids[i] in special))
+            i == 0 or i >= n - self.window or (not is_image[i] and (vision or ids[i] in special))
             for i in range(n)
         ]
-        count = max(math.ceil(Decimal(str(request.kv_keep)) * n), sum(protected))
-        relevance = self._relevance(embeddings)
-        order = sorted(range(n), key=lambda i: (not protected[i], -relevance[i], i))
-        return sorted(order[:count])
+        kept = [list(range(n))]
+        for share, of in shares:
+            counted = sum(is_image) if of == "vision" else n
+            count = max(n - counted + math.ceil(Decimal(str(share)) * counted), sum(protected))
+            if count < len(kept[-1]):
+                relevance = self._relevance(embeddings, kept)
+                order = sorted(kept[-1], key=lambda i: (not protected[i], -relevance[i], i))
+                kept.append(sorted(order[:count]))
+            else:
+                kept.append(kept[-1])
+        return kept
 
-    def _relevance(self, embeddings: Tensor) -> list[float]:
-        """Attention from the prompt's last tokens to every token at layer K-1, mean over heads and last."""
-        n = len(embeddings)
-        positions = torch.arange(n)
-        below = self._run_layers(range(self.prune_layer - 1), embeddings, positions)
-        layer = self._decoder.layers[self.prune_layer - 1]
+    def _relevance(self, embeddings: Tensor, kept: list[list[int]]) -> dict[int, float]:
+        """How relevant the tokens of the highest band in `kept` are at the prune layer above it."""
+        border = len(kept) - 1
+        names = self.relevance if isinstance(self.relevance, tuple) else (self.relevance,)
+        name = names[min(border, len(names) - 1)]
+        if name == "inherited":
+            return self._relevance(embeddings, kept[:-1])
+        layer = self._decoder.layers[self._prune_layers[border][0] - 1]
         attention = layer.self_attn
-        x = layer.input_layernorm(below[None])
-        q = attention.q_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
-        k = attention.k_proj(x).view(1, n, -1, attention.head_dim).transpose(1, 2)
-        if self.relevance != "no_rope":
+        hidden, positions = self._run_bands(embeddings, kept, self._prune_layers[border][0] - 1)
+        n = len(hidden)
+        x = layer.input_layernorm(hidden[None])
+        q = attention.q_proj(x).view(1, n, -1, attention.head_dim)
+        k = attention.k_proj(x).view(1, n, -1, attention.head_dim)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if name != "no_rope":
             q, k = apply_rotary_pos_emb(q, k, *self._decoder.rotary_emb(x, positions[None]))
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        logits = q @ k.transpose(-1, -2) / attention.head_dim**0.5 + _causal_mask(n)
-        queries = 1 if self.relevance == "last_token" else self.window
-        return logits.softmax(-1)[0, :, -queries:].mean((0, 1)).tolist()
+        scores = self._rate(name, q, k)
+        return dict(zip(positions.tolist(), scores.tolist(), strict=True))
 
-    def _logprobs(self, embeddings: Tensor, prompt_tokens: int, kept: list[int]) -> Tensor:
-        """Log-probabilities after each token that stays, the sequence's last included, [m, vocabulary]."""
+    def _rate(self, name: str, q: Tensor, k: Tensor) -> Tensor:
+        """Scores of n tokens, [n], from queries and keys, [1, heads, n, head_size]."""
+        if name == "key_norm":
+            return -k[0].norm(dim=-1).mean(0)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        mask = _causal_mask(q.shape[2])
+        if name == "pagerank":
+            weights = (logits / 0.1 + mask).softmax(-1)[0]
+            rank = torch.full((len(weights), 1, weights.shape[1]), 1 / weights.shape[1])
+            for _ in range(5):
+                rank = rank @ weights
+            return rank[:, 0].square().mean(0).sqrt()
+        # attention from the prompt's last tokens to every token, mean over heads and last
+        queries = 1 if name == "last_token" else self.window
+        return (logits + mask).softmax(-1)[0, :, -queries:].mean((0, 1))
+
+    def _run_bands(self, embeddings: Tensor, kept: list[list[int]], end: int) -> tuple[Tensor, Tensor]:
+        """Layers below `end`, each band on its tokens and what follows the prompt; hidden states, positions.
+
+        Bands beyond those in `kept` do not begin below `end`.
+        """
         positions = torch.arange(len(embeddings))
-        split = self.prune_layer or 0
-        hidden = self._run_layers(range(split), embeddings, positions)
-        stays = torch.tensor(kept + list(range(prompt_tokens, len(embeddings))))
-        hidden = self._run_layers(range(split, len(self._decoder.layers)), hidden[stays], positions[stays])
+        hidden, first = embeddings, 0
+        edges = [layer for layer, _, _ in self._prune_layers]
+        for stay, last in zip(kept, [*edges[: len(kept) - 1], end], strict=True):
+            inside = torch.isin(positions, torch.tensor(stay)) | (positions >= len(kept[0]))
+            hidden, positions = hidden[inside], positions[inside]
+            hidden = self._run_layers(range(first, last), hidden, positions)
+            first = last
+        return hidden, positions
+
+    def _logprobs(self, embeddings: Tensor, kept: list[list[int]]) -> Tensor:
+        """Log-probabilities after each token that stays, the sequence's last included, [m, vocabulary]."""
+        hidden, _ = self._run_bands(embeddings, kept, len(self._decoder.layers))
         return self.model.lm_head(self._decoder.norm(hidden)).float().log_softmax(-1)
 
     # the decoder -------------------------------------------------------------------------------------------
+
+    @property
+    def _prune_layers(self) -> tuple[PruneLayer, ...]:
+        if isinstance(self.prune_layer, int):
+            return ((self.prune_layer, 1.0, "prompt"),)
+        return self.prune_layer or ()
 
     @property
     def _decoder(self) -> torch.nn.Module:

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from vllm_vtprune import errors
 from vllm_vtprune.contract import FIELDS, HEADERS, KWARG
+from vllm_vtprune.kv_drop.schedule import NAMED, resolve
 from vtprune_server.limits import variable
 from vtprune_server.options import OperatorSettings, flag, shown
 
@@ -28,10 +29,23 @@ def settings_table() -> str:
     return "\n".join(["| flag | variable | default | meaning |", "|---|---|---|---|", *rows])
 
 
+def schedules_table() -> str:
+    rows = []
+    for layers in (24, 28, 32, 36, 40):
+        found = [resolve(name, layers) for name in NAMED]
+        rows.append(f"| {layers} | {' | '.join(f'`{s}`' for s in found)} | {found[0].deviation:.2f} |")
+    head = f"| decoder layers | {' | '.join(f'`{name}`' for name in NAMED)} | deviation of `aim` |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
+
+
 @pytest.mark.parametrize(
     "page,table",
-    [("README.md", contract_table()), ("docs/operating.md", settings_table())],
-    ids=["contract", "settings"],
+    [
+        ("README.md", contract_table()),
+        ("docs/operating.md", settings_table()),
+        ("docs/schedules.md", schedules_table()),
+    ],
+    ids=["contract", "settings", "schedules"],
 )
 def test_a_table_is_the_code_s(page: str, table: str) -> None:
     """Where it is not, copy the table this prints."""

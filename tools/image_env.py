@@ -8,7 +8,6 @@ Two steps, so that an image builder keeps the first, of minutes, while only the 
 are not installed. Packages come from where pip is configured to look.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -36,8 +35,6 @@ def project() -> None:
     with step("no installer left"):
         required("remove pip", setup_env.PYTHON, "-m", "pip", "uninstall", "--yes", "pip")
         setup_env.LOG.unlink()
-        for cache in setup_env.VENV.rglob("__pycache__"):
-            shutil.rmtree(cache)
 
 
 def main() -> None:

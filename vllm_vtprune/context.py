@@ -25,14 +25,14 @@ class PluginContext:
         policy: the operator's settings.
         dummy_weights: vLLM runs with `--load-format dummy`.
         download_dir: where the hub client keeps files.
-        vision_tokens: tokens of one image before pruning.
+        prunes: whether the checkpoint is one that the plugin prunes; else vLLM's own class serves it.
         special_ids: the tokenizer's special tokens, the image placeholder aside; empty without a prune layer.
     """
 
     policy: PrunePolicy = field(default_factory=PrunePolicy)
     dummy_weights: bool = False
     download_dir: str | None = None
-    vision_tokens: int = 0
+    prunes: bool = True
     special_ids: frozenset[int] = frozenset()
 
 

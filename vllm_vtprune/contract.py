@@ -54,6 +54,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "aggressive": Preset(aggressiveness=0.7, kv_keep=0.5, max_share=0.165),
     }
 )
+#: How metrics and logs call settings that are no preset's.
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class ContractField:
         description: what it means, in one line of Markdown.
         bounds: of a number; None for a word.
         choices: the words there are; empty where the server's policy knows them.
+        most: how many numbers there may be, separated by commas in a header, a list in a body.
     """
 
     name: str
@@ -73,6 +76,7 @@ class ContractField:
     description: str
     bounds: Literal["[0, 1]", "(0, 1]"] | None = None
     choices: tuple[str, ...] = ()
+    most: int = 1
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -80,10 +84,13 @@ class ContractField:
         if self.bounds is None:
             return {"type": "string", **({"enum": list(self.choices)} if self.choices else {})}
         least = "minimum" if self.bounds.startswith("[") else "exclusiveMinimum"
-        return {"type": "number", least: 0, "maximum": 1}
+        number = {"type": "number", least: 0, "maximum": 1}
+        if self.most == 1:
+            return number
+        return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1, "maxItems": self.most}]}
 
     def parse(self, value: Any, name: str, *, text: bool) -> Any:
-        """A value as the client sent it, checked: a number, or a word in lower case.
+        """A value as the client sent it, checked: a number, a word in lower case, or a tuple of numbers.
 
         Args:
             value: a header's text, or a JSON value.
@@ -93,6 +100,8 @@ class ContractField:
         Raises:
             SettingsError: it is none of the field's values.
         """
+        if self.bounds is not None and self.most > 1:
+            return self._numbers(value, name, text=text)
         if self.bounds is not None:
             return self._number(value, name, text=text)
         if not isinstance(value, str):
@@ -101,6 +110,16 @@ class ContractField:
         if self.choices and word not in self.choices:
             raise SettingsError(f"{name} must be one of {', '.join(self.choices)}, not {clip(word)!r}.", name)
         return word
+
+    def _numbers(self, value: Any, name: str, *, text: bool) -> tuple[float, ...]:
+        values = [value]
+        if text:
+            values = [part.strip() for part in value.split(",")]
+        elif isinstance(value, list | tuple):
+            values = list(value)
+        if not 1 <= len(values) <= self.most:
+            raise SettingsError(f"{name} must be 1 to {self.most} numbers, not {len(values)}.", name)
+        return tuple(self._number(one, name, text=text) for one in values)
 
     def _number(self, value: Any, name: str, *, text: bool) -> float:
         number = math.nan
@@ -145,8 +164,10 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
             ContractField(
                 "kv_keep",
                 "X-VTPrune-KV-Keep",
-                "above 0, up to 1: share of the prompt kept above the prune layer",
-                bounds="(0, 1]",
+                "0 to 1: share of the prompt kept above the prune layer, or one for each prune layer; 1 "
+                "drops nothing there, 0 every visual token",
+                bounds="[0, 1]",
+                most=4,
             ),
             ContractField(
                 "kv_scope",

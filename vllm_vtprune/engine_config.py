@@ -1,54 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
 """The start-up check: reads the operator's policy, refuses what cannot work, hands the policy on.
 
-vLLM runs `LlavaPruneConfig.verify_and_update_config` once while it builds `VllmConfig`
+vLLM runs `PruneConfig.verify_and_update_config` once while it builds `VllmConfig`
 (`VllmConfig.try_verify_and_update_config`), before any process of the engine starts. The multimodal
 processor sees the `ModelConfig` alone, so what it needs is attached to that.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from transformers import LlavaConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from vllm_vtprune.context import PluginContext, attach_context
-from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids
-from vllm_vtprune.policy import PrunePolicy
-from vllm_vtprune.vision.encoder import feature_layer_index, patch_grid
+from vllm_vtprune.errors import CheckpointError, PolicyError, UnsupportedConfigError
+from vllm_vtprune.families.base import Family
+from vllm_vtprune.families.registry import family_of
+from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
+from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+from vllm_vtprune.settings import AUTO_SCORE
+from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.service import check_encoder
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger(__name__)
 
 
-class LlavaPruneConfig(VerifyAndUpdateConfig):
-    """Start-up check for `LlavaForConditionalGeneration`."""
+class PruneConfig(VerifyAndUpdateConfig):
+    """Start-up check of every architecture in `families.registry`.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+    Attributes:
+        vllms: vLLM's own entry for the architecture, which runs first.
+    """
+
+    vllms: ClassVar[type[VerifyAndUpdateConfig]] = VerifyAndUpdateConfig
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:  # type: ignore[override]
         """Check the configuration and attach the plugin's context.
 
         Raises:
-            PolicyError: `additional_config["vtprune"]` cannot work.
-            UnsupportedConfigError: a prune layer that cannot work with this model or configuration.
-            CheckpointError: the tower is not a CLIP tower, or its feature layers are not supported.
+            PolicyError: `additional_config["vtprune"]` cannot work, with this model or at all.
+            UnsupportedConfigError: an option of vLLM's, or a prune layer, that cannot work with this model.
+            CheckpointError: the operator asks for pruning, and this checkpoint cannot be pruned.
         """
+        cls.vllms.verify_and_update_config(vllm_config)
         model_config = vllm_config.model_config
-        hf_config = cast(LlavaConfig, model_config.hf_config)
-        rows, columns = patch_grid(hf_config)
-        feature_layer_index(hf_config)
         policy = PrunePolicy.from_config(vllm_config.additional_config)
+        try:
+            family = family_of(model_config.hf_config)
+        except CheckpointError as error:
+            if policy.asks_for_pruning:
+                raise
+            logger.warning("vtprune: %s It is served as by vLLM alone.", error)
+            attach_context(model_config, PluginContext(policy=policy, prunes=False))
+            return
+        _refuse_conflicts(model_config, vllm_config)
+        check_encoder(policy)
+        policy = policy_for(policy, family)
         special_ids = frozenset[int]()
-        if policy.prune_layer is not None:
+        if policy.has_prune_layer:
+            policy = with_schedule(policy, model_config)
+            cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
         context = PluginContext(
             policy=policy,
             dummy_weights=vllm_config.load_config.load_format == "dummy",
             download_dir=vllm_config.load_config.download_dir,
-            # "full" hands CLS to the language model too
-            vision_tokens=rows * columns + (hf_config.vision_feature_select_strategy == "full"),
             special_ids=special_ids,
         )
         attach_context(model_config, context)
+        tokens = family.places()
+        if tokens is not None and policy.min_tokens >= tokens:
+            logger.warning(
+                "vtprune: min_tokens is %d, and an image has %d vision tokens: none will be pruned.",
+                policy.min_tokens,
+                tokens,
+            )
+
+    @classmethod
+    def verify_and_update_model_config(cls, model_config: ModelConfig) -> None:  # type: ignore[override]
+        """VLLM's own entry's."""
+        cls.vllms.verify_and_update_model_config(model_config)
+
+
+def register_check(architecture: str) -> None:
+    """Put the check into `MODELS_CONFIG_MAP`, before whatever vLLM has there. Idempotent."""
+    vllms = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+    if not issubclass(vllms, PruneConfig):
+        check = type(f"PruneConfig{architecture}", (PruneConfig,), {"vllms": vllms})
+        MODELS_CONFIG_MAP[architecture] = check
+
+
+def policy_for(policy: PrunePolicy, family: Family) -> PrunePolicy:
+    """The policy with what this family's tower can serve.
+
+    Raises:
+        PolicyError: the operator names a score or methods that it cannot.
+    """
+    scores, methods = servable_scores(family), servable_methods(family)
+    score = family.default_score if policy.score == AUTO_SCORE else policy.score
+    if score not in scores:
+        raise PolicyError(
+            f"vtprune: score {score!r} does not work with this model's vision tower; leave it out, or choose "
+            f"among {', '.join(scores)}."
+        )
+    unable = [name for name in policy.methods if name not in methods]
+    every = policy.methods == PrunePolicy().methods
+    if unable and not every:
+        raise PolicyError(
+            f"vtprune: methods names {', '.join(unable)}, which do not work with this model's vision tower; "
+            f"choose among {', '.join(methods)}."
+        )
+    return PrunePolicy(
+        **{**policy.to_config(), "score": score, "methods": methods if every else policy.methods}
+    )
+
+
+def _refuse_conflicts(model_config: ModelConfig, vllm_config: VllmConfig) -> None:
+    mm_config = model_config.get_multimodal_config()
+    if vllm_config.compilation_config.cudagraph_mm_encoder:
+        raise UnsupportedConfigError(
+            "vtprune: cudagraph_mm_encoder captures the engine's vision tower, and with vtprune it has none; "
+            "leave it out."
+        )
+    if mm_config.is_multimodal_pruning_enabled():
+        raise UnsupportedConfigError(
+            "vtprune: vLLM's own video pruning changes the embeddings of images too; leave out "
+            "--video-pruning-rate, or set VLLM_PLUGINS='' to run without vtprune."
+        )

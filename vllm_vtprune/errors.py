@@ -6,6 +6,7 @@
   * OperatorError: what the operator set or chose (refused at start)
     * PolicyError: a setting of policy or limits
     * UnsupportedConfigError: a prune layer beside something of vLLM's that it cannot work with
+    * ScheduleError: prune layers that cannot work together (`vllm_vtprune.kv_drop.schedule`)
     * CheckpointError: a model that cannot be pruned, or whose files lack something
     * UnsupportedError: the version or front end of vLLM
   * LoadTestError: a load test that cannot run (`vtprune_loadtest.errors`)

@@ -47,6 +47,6 @@ def request_kwargs(**controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     from vllm_vtprune.policy import PrunePolicy
 
     asked = Controls.from_mapping(controls, where="request_kwargs")
-    # the engine's prune layer is not known here: resolve as if there were one
-    settings = PrunePolicy(prune_layer=1).resolve(asked)
+    # the engine's prune layers are not known here: resolve as if there were as many as may be
+    settings = PrunePolicy(prune_layers="1,2,3,4").resolve(asked)
     return {KWARG: settings.vision.canonical()}, settings.kv.extra_args()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin tells vLLM about itself: the model class and the configuration check."""
+"""What the plugin tells vLLM about itself: the model classes and the configuration check."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from vllm_vtprune.error_text import withhold_in_engine
 
 logger = logging.getLogger(__name__)
 
-_LLAVA = "LlavaForConditionalGeneration"
-
 
 def register_with_vllm() -> None:
-    """Register model class and configuration check. vLLM calls this in every process, maybe repeatedly.
+    """Register model classes and configuration check. vLLM calls this in every process, maybe repeatedly.
 
-    Hooks: `vllm.ModelRegistry.register_model` (replaces the built-in class of the architecture) and
+    Hooks: `vllm.ModelRegistry.register_model` (replaces the built-in class of each architecture) and
     `vllm.model_executor.models.config.MODELS_CONFIG_MAP` (`VllmConfig.try_verify_and_update_config` runs
     the entry once, before an engine exists).
     """
@@ -27,12 +25,13 @@ def register_with_vllm() -> None:
         check_hooks()
 
         from vllm import ModelRegistry
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-        from vllm_vtprune.engine_config import LlavaPruneConfig
+        from vllm_vtprune.engine_config import register_check
+        from vllm_vtprune.families.registry import ARCHITECTURES
 
-        ModelRegistry.register_model(_LLAVA, f"vllm_vtprune.models.llava:Pruned{_LLAVA}")
-        MODELS_CONFIG_MAP[_LLAVA] = LlavaPruneConfig
+        for architecture, entry in ARCHITECTURES.items():
+            ModelRegistry.register_model(architecture, f"vllm_vtprune.models.{entry.model}")
+            register_check(architecture)
     except Exception:
         logger.exception("vtprune could not be registered with vLLM")
         raise

@@ -8,6 +8,7 @@ It travels as ``additional_config={"vtprune": {...}}``, the dict vLLM keeps for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -22,12 +23,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.contract import CUSTOM, PRESETS
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
+from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
 from vllm_vtprune.selection.registry import DEFAULT_METHOD, METHODS
 from vllm_vtprune.selection.scores import SCORES
-from vllm_vtprune.settings import Controls, KVSettings, PruneSettings, VisionSettings
+from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSettings, VisionSettings
 
 CONFIG_KEY = "vtprune"
 
@@ -58,20 +60,38 @@ def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _ratings(names: str) -> str:
+    found = [name.strip() for name in names.split(",")]
+    if any(name not in RELEVANCE for name in found) or RELEVANCE[found[0]].inherits:
+        raise ValueError(
+            f"must be one of {', '.join(RELEVANCE)}, or one for each prune layer, separated by commas, of "
+            f"which the first cannot inherit, not {names!r}"
+        )
+    return ",".join(found)
+
+
 class PrunePolicy(OperatorModel):
     """What the operator decides. Every field is a key of ``additional_config["vtprune"]``."""
 
     prune_layer: Annotated[int | None, BeforeValidator(_none_for_off)] = Field(
         default=None, ge=1, description="decoder layer K of the second stage, which is off without one"
     )
+    prune_layers: str = Field(
+        default="",
+        description="several prune layers in place of one, each with the largest share kept above it "
+        "(8:0.5,16:vision=0.25,24:0), or a schedule: aim, pyramid, exit, or a JSON file",
+    )
     window: int = Field(
         default=8, ge=1, description="last prompt tokens, which rate the others and always stay"
     )
-    relevance: Annotated[str, _one_of(RELEVANCE)] = Field(
-        default="attention", description=f"how the second stage rates tokens: {', '.join(RELEVANCE)}"
+    relevance: Annotated[str, AfterValidator(_ratings)] = Field(
+        default="attention",
+        description=f"how the second stage rates tokens: {', '.join(RELEVANCE)}; names separated by commas "
+        "are for one prune layer each",
     )
-    score: Annotated[str, _one_of(SCORES)] = Field(
-        default="cosine", description=f"what ranks vision tokens: {', '.join(SCORES)}"
+    score: Annotated[str, _one_of((AUTO_SCORE, *SCORES))] = Field(
+        default=AUTO_SCORE,
+        description=f"what ranks vision tokens: {', '.join(SCORES)}; auto is the model family's own",
     )
     min_tokens: int = Field(default=1, ge=1, description="vision tokens every image keeps at least")
     default_preset: Annotated[str, _one_of(PRESETS)] = Field(
@@ -89,10 +109,14 @@ class PrunePolicy(OperatorModel):
         default=1.0,
         ge=0,
         le=1,
-        description="beyond it: 400, and the preset is no model name",
+        description="most aggressiveness a request may have; beyond it 400, and the preset is no model name",
     )
-    min_keep_ratio: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
-    min_kv_keep: float = Field(default=0.0, ge=0, le=1, description="below it: 400")
+    min_keep_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="smallest keep_ratio a request may have; below it 400"
+    )
+    min_kv_keep: float = Field(
+        default=0.0, ge=0, le=1, description="smallest kv_keep a request may have; below it 400"
+    )
     encoder_device: str = Field(
         default="auto", description="where tower and projector run: auto, cpu, cuda:0"
     )
@@ -108,6 +132,20 @@ class PrunePolicy(OperatorModel):
     trust_image_ids: bool = Field(
         default=False, description="whether a client's uuid or an EXIF image id may name a cached picture"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_prune_layer(cls, values: Any) -> Any:
+        text = values.get("prune_layers") if isinstance(values, Mapping) else None
+        if not isinstance(text, str) or not text.strip():
+            return values
+        if is_reference(text):
+            # what a name means is known with the model
+            return {**values, "prune_layer": None}
+        try:
+            return {**values, "prune_layer": parse(text)[0].layer}
+        except ScheduleError as error:
+            raise ValueError(f"prune_layers: {error}") from error
 
     @model_validator(mode="after")
     def _default_within_caps(self) -> PrunePolicy:
@@ -137,6 +175,28 @@ class PrunePolicy(OperatorModel):
     def to_config(self) -> dict[str, Any]:
         """The keys that differ from the defaults, as JSON values; inverse of `from_config`."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def asks_for_pruning(self) -> bool:
+        """Whether the operator wants something pruned that no client asks for."""
+        return self.has_prune_layer or self.default_preset != "off"
+
+    @property
+    def has_prune_layer(self) -> bool:
+        """Whether the second stage is on."""
+        return self.prune_layer is not None or bool(self.prune_layers.strip())
+
+    @property
+    def relevances(self) -> tuple[str, ...]:
+        """How each prune layer rates tokens; the last holds for the rest."""
+        return tuple(self.relevance.split(","))
+
+    @cached_property
+    def schedule(self) -> tuple[PruneLayer, ...]:
+        """The prune layers, of an engine that has them: names and files have been resolved by then."""
+        if self.prune_layer is None:
+            return ()
+        return parse(self.prune_layers) if self.prune_layers.strip() else (PruneLayer(self.prune_layer),)
 
     @cached_property
     def default_settings(self) -> PruneSettings:
@@ -187,14 +247,26 @@ class PrunePolicy(OperatorModel):
         )
         kv = self._resolve_kv(controls, preset.kv_keep)
         self._check_caps(controls, vision, kv)
-        return PruneSettings(preset_name, vision, kv)
+        settings = PruneSettings(preset_name, vision, kv)
+        if controls.fields.keys() <= {"preset"}:
+            return settings
+        # named besides the preset: what that changed must not be counted under its name
+        alone = self._resolve(Controls({"preset": (preset_name, "preset")}))
+        return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")
         scope = controls.get("kv_scope", "all")
         if self.prune_layer is not None:
-            return KVSettings(asked if asked is not None else preset_keep, scope)
-        if asked is not None and asked < 1.0:
+            if asked is not None and len(asked) > len(self.schedule) > 0:
+                name = controls.name("kv_keep")
+                raise SettingsError(
+                    f"{name} names {len(asked)} shares, and this server has {len(self.schedule)} prune "
+                    f"layer{'s' if len(self.schedule) > 1 else ''}: send at most one for each.",
+                    name,
+                )
+            return KVSettings.of(asked if asked is not None else (preset_keep,), scope)
+        if asked is not None and min(asked) < 1.0:
             name = controls.name("kv_keep")
             raise SettingsError(
                 f"{name} below 1 needs a prune layer, and this server has none; leave it out, "
@@ -219,9 +291,9 @@ class PrunePolicy(OperatorModel):
                 f"{self.min_keep_ratio:g} (min_keep_ratio).",
                 blame("keep_ratio"),
             )
-        if kv.keep < self.min_kv_keep:
+        if min(kv.shares) < self.min_kv_keep:
             raise SettingsError(
-                f"{blame('kv_keep')} asks for kv_keep {kv.keep:g}; this server keeps at least "
+                f"{blame('kv_keep')} asks for kv_keep {min(kv.shares):g}; this server keeps at least "
                 f"{self.min_kv_keep:g} (min_kv_keep).",
                 blame("kv_keep"),
             )

@@ -11,7 +11,7 @@ The data's way: raw input -> `Controls` (what the client said, each with the nam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 from vllm_vtprune.contract import FIELDS, HEADER_PREFIX, KWARG, KVScope, clip, kind_of
 from vllm_vtprune.errors import SettingsError
 
+#: The score that the model's family names (`families.base.Family.default_score`).
+AUTO_SCORE = "auto"
 _FIELD_OF_HEADER = {field.header.lower(): field for field in FIELDS.values()}
 
 
@@ -31,7 +33,7 @@ class VisionSettings:
         aggressiveness: in [0, 1]; the inflection point decides the count. None with `keep_ratio`.
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
         min_tokens: tokens every image keeps at least.
-        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, or `received` attention.
+        score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
         max_share: in (0, 1]; of each image no more than this share stays (but `min_tokens`), whatever the
             curve says.
 
@@ -106,24 +108,38 @@ class VisionSettings:
 
 @dataclass(frozen=True, slots=True)
 class KVSettings:
-    """Stage 2: which share of the prompt stays above the prune layer.
+    """Stage 2: which share of the prompt stays above each prune layer.
 
     Attributes:
-        keep: in (0, 1]; 1 drops nothing.
+        keep: in [0, 1], above the first prune layer; 1 drops nothing, 0 every visual token.
         scope: `all` (visual and text tokens compete) or `vision` (text tokens are protected).
+        above: the same for further prune layers; the last share given holds for the rest.
     """
 
     keep: float = 1.0
     scope: KVScope = "all"
+    above: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(shares: Sequence[float], scope: KVScope = "all") -> KVSettings:
+        """From the shares of one or more prune layers."""
+        keep, *above = shares
+        return KVSettings(keep, scope, tuple(above))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Every share, from the lowest prune layer up."""
+        return (self.keep, *self.above)
 
     @property
     def drops(self) -> bool:
         """Whether anything may leave the cache."""
-        return self.keep < 1.0
+        return min(self.shares) < 1.0
 
     def extra_args(self) -> dict[str, Any]:
         """What `SamplingParams.extra_args` carries to scheduler and worker."""
-        return {KWARG: {"kv_keep": float(self.keep), "kv_scope": self.scope}}
+        keep: float | list[float] = list(map(float, self.shares)) if self.above else float(self.keep)
+        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope}}
 
     @staticmethod
     def from_extra_args(extra_args: Mapping[str, Any] | None, default: KVSettings) -> KVSettings:
@@ -141,16 +157,27 @@ class KVSettings:
                 f"extra_args.{KWARG}",
             )
         controls = Controls.from_mapping(entry, where=f"extra_args.{KWARG}", fields=("kv_keep", "kv_scope"))
-        return KVSettings(keep=controls.get("kv_keep", 1.0), scope=controls.get("kv_scope", "all"))
+        return KVSettings.of(controls.get("kv_keep", (1.0,)), controls.get("kv_scope", "all"))
 
 
 @dataclass(frozen=True, slots=True)
 class PruneSettings:
-    """Everything one request asked for, resolved against the operator's policy."""
+    """Everything one request asked for, resolved against the operator's policy.
+
+    Attributes:
+        preset: the preset whose settings these are, or ``custom``.
+        vision: stage 1.
+        kv: stage 2.
+    """
 
     preset: str = "off"
     vision: VisionSettings = VisionSettings()
     kv: KVSettings = KVSettings()
+
+    def prunes_as(self, other: PruneSettings) -> bool:
+        """Whether the two keep the same tokens of any request."""
+        same_kv = self.kv == other.kv or not (self.kv.drops or other.kv.drops)
+        return same_kv and self.vision.canonical() == other.vision.canonical()
 
     def as_dict(self) -> dict[str, Any]:
         """The contract's names, for logs and for `/vtprune/config`."""
@@ -159,7 +186,7 @@ class PruneSettings:
             "method": self.vision.method,
             "aggressiveness": self.vision.aggressiveness,
             "keep_ratio": self.vision.keep_ratio,
-            "kv_keep": self.kv.keep,
+            "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
         }
 

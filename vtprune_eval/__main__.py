@@ -26,12 +26,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_vtprune import demo_model
 from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.arguments import make_parser
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import evaluate
 from vtprune_eval.options import judge, model_config, settings_of
-from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import plot_accuracy, series_by_method
 from vtprune_eval.report import dump
 from vtprune_eval.scenes import BASE_SIZE
@@ -112,7 +112,7 @@ def _runner(options: argparse.Namespace, settings: list[Setting]) -> Runner:
             concurrency=options.concurrency,
             limit=options.max_tokens,
         )
-    outputs = outputs_for([setting.counted for setting in settings])
+    outputs = needs_of([setting.counted for setting in settings])
     config = model_config(options.model)
     questions = _questions(options, config.vision_config.image_size)  # a bad file is told before models load
     return LocalRunner(_model(options), questions, outputs, options.max_tokens)

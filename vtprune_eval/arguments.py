@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_vtprune.contract import FIELDS, HEADERS, PRESETS
+from vllm_vtprune.contract import FIELDS, PRESETS
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
-from vllm_vtprune.settings import Controls
 from vtprune_eval.decoder import RATINGS
 from vtprune_eval.drawn import DOMAINS
 from vtprune_eval.scenes import SPLITS
@@ -86,15 +85,12 @@ def _names(known: Any) -> Any:
 
 def _numbers(field: str) -> Any:
     def numbers(text: str) -> list[float]:
-        values = []
-        for part in text.split(","):
-            try:
-                # the server's own rules for the field
-                said = Controls.from_headers([(HEADERS[field], part)])
-            except SettingsError as error:
-                raise argparse.ArgumentTypeError(str(error).removeprefix(f"{HEADERS[field]} ")) from None
-            values.append(said.get(field))
-        return values
+        try:
+            found = [FIELDS[field].parse(part, field, text=True) for part in text.split(",")]
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{field} ")) from None
+        # a field of one number for each prune layer: one, as transformers drops at one layer
+        return [value[0] if isinstance(value, tuple) else value for value in found]
 
     return numbers
 

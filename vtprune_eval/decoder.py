@@ -19,13 +19,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_vtprune.kv_drop.plan import protected_positions, tokens_kept
-from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, kept_rows, make_buckets
-from vllm_vtprune.kv_drop.relevance import Bucket as RelevanceBucket
+from vllm_vtprune.kv_drop.plan import protected_positions, scope_of, shares_of, tokens_kept
+from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, kept_rows
+from vllm_vtprune.kv_drop.schedule import PruneLayer
 from vllm_vtprune.settings import KVSettings
 
 #: How stage 2 can rate tokens: as the engine can, and at random, the baseline for its choice.
-RATINGS: Mapping[str, Relevance] = {**RELEVANCE, "random": Relevance()}
+RATINGS: Mapping[str, Relevance] = {
+    **{name: rating for name, rating in RELEVANCE.items() if not rating.inherits},
+    "random": Relevance(),
+}
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,17 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """The rows of all prompts, end to end, that stay, [kept]; and how many of each prompt, [B]."""
         protected, length, kept = [], [], []
+        shares = shares_of(dropping.kv, [PruneLayer(dropping.prune_layer)])
+        scope = scope_of(dropping.kv, shares)
         for prompt in prompts:
             tokens = len(pictures[prompt.picture])
             ids = [*prompt.before, *[0] * tokens, *prompt.after]
             mask = protected_positions(
-                ids, [(len(prompt.before), tokens)], dropping.special_ids, dropping.kv, dropping.window
+                ids, [(len(prompt.before), tokens)], dropping.special_ids, scope, dropping.window
             )
             protected.append(mask)
             length.append(len(ids))
-            kept.append(tokens_kept(len(ids), int(mask.sum()), dropping.kv))
+            kept += tokens_kept(len(ids), tokens, int(mask.sum()), shares)
         start = np.cumsum([0, *length[:-1]])
         # only prompts that lose tokens are rated: those are longer than the window
         rated = np.array(kept) < length
@@ -177,7 +183,7 @@ class Decoder:
             rows_kept=sum(kept),
             protected=torch.from_numpy(np.concatenate(protected)).to(self.device),
             buckets=tuple(
-                RelevanceBucket(padded, *torch.from_numpy(facts).to(self.device)) for padded, facts in buckets
+                Bucket(padded, *torch.from_numpy(facts).to(self.device)) for padded, facts in buckets
             ),
         )
         rating = RATINGS[dropping.relevance]
@@ -193,6 +199,7 @@ class Decoder:
             q.transpose(1, 2)[valid],
             k.transpose(1, 2)[valid],
             pruned,
+            relevance=rating,
             queries=rating.queries(dropping.window),
             total_heads=q.shape[1],
             scale=size**-0.5,

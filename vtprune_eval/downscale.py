@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_vtprune.families.base import TowerOutput, View
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.features import everything
 
 _BATCH = 32
 #: By how much the shape of a smaller picture may differ from the picture's own.
@@ -37,8 +39,15 @@ class SmallerPictures:
             encoder: the checkpoint's.
             images: P RGB pictures.
             image_processor: the checkpoint's.
+
+        Raises:
+            ValueError: the tower takes pictures of many sizes.
         """
         self.encoder, self.images, self.image_processor = encoder, images, image_processor
+        grid = encoder.family.unpruned_grid()
+        if grid is None:
+            raise ValueError("downscale needs a tower whose pictures have one size")
+        self._grid = grid
 
     def embed(self, counts: Sequence[int]) -> list[Tensor]:
         """The embeddings the language model is given, per picture [rows * columns, hidden].
@@ -46,7 +55,7 @@ class SmallerPictures:
         Args:
             counts: [P] tokens that each picture may have; `smaller_grid` says how near it comes.
         """
-        grids = [smaller_grid(self.encoder.grid, count) for count in counts]
+        grids = [smaller_grid(self._grid, count) for count in counts]
         embeddings: dict[int, Tensor] = {}
         for grid in sorted(set(grids)):
             members = [picture for picture, of_picture in enumerate(grids) if of_picture == grid]
@@ -59,12 +68,17 @@ class SmallerPictures:
     def _embed(self, numbers: Sequence[int], grid: tuple[int, int]) -> list[Tensor]:
         encoder, images = self.encoder, [self.images[number] for number in numbers]
         pixels: Tensor = self.image_processor(images=images, return_tensors="pt").pixel_values  # type: ignore[operator]
-        patch = pixels.shape[-1] // encoder.grid[1]
+        patch = pixels.shape[-1] // self._grid[1]
         smaller = F.interpolate(
             pixels, (grid[0] * patch, grid[1] * patch), mode="bicubic", antialias=True, align_corners=False
         ).to(encoder.device, encoder.dtype)
-        hidden = encoder.tower(smaller, interpolate_pos_encoding=True).last_hidden_state
-        return encoder.project([(states[1:], states[0]) for states in hidden])
+        hidden = encoder.modules["tower"](smaller, interpolate_pos_encoding=True).last_hidden_state
+        extra = (encoder.family.places() or 0) - math.prod(self._grid)
+        outputs = [
+            TowerOutput(states[1:], (View(grid),), states[:1], places=math.prod(grid) + extra)
+            for states in hidden
+        ]
+        return [embeddings for embeddings, _ in encoder.project([everything(o) for o in outputs])]
 
 
 def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vllm_vtprune.selection import get_score, score_curve
-from vtprune_eval.pictures import outputs_for
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Questions
 from vtprune_eval.transformers_backend import LocalModel
@@ -33,7 +33,7 @@ def draw_kept(model: LocalModel, image: Image.Image, setting: Setting, path: Pat
         A sentence with the counts.
     """
     questions = Questions(path.name, [image.convert("RGB")], [])
-    pictures = model.encode(questions, outputs_for([setting.vision]))
+    pictures = model.encode(questions, needs_of([setting.vision]))
     selection = pictures.select(setting)[0]
     batch = pictures.batches[0]
     curve = score_curve(get_score(setting.vision.score)(batch))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from vtprune_eval.document_questions import PAGE_KINDS, ask_page_each, ask_page_many
 from vtprune_eval.documents import HELD_OUT_LAYOUTS, Page, make_page
-from vtprune_eval.scene_questions import EVENLY, KINDS, Question, ask_each, ask_many
+from vtprune_eval.scene_questions import EVENLY, KINDS, SceneQuestion, ask_each, ask_many
 from vtprune_eval.scenes import BASE_SIZE, HELD_OUT_PAIRS, Scene, make_scene
 
 Drawn = Scene | Page
@@ -37,21 +37,21 @@ def make(domain: str, split: str, index: int, size: int = BASE_SIZE) -> Drawn:
     return (make_scene if domain == "scenes" else make_page)(split, index, size)
 
 
-def questions_each(drawn: Drawn, rng: random.Random) -> list[Question]:
+def questions_each(drawn: Drawn, rng: random.Random) -> list[SceneQuestion]:
     """One question of every kind that the picture allows."""
     return ask_page_each(drawn, rng) if isinstance(drawn, Page) else ask_each(drawn, rng)
 
 
 def questions_many(
     drawn: Drawn, count: int, rng: random.Random, kinds: Mapping[str, float] = EVENLY
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """`count` questions; about a scene by the weights in `kinds`, about a page evenly."""
     if isinstance(drawn, Page):
         return ask_page_many(drawn, count, rng)
     return ask_many(drawn, count, rng, kinds)
 
 
-def is_held_out(drawn: Drawn, question: Question) -> bool:
+def is_held_out(drawn: Drawn, question: SceneQuestion) -> bool:
     """Whether the question is about a colour-shape pair, or a page's layout, that training never shows."""
     if isinstance(drawn, Page):
         return drawn.layout in HELD_OUT_LAYOUTS

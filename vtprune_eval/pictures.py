@@ -7,24 +7,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from vllm_vtprune.selection import SCORE_NEEDS, Selection, VisionFeatures, get_method, needs_of
-from vllm_vtprune.selection.base import Pruning, keep_all, required
-from vllm_vtprune.settings import VisionSettings
+from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.selection import Selection, VisionFeatures, get_method
+from vllm_vtprune.selection.base import Pruning, keep_all
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.features import kept_of, stack
 from vtprune_eval.setting import Setting
 
 _BATCH = 32
-
-
-def outputs_for(visions: Sequence[VisionSettings]) -> frozenset[str]:
-    """The tower's optional outputs that these settings read."""
-    pruning = [vision for vision in visions if not vision.keeps_all]
-    scores = frozenset[str]().union(*(SCORE_NEEDS[vision.score] for vision in pruning))
-    return (needs_of(vision.method for vision in pruning) | scores) - {"cls"}
 
 
 @dataclass
@@ -33,10 +26,12 @@ class EncodedPictures:
 
     Attributes:
         encoder: tower and projector.
+        outputs: the tower's, one per picture.
         batches: features of up to 32 pictures each.
     """
 
     encoder: VisionEncoder
+    outputs: list[TowerOutput]
     batches: list[VisionFeatures]
 
     @property
@@ -57,23 +52,19 @@ class EncodedPictures:
             encoder: the checkpoint's.
             images: RGB pictures.
             image_processor: the checkpoint's.
-            outputs: optional outputs, see `outputs_for`.
+            outputs: optional outputs, see `vision.features.needs_of`.
         """
-        batches = []
+        batches: list[VisionFeatures] = []
+        whole: list[TowerOutput] = []
         for first in range(0, len(images), _BATCH):
             chosen = list(images[first : first + _BATCH])
             pixels = image_processor(images=chosen, return_tensors="pt").pixel_values  # type: ignore[operator]
-            encoded = encoder.encode(pixels, outputs)
-            batches.append(
-                VisionFeatures(
-                    patches=torch.stack([e.patches for e in encoded]),
-                    cls=torch.stack([e.cls for e in encoded]),
-                    grid=encoder.grid,
-                    seeds=tuple(_seed(image) for image in chosen),
-                    **{name: torch.stack([getattr(e, name) for e in encoded]) for name in outputs},
-                )
-            )
-        return EncodedPictures(encoder, batches)
+            encoded = encoder.encode([Item({"pixel_values": values}) for values in pixels], outputs)
+            # one view of one size each: one batch, in their order
+            ((_, features),) = stack(encoded, [_seed(image) for image in chosen])
+            batches.append(features)
+            whole += encoded
+        return EncodedPictures(encoder, whole, batches)
 
     def select(self, setting: Setting) -> list[Selection]:
         """What stays of each picture, [P]."""
@@ -85,12 +76,10 @@ class EncodedPictures:
 
     def embed(self, selections: Sequence[Selection]) -> list[Tensor]:
         """The embeddings the language model is given, per picture [k, hidden]."""
-        rows = iter(selections)
-        embeddings: list[Tensor] = []
-        for batch in self.batches:
-            images = zip(batch.patches, required(batch.cls), strict=True)
-            embeddings += self.encoder.project([(next(rows).gather(patches), cls) for patches, cls in images])
-        return embeddings
+        pairs = zip(self.outputs, selections, strict=True)
+        kept = [kept_of(output, [selection]) for output, selection in pairs]
+        batches = (kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH))
+        return [embeddings for batch in batches for embeddings, _ in self.encoder.project(batch)]
 
 
 def _select(features: VisionFeatures, setting: Setting) -> list[Selection]:

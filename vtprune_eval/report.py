@@ -58,25 +58,23 @@ def write_page(result: dict[str, Any], path: Path) -> Path:
 
 def dump(document: dict[str, Any]) -> str:
     """JSON with one line per result row, so that a change of one number is a change of one line."""
-    rows: list[str] = []
+    return _written(document, "") + "\n"
 
-    def place(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: place(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            if value and isinstance(value[0], dict):
-                return [place_row(entry) for entry in value]
-            return value
-        return value
 
-    def place_row(row: dict[str, Any]) -> str:
-        rows.append(json.dumps(row))
-        return f"<row {len(rows) - 1}>"
-
-    text = json.dumps(place(document), indent=1)
-    for number, row in enumerate(rows):
-        text = text.replace(f'"<row {number}>"', row)
-    return text + "\n"
+def _written(value: Any, indent: str) -> str:
+    """As `json.dumps(value, indent=1)` writes it, but for the objects of a list: a line each."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        entries = [f"{json.dumps(str(key))}: {_written(entry, inner)}" for key, entry in value.items()]
+        opening, closing = "{}"
+    elif isinstance(value, list) and value:
+        rows = isinstance(value[0], dict)
+        entries = [json.dumps(entry) if rows else _written(entry, inner) for entry in value]
+        opening, closing = "[]"
+    else:
+        return json.dumps(value)
+    lines = ",\n".join(inner + entry for entry in entries)
+    return f"{opening}\n{lines}\n{indent}{closing}"
 
 
 def stage1(rows: list[Row]) -> str:

@@ -15,7 +15,7 @@ EVENLY: Mapping[str, float] = MappingProxyType(dict.fromkeys(KINDS, 1.0))
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """One question of a kind in `KINDS`, the word that answers it, and the colour-shape pairs it is about."""
 
     kind: str
@@ -24,12 +24,12 @@ class Question:
     pairs: tuple[tuple[str, str], ...] = ()
 
 
-def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+def ask(scene: Scene, kind: str, rng: random.Random) -> SceneQuestion | None:
     """A question of this kind, or None where the scene has nothing that identifies its subject uniquely."""
     return _ASK[kind](scene, rng)
 
 
-def ask_each(scene: Scene, rng: random.Random) -> list[Question]:
+def ask_each(scene: Scene, rng: random.Random) -> list[SceneQuestion]:
     """One question of every kind that the scene allows."""
     asked = (ask(scene, kind, rng) for kind in KINDS)
     return [question for question in asked if question is not None]
@@ -37,7 +37,7 @@ def ask_each(scene: Scene, rng: random.Random) -> list[Question]:
 
 def ask_many(
     scene: Scene, count: int, rng: random.Random, kinds: Mapping[str, float] = EVENLY
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """`count` questions, drawn by weight from those of `kinds` (name to weight) that the scene allows."""
     possible = [kind for kind in kinds if ask(scene, kind, random.Random(0)) is not None]
     drawn = rng.choices(possible, [kinds[kind] for kind in possible], k=count)
@@ -55,36 +55,36 @@ def _unique(scene: Scene, attribute: str) -> list[Shape]:
     return [shape for shape in scene.shapes if values.count(getattr(shape, attribute)) == 1]
 
 
-def _colour(scene: Scene, rng: random.Random) -> Question | None:
+def _colour(scene: Scene, rng: random.Random) -> SceneQuestion | None:
     if not (candidates := _unique(scene, "shape")):
         return None
     subject = rng.choice(candidates)
-    return Question("colour", f"What color is the {subject.shape}?", subject.colour, (_pair(subject),))
+    return SceneQuestion("colour", f"What color is the {subject.shape}?", subject.colour, (_pair(subject),))
 
 
-def _shape(scene: Scene, rng: random.Random) -> Question | None:
+def _shape(scene: Scene, rng: random.Random) -> SceneQuestion | None:
     if not (candidates := _unique(scene, "colour")):
         return None
     subject = rng.choice(candidates)
     form = rng.choice(("What shape is the {} object?", "What shape is {}?"))
-    return Question("shape", form.format(subject.colour), subject.shape, (_pair(subject),))
+    return SceneQuestion("shape", form.format(subject.colour), subject.shape, (_pair(subject),))
 
 
-def _count(scene: Scene, rng: random.Random) -> Question:
+def _count(scene: Scene, rng: random.Random) -> SceneQuestion:
     form = rng.choice(("How many shapes are there?", "How many objects?"))
-    return Question("count", form, str(len(scene.shapes)))
+    return SceneQuestion("count", form, str(len(scene.shapes)))
 
 
-def _where(scene: Scene, rng: random.Random) -> Question:
+def _where(scene: Scene, rng: random.Random) -> SceneQuestion:
     if scene.text is not None and rng.random() < 0.15:
-        return Question("where", "Where is the text?", scene.text.place)
+        return SceneQuestion("where", "Where is the text?", scene.text.place)
     subject = rng.choice(scene.shapes)
     alone = [shape.shape for shape in scene.shapes].count(subject.shape) == 1
     name = subject.shape if alone else f"{subject.colour} {subject.shape}"
-    return Question("where", f"Where is the {name}?", subject.place, (_pair(subject),))
+    return SceneQuestion("where", f"Where is the {name}?", subject.place, (_pair(subject),))
 
 
-def _yes_no(scene: Scene, rng: random.Random) -> Question:
+def _yes_no(scene: Scene, rng: random.Random) -> SceneQuestion:
     present = {_pair(shape) for shape in scene.shapes}
     if rng.random() < 0.5:
         pair, answer = rng.choice(sorted(present)), "yes"
@@ -93,18 +93,18 @@ def _yes_no(scene: Scene, rng: random.Random) -> Question:
         # Half of the "no" questions share a colour or a shape with the scene: only the pair tells them apart.
         near = [pair for pair in absent if any(pair[0] == c or pair[1] == s for c, s in present)]
         pair, answer = rng.choice(near if near and rng.random() < 0.5 else absent), "no"
-    return Question(
+    return SceneQuestion(
         "yes_no", f"Is there {'an' if pair[0] == 'orange' else 'a'} {pair[0]} {pair[1]}?", answer, (pair,)
     )
 
 
-def _read(scene: Scene, rng: random.Random) -> Question | None:
+def _read(scene: Scene, rng: random.Random) -> SceneQuestion | None:
     if scene.text is None:
         return None
-    return Question("read", rng.choice(("What does the text say?", "Read the word.")), scene.text.word)
+    return SceneQuestion("read", rng.choice(("What does the text say?", "Read the word.")), scene.text.word)
 
 
-def _compare(scene: Scene, rng: random.Random) -> Question | None:
+def _compare(scene: Scene, rng: random.Random) -> SceneQuestion | None:
     named = _unique(scene, "shape")
     couples = {
         word: [(a, b) for a in named for b in named if getattr(a, attribute) != getattr(b, attribute)]
@@ -117,10 +117,12 @@ def _compare(scene: Scene, rng: random.Random) -> Question | None:
     # Row 0 is the top one, so the higher shape has the smaller row.
     ahead = first.size > second.size if word == "larger" else first.row < second.row
     text = f"Which is {word}, the {first.shape} or the {second.shape}?"
-    return Question("compare", text, first.shape if ahead else second.shape, (_pair(first), _pair(second)))
+    return SceneQuestion(
+        "compare", text, first.shape if ahead else second.shape, (_pair(first), _pair(second))
+    )
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+_ASK: dict[str, Callable[[Scene, random.Random], SceneQuestion | None]] = {
     "colour": _colour,
     "shape": _shape,
     "count": _count,

@@ -22,10 +22,10 @@ from vllm_vtprune.contract import KVScope
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import Progress, evaluate
-from vtprune_eval.pictures import outputs_for
 from vtprune_eval.plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
 from vtprune_eval.report import dump, write_page
 from vtprune_eval.setting import DOWNSCALE, Setting
@@ -52,7 +52,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     """Calibrate, choose, compare; write results.json, results.md and the plots, and return their paths."""
     # under a fixed share `inflection` keeps what `topk` keeps; what sets it apart is its own count
     names = [name for name in METHODS if name != "inflection"]
-    everything = outputs_for([_fixed(name, 0.5) for name in names])
+    everything = needs_of([_fixed(name, 0.5) for name in names])
     held_out = _validation(model, size.validation)
     calibration = calibrate(held_out.pictures, SHARES.values())
     held_out = _validation(model, size.deciding)
@@ -127,7 +127,10 @@ def _stage2_grid(model: LocalModel, balanced: VisionSettings) -> list[Setting]:
 
 def _rating_grid(layer: int, balanced: VisionSettings) -> list[Setting]:
     """Every window with every relevance, and with the other scope."""
-    ratings: list[tuple[str, KVScope]] = [*((name, "all") for name in RELEVANCE), ("attention", "vision")]
+    ratings: list[tuple[str, KVScope]] = [
+        *((name, "all") for name, rating in RELEVANCE.items() if not rating.inherits),
+        ("attention", "vision"),
+    ]
     return [
         Setting(vision, KVSettings(keep, scope), layer, window, relevance)
         for vision, keep, window, (relevance, scope) in product(
@@ -219,7 +222,11 @@ def _examples(aggressiveness: float, model: LocalModel, questions: Questions, fo
 def fingerprint(model: LocalModel) -> str:
     """Of all weights, so that a result names the model it belongs to."""
     digest = hashlib.sha256()
-    for module in (model.encoder.tower, model.encoder.projector, model.decoder.language):
+    for module in (
+        model.encoder.modules["tower"],
+        model.encoder.modules["projector"],
+        model.decoder.language,
+    ):
         for name, weight in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.float().cpu().numpy().tobytes())

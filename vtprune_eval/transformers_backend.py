@@ -52,7 +52,7 @@ class LocalModel:
     @property
     def image_size(self) -> int:
         """Side of a picture in pixels."""
-        return int(self.encoder.tower.config.image_size)
+        return int(self.encoder.family.config.vision_config.image_size)
 
     def encode(self, questions: Questions, outputs: frozenset[str]) -> EncodedPictures:
         """Run the tower over the pictures."""
@@ -90,7 +90,7 @@ class LocalRunner:
         Args:
             model: what answers.
             questions: what is asked.
-            outputs: the tower's optional outputs that the settings to come read (`vision.outputs_for`).
+            outputs: the tower's optional outputs that the settings read (`vision.features.needs_of`).
             limit: tokens of an answer at most.
         """
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
@@ -132,7 +132,7 @@ class LocalRunner:
                 vision = len(embeddings[shown[prompt.picture]])
                 replies[number] = Reply(
                     self.model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                    self.pictures.tokens + self.model.encoder.with_cls,
+                    self.pictures.outputs[shown[prompt.picture]].places,
                     vision,
                     len(prompt.before) + vision + len(prompt.after),
                     kept,

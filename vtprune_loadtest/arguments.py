@@ -94,7 +94,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=V,...",
-        help="of any header; several multiply, and combinations that cannot differ are run once",
+        help="of any header (NAME=V;... where values hold commas); several multiply, and combinations that "
+        "cannot differ are run once",
     )
     add(
         "--interleave",

@@ -43,7 +43,8 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Sw
 
     Args:
         presets: comma-separated values of X-VTPrune-Preset.
-        header_sweeps: items `NAME=value,value`; an empty value leaves the header out.
+        header_sweeps: items `NAME=value,value`, or `NAME=value;value` where values hold commas; an empty
+            value leaves the header out.
 
     Raises:
         LoadTestError: malformed item, header swept twice, or the same value twice.
@@ -93,7 +94,8 @@ def _idle_headers(headers: Sequence[tuple[str, str]]) -> set[str]:
     aggressiveness = said.get("aggressiveness", preset and preset.aggressiveness)
     if share == 1 or (share is None and aggressiveness == 0):
         idle.add("method")  # of choosing what stays: everything does
-    if said.get("kv_keep", preset and preset.kv_keep) == 1:
+    shares = said.get("kv_keep", preset and (preset.kv_keep,))
+    if shares is not None and min(shares) == 1:
         idle.add("kv_scope")
     return {HEADERS[field].lower() for field in idle}
 
@@ -108,7 +110,7 @@ def balanced_order(settings: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 def _values(option: str, text: str) -> list[str]:
-    values = [value.strip() for value in text.split(",")]
+    values = [value.strip() for value in text.split(";" if ";" in text else ",")]
     if len(set(values)) != len(values):
         raise LoadTestError(f"{option} names a value twice in {text!r}: every value may appear once.")
     for value in values:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pack vLLM 0.32's CUDA build and this project for a GPU machine without network, in parts of at most 60 MB.
 
-    python benchmarks/gpu/pack.py OUT      # writes OUT/a, OUT/b, OUT/c, each with its install.sh
+    python -m benchmarks.gpu.pack OUT      # writes OUT/a, OUT/b, OUT/c, each with its install.sh
 
-The target has Python 3.12, torch 2.11 with CUDA 13, transformers, Triton and a Hopper GPU. Copy the parts
-there and run `bash benchmarks/gpu/run.sh OUT RESULTS`.
+The target has Python 3.12, torch 2.11 with CUDA 13, transformers, Triton and a Hopper GPU; it needs no
+checkout. Copy OUT there and run `bash OUT/run.sh OUT RESULTS`.
 
-    a  the Python packages that vLLM needs and the target lacks (requirements.txt), and this project's wheel
+    a  the Python packages that vLLM needs and the target lacks (requirements.txt), this project's wheel, and
+       the benchmarks, which are not in the wheel
     b  vLLM's main CUDA extension: torch's stable ABI lets it run with another torch than it was built with
     c  vLLM's Python files and FlashAttention 3
 
@@ -18,10 +19,13 @@ sources carry switches for older versions, so 2.11 is expected to do.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+from benchmarks.machine import COMMIT_FILE, commit_of
 
 _HERE = Path(__file__).resolve().parent
 _VLLM = "vllm==0.32.0"
@@ -55,12 +59,24 @@ def pack(out: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(first), project], check=True
     )
+    pack_benchmarks(out)
     _download(out / "wheel", _VLLM)
     _split(next((out / "wheel").glob("vllm-*.whl")), out)
     for name in ("a", "b", "c"):
         (out / name / "install.sh").write_text(_INSTALL)
         size = sum(file.stat().st_size for file in (out / name).iterdir())
         print(f"part {name}: {size / 2**20:.1f} MiB")
+
+
+def pack_benchmarks(out: Path) -> None:
+    """Write the folder benchmarks/ into part a, with the commit it is of, and run.sh beside the parts."""
+    folder = _HERE.parent
+    (out / "a").mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out / "a" / "benchmarks.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*.py")):
+            archive.write(file, file.relative_to(folder.parent))
+        archive.writestr(f"{folder.name}/{COMMIT_FILE}", commit_of(folder) or "unknown")
+    shutil.copy(_HERE / "run.sh", out)
 
 
 def _split(wheel: Path, out: Path) -> None:
@@ -88,5 +104,5 @@ def _download(into: Path, *what: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/gpu/pack.py OUT")
+        sys.exit("usage: python -m benchmarks.gpu.pack OUT")
     pack(Path(sys.argv[1]))

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Compare vLLM and vtprune on LLaVA-1.5-7B's architecture with dummy weights, on a GPU machine without network:
 #
-#     bash benchmarks/gpu/run.sh PARTS RESULTS      # PARTS as written by pack.py; RESULTS is a folder for the JSON files
+#     bash run.sh PARTS RESULTS      # PARTS as written by pack.py; RESULTS is a folder for the JSON files
 #
 # Two servers at a time share the GPU. SECONDS_PER_POINT (default 60) bounds each of the five concurrencies.
 set -euo pipefail
 if [ $# -ne 2 ]; then
-  echo "usage: bash benchmarks/gpu/run.sh PARTS RESULTS" >&2
+  echo "usage: bash run.sh PARTS RESULTS" >&2
   exit 2
 fi
 parts=$(realpath "$1")
@@ -19,7 +19,7 @@ for part in a b c; do
 done
 export PYTHONPATH=$VTPRUNE_SITE
 
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."  # the benchmarks run from the checkout
+cd "$results"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 compare() {
   python3 -m benchmarks.compare --model llava-1.5-7b --concurrency 1,4,16,32,128 \

@@ -6,8 +6,11 @@ set -eu
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends libnuma1
 if [ "${1:-}" = --no-pip ]; then
-    # Debian's package, or the one that Python's own image brings
-    apt-get purge -y -qq --auto-remove python3-pip 2>/dev/null || python3 -m pip uninstall -q -y pip setuptools wheel
+    if dpkg -s python3-pip >/dev/null 2>&1; then
+        apt-get purge -y -qq --auto-remove python3-pip # Debian's
+    else
+        python3 -m pip uninstall -q -y pip setuptools wheel # what Python's own image brings
+    fi
 fi
 rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 groupadd --gid 10001 vtprune

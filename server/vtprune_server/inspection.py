@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.errors import SettingsError
-from vllm_vtprune.selection.registry import METHODS
 from vllm_vtprune.settings import Controls
 from vllm_vtprune.vision.explain import Explanation, explain
-from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vllm_vtprune.vision.features import servable_scores
+from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server.context import current_request, refusal
+from vtprune_server.limits import ServerLimits
 from vtprune_server.routes import HEADER_PARAMETERS, VTPRUNE_SCHEMA, prune_headers
 
 
@@ -60,24 +62,31 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
     model_config = state.engine_client.model_config
     hf_config = model_config.hf_config
     context = plugin_context(model_config)
-    encoder = processor.vision.encoder
+    encoder, family = processor.vision.encoder, processor.family
+    grid = family.unpruned_grid()
+    vision, text = hf_config.vision_config, model_config.hf_text_config
     return {
         "policy": context.policy.model_dump(mode="json"),
         "model": {
             "id": state.openai_serving_models.model_name(),
             "demo": model_config.model == str(demo_model.FOLDER),
             "architecture": hf_config.architectures[0],
-            "vision_tokens_per_image": context.vision_tokens,
-            "grid": list(encoder.grid),
-            "image_size": hf_config.vision_config.image_size,
-            "patch_size": hf_config.vision_config.patch_size,
-            "decoder_layers": hf_config.text_config.num_hidden_layers,
+            # null where they depend on the picture
+            "vision_tokens_per_image": family.places(),
+            "grid": None if grid is None else list(grid),
+            "image_size": getattr(vision, "image_size", None),
+            "patch_size": vision.patch_size,
+            "scores": list(servable_scores(family)),
+            "default_score": family.default_score,
+            "decoder_layers": text.num_hidden_layers,
             "prune_layer": context.policy.prune_layer,
+            "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
             "encoder_device": str(encoder.device),
             "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
         },
+        "limits": _limits(model_config),
         "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
-        "methods": [name for name in METHODS if name in context.policy.methods],
+        "methods": list(context.policy.methods),
         "versions": _versions(),
     }
 
@@ -110,11 +119,22 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Explai
     return ExplainResponse(**dataclasses.asdict(explanation), settings=settings.as_dict())
 
 
-def _processor(state: Any) -> PrunedLlavaMultiModalProcessor:
+def _processor(state: Any) -> PrunedProcessor:
     processor = state.engine_client.renderer.mm_processor
-    if not isinstance(processor, PrunedLlavaMultiModalProcessor):
+    if not isinstance(processor, PrunedProcessor):
         raise VLLMValidationError("This server's model takes no images that vtprune prunes.")
     return processor
+
+
+def _limits(model_config: Any) -> dict[str, Any]:
+    """The limits in force: what vLLM enforces is asked of vLLM, whose own flag or variable may have won."""
+    limits = ServerLimits.from_environ(os.environ).model_dump(mode="json")
+    return {
+        **limits,
+        "max_images": model_config.multimodal_config.get_limit_per_prompt("image"),
+        "max_image_megapixels": envs.VLLM_MAX_IMAGE_PIXELS / 1e6,
+        "media_domains": list(model_config.allowed_media_domains or ()),
+    }
 
 
 def _versions() -> dict[str, str]:

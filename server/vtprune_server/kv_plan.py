@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.kv_drop import metrics
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.requests import embedded_ranges
 from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt
+from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes
 from vllm_vtprune.settings import KVSettings
 
 if TYPE_CHECKING:
@@ -23,29 +26,29 @@ class KVPlanner:
     Attributes:
         config: as every process reads it.
         block_size: tokens of a KV-cache block.
-        groups_above: KV-cache groups above the prune layer.
+        groups: KV-cache groups of the band above each prune layer.
     """
 
     config: KVDropConfig
     block_size: int
-    groups_above: int
+    groups: tuple[int, ...]
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> KVPlanner:
         """Read it off the engine's configuration, which must have a prune layer."""
         config = kv_drop_config(vllm_config)
         layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-        groups = metrics.groups_above_prune_layer(layers, config.prune_layer)
-        return KVPlanner(config, vllm_config.cache_config.block_size, groups)
+        groups, _ = band_groups(band_sizes(layers, config.prune_layers))
+        return KVPlanner(config, vllm_config.cache_config.block_size, tuple(groups[1:]))
 
     def plan(
         self, engine_input: Mapping[str, Any], settings: KVSettings, prompt_logprobs: int | None
     ) -> PromptPlan:
         """The plan of a prompt as vLLM's renderer returns it."""
-        ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+        placeholders = (engine_input.get("mm_placeholders") or {}).values()
         return plan_prompt(
             engine_input.get("prompt_token_ids"),
-            [(r.offset, r.length) for r in ranges],
+            embedded_ranges(itertools.chain.from_iterable(placeholders)),
             settings,
             self.config,
             prompt_logprobs=prompt_logprobs,
@@ -54,4 +57,4 @@ class KVPlanner:
 
     def count(self, plan: PromptPlan) -> None:
         """Count a prompt that was answered."""
-        metrics.count(plan, block_size=self.block_size, groups_above=self.groups_above)
+        metrics.count(plan, block_size=self.block_size, groups=self.groups)

@@ -7,10 +7,11 @@ hold under plain ``vllm serve`` too. What vLLM enforces itself is handed to it b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from vllm_vtprune.error_text import WITHHOLD_VARIABLE
 from vllm_vtprune.policy import OperatorModel
@@ -19,6 +20,14 @@ from vtprune_server.sources import Source, gather, texts
 ENV_PREFIX = "VTPRUNE_"
 #: Of a decoded picture, RGBA.
 _BYTES_PER_PIXEL = 4
+
+
+def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        # vLLM compares it with the host of the URL (`MediaConnector._assert_url_in_allowed_media_domains`)
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name):
+            raise ValueError(f"names {name!r}, which is no host name: write it like images.example.org")
+    return names
 
 
 class ServerLimits(OperatorModel):
@@ -34,7 +43,7 @@ class ServerLimits(OperatorModel):
         default=64, ge=0, description="largest decoded image, in millions of pixels"
     )
     # vLLM's `allowed_media_domains`; strict=False: JSON and YAML have lists
-    media_domains: tuple[str, ...] = Field(
+    media_domains: Annotated[tuple[str, ...], AfterValidator(_host_names)] = Field(
         default=(),
         strict=False,
         description="hosts an image_url may name, separated by commas; with none, every public one",

@@ -13,13 +13,17 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from vtprune_server.counts import TokenCounts
 
-REQUESTS = Counter("vtprune_requests", "Answered requests, by the preset they were resolved to.", ["preset"])
+REQUESTS = Counter(
+    "vtprune_requests",
+    "Answered requests, by preset; custom where they asked for no preset's settings.",
+    ["preset"],
+)
 VISION_TOKENS = Counter("vtprune_vision_tokens", "Vision tokens before pruning.")
 VISION_TOKENS_KEPT = Counter("vtprune_vision_tokens_kept", "Vision tokens given to the language model.")
 VISION_TOKENS_DROPPED = Counter("vtprune_vision_tokens_dropped", "Vision tokens pruned.")
 KEPT_RATIO = Histogram(
     "vtprune_kept_ratio",
-    "Share of a request's vision tokens that were kept, by preset; requests without images are left out.",
+    "Share of a request's vision tokens that were kept, by preset or custom; not without images.",
     ["preset"],
     buckets=(0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 0.99, 1.0),
 )
@@ -66,7 +70,7 @@ def count_response(preset: str, counts: TokenCounts) -> None:
     """Count one answered request.
 
     Args:
-        preset: the preset it was resolved to.
+        preset: the preset whose settings it had, or ``custom``.
         counts: those its headers and usage carry.
     """
     REQUESTS.labels(preset).inc()

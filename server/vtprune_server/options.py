@@ -19,6 +19,8 @@ from vtprune_server.limits import ENV_PREFIX, ServerLimits, variables
 from vtprune_server.sources import gather, part_of, texts, values, yaml_file
 
 _DEST = "vtprune_"
+#: Settings whose flag goes without the project's name, too.
+_SHORT = ("prune_layer", "prune_layers")
 
 
 # pydantic lists the fields of the last base first
@@ -37,7 +39,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, field in OperatorSettings.model_fields.items():
         group.add_argument(
-            *([flag(name)] if name != "prune_layer" else [flag(name), f"--vtprune-{_dashed(name)}"]),
+            *([flag(name), f"--vtprune-{_dashed(name)}"] if name in _SHORT else [flag(name)]),
             dest=_DEST + name,
             metavar=name.rsplit("_", 1)[-1].upper(),
             default=argparse.SUPPRESS,
@@ -47,7 +49,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 def flag(name: str) -> str:
     """The flag of a setting."""
-    return "--prune-layer" if name == "prune_layer" else f"--vtprune-{_dashed(name)}"
+    return f"--{_dashed(name)}" if name in _SHORT else f"--vtprune-{_dashed(name)}"
 
 
 def shown(default: Any) -> str:
@@ -56,7 +58,7 @@ def shown(default: Any) -> str:
         return "all" if default else "none"
     if isinstance(default, bool):
         return str(default).lower()
-    return "off" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+    return "off" if default in (None, "") else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def policy_from_options(

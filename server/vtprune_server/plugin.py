@@ -65,8 +65,9 @@ class VTPruneEndpointPlugin:
             return
         from vllm_vtprune.context import plugin_context
         from vllm_vtprune.error_text import withhold_everywhere
-        from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+        from vllm_vtprune.vision.processor import PrunedProcessor
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
+        from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.kv_plan import KVPlanner
         from vtprune_server.metrics import count_waiting_images, observe_tower_pass
         from vtprune_server.middleware.drain import drain_before_shutdown
@@ -88,11 +89,13 @@ class VTPruneEndpointPlugin:
         model_presets = add_preset_models(state.openai_serving_models, context.policy)
         PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets)
         renderer: Any = engine_client.renderer
-        if isinstance(renderer.mm_processor, PrunedLlavaMultiModalProcessor):
-            tower = await asyncio.to_thread(getattr, renderer.mm_processor, "vision")
+        if isinstance(renderer.mm_processor, PrunedProcessor):
+            await asyncio.to_thread(renderer.mm_processor.warm_up)
+            tower = renderer.mm_processor.vision
             tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
+        install_grammar_errors(engine_client)
 
 
 def add_outer_middleware(app: FastAPI) -> None:

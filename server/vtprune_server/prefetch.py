@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm.utils.async_utils import make_async
 
-from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server import metrics
 from vtprune_server.resend import make_resendable
 
@@ -51,7 +51,7 @@ def install_prefetch(renderer: Any, workers: int) -> None:
         workers: threads that decode, resize and wait for the tower.
     """
     processor = renderer.get_mm_processor()
-    if not isinstance(processor, PrunedLlavaMultiModalProcessor):
+    if not isinstance(processor, PrunedProcessor):
         return
     process = renderer._process_multimodal_async
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vtprune-prefetch")

@@ -21,6 +21,7 @@ from vllm_vtprune.context import PluginContext
 from vllm_vtprune.contract import KWARG
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls, PruneSettings
+from vllm_vtprune.vision.processor import VISION_TOKENS
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
 from vtprune_server.kv_plan import KVPlanner
@@ -136,8 +137,8 @@ class PrunedOnlineRenderer(OnlineRenderer):
             ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
             token_ids = engine_input.get("prompt_token_ids")
             counts = TokenCounts(
-                vision_tokens=len(ranges) * self.vtprune_context.vision_tokens,
-                vision_tokens_kept=sum(r.length for r in ranges),
+                vision_tokens=engine_input.get(VISION_TOKENS, 0),
+                vision_tokens_kept=sum(r.get_num_embeds() for r in ranges),
                 kv_tokens=len(token_ids or ()),
                 kv_tokens_kept=len(token_ids or ()),
             )

@@ -7,6 +7,7 @@ adds the embedded model, the policy's flags, and errors as sentences.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -34,6 +35,11 @@ def main(rest: list[str]) -> int:
     Returns:
         The exit status: 0, or 2 with one sentence on standard error when something cannot work.
     """
+    if {"-h", "--help"} & set(rest):
+        from vtprune_server.serve_help import serve_help
+
+        print(serve_help(), end="")
+        return 0
     prepare_environment()
     try:
         check_vllm_version()
@@ -48,11 +54,13 @@ def main(rest: list[str]) -> int:
     try:
         args = parse(rest)
         if args.model_tag == str(demo_model.FOLDER) and args.served_model_name:
-            announce_when_ready(
-                args.host, args.port, args.served_model_name[0], demo_model.EXAMPLE, demo_model.QUESTION
-            )
+            announce_when_ready(args, demo_model.EXAMPLE, demo_model.QUESTION)
         ServeSubcommand().cmd(args)
-    except (ValueError, TypeError, OSError) as error:
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return _refuse(reason(error))
+        return _refuse(f"Port {args.port} is taken: stop what listens there, or choose another by --port.")
+    except (ValueError, TypeError) as error:
         return _refuse(reason(error))
     except KeyboardInterrupt:
         return 130
@@ -88,6 +96,7 @@ def parse(rest: list[str]) -> Namespace:
     )
     add_policy_options(parser)
     args: Namespace = parser.parse_args(rest)
+    _check_folder(args.model_tag)
     if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
         _use_demo_model(args, rest)
     policy, limits = policy_from_options(args, os.environ, args.additional_config)
@@ -96,6 +105,15 @@ def parse(rest: list[str]) -> Namespace:
     apply_to_vllm(limits, args, flags_given(rest), os.environ)
     ServeSubcommand().validate(args)
     return args
+
+
+def _check_folder(model: str | None) -> None:
+    """Refuse a folder that is not there, which vLLM would take for the id of a repository."""
+    if model is None or Path(model).exists():
+        return
+    # an id is `name` or `owner/name`
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {model}: check the path, or name a Hugging Face id.")
 
 
 def _use_demo_model(args: Any, rest: list[str]) -> None:
@@ -179,5 +197,6 @@ def reason(error: Exception) -> str:
 
 
 def _refuse(reason: object) -> int:
-    print(f"vtprune: {reason}", file=sys.stderr)
+    # the engine's own errors begin with it too, since offline nothing else says where they come from
+    print(f"vtprune: {str(reason).removeprefix('vtprune: ')}", file=sys.stderr)
     return 2

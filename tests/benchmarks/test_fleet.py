@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fleet
-from benchmarks.flops import Shape
+from benchmarks.flops import CostShape
 from benchmarks.models import CLIP_L, LLAVA_7B, write_config
 from tests.conftest import REPOSITORY
 
@@ -23,12 +23,12 @@ def test_the_page_is_what_the_script_prints(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_shape_is_the_checkpoint_s(tmp_path: Path) -> None:
     write_config(tmp_path, LLAVA_7B, CLIP_L, "bfloat16")
-    assert Shape.of(tmp_path) == fleet.LLAVA
+    assert CostShape.of(tmp_path) == fleet.LLAVA
 
 
 def test_a_replica_is_the_roofline_over_the_share() -> None:
     """Twice the machine is twice the requests, whatever is kept."""
-    twice = fleet.Machine(2 * fleet.H100.peak_flops, 2 * fleet.H100.bandwidth)
+    twice = fleet.MachineLimits(2 * fleet.H100.peak_flops, 2 * fleet.H100.bandwidth)
     for name, request in fleet.SETTINGS.items():
         assert fleet.replica(request, machine=twice).requests_per_s == pytest.approx(
             2 * PLANS[name].requests_per_s

@@ -21,9 +21,10 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks import __main__ as short_version
 from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
-from benchmarks.flops import RequestShape, Shape, Work, request_work
-from benchmarks.interleaved import Block, Rounds, TrafficSpec, connected
-from benchmarks.roofline import Machine, bound
+from benchmarks.flops import CostShape, RequestShape, Work, request_work
+from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
+from benchmarks.processes import ServerProcess
+from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
@@ -39,10 +40,10 @@ def block(**fields: float) -> Block:
 def test_ratios_are_taken_within_rounds() -> None:
     """The machine slows down tenfold over the rounds; the ratio does not notice."""
     slow = np.geomspace(1, 10, 9)
-    rounds = Rounds(1, 1, ["vllm", "off"])
+    rounds = LoadRounds(["vllm", "off"], 1, 1)
     rounds.blocks["vllm"] = [block(e2el_s=s) for s in slow]
     rounds.blocks["off"] = [block(e2el_s=1.02 * s) for s in slow]
-    spread = Spread.of(rounds.ratios("off", "vllm", "e2el_s"))
+    spread = Spread.of(rounds.ratios("off", "e2el_s"))
     assert spread.median == pytest.approx(1.02) and spread.high - spread.low < 1e-9
     assert spread.rounds == 9
 
@@ -63,7 +64,7 @@ def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
 
 def test_operations_are_those_that_torch_counts(tiny: Path) -> None:
     """Against torch's own counter on transformers' model, which computes the whole attention square."""
-    shape = Shape.of(tiny)
+    shape = CostShape.of(tiny)
     model = LlavaForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         features = model.model.get_image_features(pixel_values=torch.randn(1, 3, 56, 56)).pooler_output[0]
@@ -87,7 +88,7 @@ def test_operations_are_those_that_torch_counts(tiny: Path) -> None:
 
 
 def test_decoding_counts_each_step(tiny: Path) -> None:
-    shape = Shape.of(tiny)
+    shape = CostShape.of(tiny)
     one, three = (
         request_work(shape, RequestShape(images=0, text_tokens=10, kept=0, output=n))["decode"]
         for n in (1, 3)
@@ -102,7 +103,7 @@ def test_decoding_counts_each_step(tiny: Path) -> None:
 
 
 def test_a_batch_shares_the_weights_and_nothing_else(tiny: Path) -> None:
-    shape, request = Shape.of(tiny), RequestShape(images=1, text_tokens=10, kept=16, output=5)
+    shape, request = CostShape.of(tiny), RequestShape(images=1, text_tokens=10, kept=16, output=5)
     alone, together = (request_work(shape, request, batch)["decode"] for batch in (1, 16))
     weights = 4 * (shape.layers * shape.layer_weights + shape.hidden * shape.vocab) * 4
     assert together.flops == alone.flops
@@ -110,8 +111,8 @@ def test_a_batch_shares_the_weights_and_nothing_else(tiny: Path) -> None:
 
 
 def test_pruning_bounds() -> None:
-    shape = Shape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
-    machine = Machine(peak_flops=1e11, bandwidth=2e10)
+    shape = CostShape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
+    machine = MachineLimits(peak_flops=1e11, bandwidth=2e10)
     full = RequestShape(images=1, text_tokens=60, kept=576, output=16)
     assert bound(shape, full, full, machine, 4) == 1
     limits = [bound(shape, full, replace(full, kept=kept), machine, 4) for kept in (576, 288, 127, 1)]
@@ -152,15 +153,19 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunningServer]]:
         slow.prefill_s = slow.token_s = 0.02
         fast.prefill_s = fast.token_s = 0.01
         slow.prunes = False
-        process = SimpleNamespace(pid=os.getsid(0))
+        process: Any = SimpleNamespace(pid=os.getsid(0))
         yield [
-            RunningServer(spec, chat.url, process)  # type: ignore[arg-type]
+            RunningServer(spec, ServerProcess(chat.url, process, Path(os.devnull)))
             for spec, chat in ((PLAIN, slow), (PRUNING, fast))
         ]
 
 
-def measured(servers: list[RunningServer], runs: int = 1, **options: Any) -> Rounds:
-    async def run() -> Rounds:
+def at(server: RunningServer, url: str) -> RunningServer:
+    return replace(server, process=replace(server.process, url=url))
+
+
+def measured(servers: list[RunningServer], runs: int = 1, **options: Any) -> LoadRounds:
+    async def run() -> LoadRounds:
         traffic = TrafficSpec(output_len=3, picture_size=(32, 32))
         async with connected(parse_arms("vllm,off"), servers, "fake", traffic) as comparison:
             for _ in range(runs):
@@ -174,7 +179,7 @@ def test_a_comparison_end_to_end(servers: list[RunningServer], capsys: pytest.Ca
     rounds = measured(servers, min_rounds=4)
     assert [len(blocks) for blocks in rounds.blocks.values()] == [4, 4]
     assert rounds.requests_per_block % 2 == 0
-    assert 0.3 < Spread.of(rounds.ratios("off", "vllm", "e2el_s")).median < 0.9
+    assert 0.3 < Spread.of(rounds.ratios("off", "e2el_s")).median < 0.9
     assert np.isnan(rounds.values("vllm", "vision_tokens_kept")).all()
     assert (rounds.values("off", "vision_tokens_kept") == 100).all()
 
@@ -190,7 +195,7 @@ def test_a_comparison_end_to_end(servers: list[RunningServer], capsys: pytest.Ca
     traffic = {"images": 1, "output_len": 3}
     for arm in document["arms"].values():
         arm["median"]["prompt_tokens"] = 160.0
-    shares = roofline.report(model, {"2": document}, traffic, Machine(1e11, 1e10))["2"]
+    shares = roofline.report(model, {"2": document}, traffic, MachineLimits(1e11, 1e10))["2"]
     assert shares["vllm"]["bound"] == shares["vllm"]["share"] == 1
     assert shares["off"]["share"] == pytest.approx(shares["off"]["measured"] / shares["off"]["bound"])
     assert "of the gain" in capsys.readouterr().out
@@ -198,7 +203,7 @@ def test_a_comparison_end_to_end(servers: list[RunningServer], capsys: pytest.Ca
 
 def test_no_picture_is_sent_twice(servers: list[RunningServer]) -> None:
     with serve_fake_chat() as chat:
-        both = [replace(server, url=chat.url) for server in servers]
+        both = [at(server, chat.url) for server in servers]
         measured(both, runs=2, min_rounds=2, max_rounds=2)
         pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in chat.bodies]
     assert len(pictures) > 8 and len(set(pictures)) == len(pictures)
@@ -227,7 +232,7 @@ def test_a_failing_request_ends_the_comparison(servers: list[RunningServer]) -> 
     with serve_fake_chat() as chat:
         chat.fail = lambda number: 500
         with pytest.raises(LoadTestError, match="off failed: http_500"):
-            measured([servers[0], replace(servers[1], url=chat.url)])
+            measured([servers[0], at(servers[1], chat.url)])
 
 
 @pytest.mark.parametrize("arguments", [["--concurrency", "0"], ["--arms", "off"], ["--model", "gpt"]])

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,17 +19,20 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks import models, servers
 from benchmarks.arms import parse_arm, parse_arms, servers_for
+from benchmarks.gpu.pack import pack_benchmarks
 from benchmarks.llava import random_llava
+from benchmarks.machine import commit_of
+from benchmarks.processes import ServerProcess
 from benchmarks.servers import (
     PLAIN,
     PRUNING,
     command,
-    cpu_seconds_of_session,
     environment,
     pruning_kv,
     running,
 )
 from tests.benchmarks.conftest import DECODER, TOWER
+from tests.conftest import REPOSITORY
 from vtprune_loadtest.errors import LoadTestError
 
 
@@ -134,15 +140,61 @@ def test_a_server_that_dies_is_reported_with_its_log(tmp_path: Path, monkeypatch
         pass
 
 
-def test_cpu_seconds_of_a_session() -> None:
-    code = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\ninput()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+def until(holds: Callable[[], bool]) -> bool:
+    """Whether it holds within a minute: a process that was killed is gone a moment later."""
+    deadline = time.monotonic() + 60
+    while not (found := holds()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def test_cpu_seconds_are_those_of_a_server_and_of_what_it_started(tmp_path: Path) -> None:
+    work = "end = time.process_time() + 0.3\nwhile time.process_time() < end: pass\ninput()"
+    code = (
+        f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {'import time; ' + work!r}])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}\n{work}"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    server = ServerProcess("", process, tmp_path)
     try:
-        deadline = time.monotonic() + 30
-        while (used := sum(cpu_seconds_of_session(process.pid))) < 0.29 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert 0.29 <= used < 3
+        assert until(lambda: server.cpu_seconds() >= 0.58)
+        assert server.cpu_seconds() < 6 and len(server.members()) == 2
     finally:
-        process.kill()
+        server.stop()
         process.communicate()
-    assert math.isnan(sum(cpu_seconds_of_session(process.pid)))
+    assert until(lambda: math.isnan(server.cpu_seconds()))
+
+
+def test_a_server_is_stopped_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        "import http.server, subprocess, sys\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "class Answer(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[4])), Answer).serve_forever()\n"
+    )
+    server = ServerProcess.start([sys.executable, "-c", code], tmp_path / "log", os.environ, within_s=60)
+    assert server.healthy() and len(server.members()) == 2
+    server.stop()
+    assert until(lambda: not server.members())
+
+
+def test_the_packed_benchmarks_run_without_a_checkout(tmp_path: Path) -> None:
+    pack_benchmarks(tmp_path)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(tmp_path / "a" / "benchmarks.zip") as archive:
+        archive.extractall(site)
+    assert (tmp_path / "run.sh").is_file()
+    # the shipped packages stand for the wheel; none of the checkout's own is among them
+    for package in (REPOSITORY / "vllm_vtprune", REPOSITORY / "vtprune_loadtest"):
+        (site / package.name).symlink_to(package)
+    code = "from benchmarks import compare, machine as m; print(compare.__file__, m.describe()['commit'])"
+    env = {**os.environ, "PYTHONPATH": str(site), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    run = [sys.executable, "-P", "-c", code]
+    told = subprocess.run(
+        run, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert told[0].startswith(str(site)) and told[1] == commit_of(REPOSITORY).split()[0]

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from demo.curve import before_the_cut, describe_knee, similarity
 from demo.data import collate
 from demo.export import export, processor, tokenizer
 from demo.language import keep_some, patch_words
@@ -21,10 +20,19 @@ from demo.model import END, IMAGE, START, UNKNOWN, VOCABULARY, VOCABULARY_SIZE, 
 from demo.optim import schedule
 from demo.packing import answer_logits, pack
 from demo.tower import encode, normalise
+from vllm_vtprune import demo_model
+from vllm_vtprune.selection import VisionFeatures, get_score
+from vllm_vtprune.settings import VisionSettings
+from vtprune_eval.calibrate import objects_kept
 from vtprune_eval.documents import Page
 from vtprune_eval.drawn import draw, questions_many
+from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.scene_questions import ask_each, ask_many
 from vtprune_eval.scenes import PRINTED, make_scene
+from vtprune_eval.setting import Setting
+from vtprune_eval.statistics import correlation
+from vtprune_eval.tasks import drawn_questions, is_right
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 SIZE = Size()
 
@@ -198,10 +206,30 @@ def test_the_first_heads_start_on_the_neighbouring_patches() -> None:
     assert found.tolist() == [(5 + dy) * 12 + 5 + dx for dy, dx in offsets]
 
 
+def with_similarity(scores: torch.Tensor) -> EncodedPictures:
+    """Pictures whose patches have these cosines [P, N] to the CLS token."""
+    across = (1 - scores**2).clamp(min=0).sqrt()
+    features = VisionFeatures(
+        patches=torch.stack([scores, across], -1),
+        cls=torch.tensor([1.0, 0.0]).expand(len(scores), 2),
+        grid=(1, scores.shape[1]),
+        seeds=tuple(range(len(scores))),
+    )
+    return EncodedPictures(None, [features])  # type: ignore[arg-type]
+
+
+def before_the_cut(scores: torch.Tensor, aggressiveness: float = 0.5) -> list[int]:
+    (selection,) = with_similarity(scores[None]).select(
+        Setting(VisionSettings(aggressiveness=aggressiveness))
+    )
+    kept: list[int] = selection.indices.tolist()
+    return kept
+
+
 def test_the_cut_falls_where_the_curve_bends() -> None:
     scores = torch.cat([torch.full((20,), 0.1), torch.full((5,), 0.9), torch.full((20,), 0.1)])
     scores += 0.001 * torch.rand(45, generator=torch.Generator().manual_seed(0))
-    kept = set(before_the_cut(scores).tolist())
+    kept = set(before_the_cut(scores))
     assert set(range(20, 25)) < kept, "the five before the bend"
     assert len(kept) == 6, "and the one at it"
     counts = [len(before_the_cut(scores, a)) for a in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)]
@@ -211,16 +239,46 @@ def test_the_cut_falls_where_the_curve_bends() -> None:
 
 
 def test_a_perfect_cls_token_finds_every_object_patch() -> None:
-    scenes = [make_scene("test", index) for index in range(12)]
-    shown = torch.from_numpy(np.stack([scene.object_patches for scene in scenes])).float()
+    questions = drawn_questions("test", 12, 168)
+    assert questions.objects is not None and questions.owner is not None
+    shown = torch.from_numpy(questions.objects).float()
     noise = 0.05 * torch.rand(shown.shape, generator=torch.Generator().manual_seed(0))
-    patches = torch.stack([shown + noise, 1 - shown + noise], -1)
-    states = torch.cat([torch.tensor([1.0, 0.0]).expand(12, 1, 2), patches], 1)
-    assert (similarity(states) > 0.9).float().eq(shown).all()
-    knee = describe_knee(scenes, states)
-    assert knee.object_recall == 1
-    assert knee.content_correlation > 0.95
-    assert knee.share_kept == pytest.approx(knee.object_share, abs=0.1)
+    pictures = with_similarity((shown - noise).abs())
+    assert (get_score("cosine")(pictures.batches[0]) > 0.9).float().eq(shown).all()
+    knee = Setting(VisionSettings(aggressiveness=0.5))
+    assert objects_kept(pictures, knee.vision, questions.owner)["patches"] == 1
+    counts = np.array(pictures.counts(knee), dtype=np.float64)
+    assert correlation(counts, questions.objects.sum(1).astype(np.float64)).value > 0.95
+    assert counts.mean() / 144 == pytest.approx(float(shown.mean()), abs=0.1)
+
+
+@torch.inference_mode()
+def test_the_evaluation_answers_as_transformers_generates() -> None:
+    """The embedded model through its processor, chat template and `generate`, all questions in one batch."""
+    model = LocalModel(str(demo_model.FOLDER))
+    questions = drawn_questions("test", 3, model.image_size)
+    prepare = AutoProcessor.from_pretrained(demo_model.FOLDER)
+    prompts = [
+        prepare.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
+            add_generation_prompt=True,
+        )
+        for question in questions.asked
+    ]
+    inputs = prepare(
+        images=[questions.pictures[question.picture] for question in questions.asked],
+        text=prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    )
+    alone = LlavaForConditionalGeneration.from_pretrained(demo_model.FOLDER).eval()
+    made = alone.generate(**inputs, max_new_tokens=4, do_sample=False)
+    texts = prepare.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    replies = LocalRunner(model, questions, frozenset(), 4).answer(Setting())
+    assert [reply.text for reply in replies] == [text.strip() for text in texts]
+    assert sum(is_right(r.text, q) for r, q in zip(replies, questions.asked, strict=True)) > 15
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

@@ -70,7 +70,7 @@ def production_stack(folder: Path) -> tuple[Object, ...]:
 
 
 def _rendered(*command: str) -> tuple[Object, ...]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return tuple(found for found in yaml.safe_load_all(done.stdout) if found)
 

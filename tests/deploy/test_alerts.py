@@ -24,7 +24,7 @@ ALERTS = [rule["alert"] for rule in yaml.safe_load(RULES.read_text())["groups"][
 def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
-    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=280)
 
 
 def test_rules_and_configuration_are_valid() -> None:

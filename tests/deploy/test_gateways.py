@@ -135,16 +135,16 @@ def test_headers_go_both_ways_unchanged(through: str) -> None:
 
 
 def test_a_stream_arrives_as_it_is_made(through: str) -> None:
-    body = chat_body(scene(), stream=True, max_tokens=200, ignore_eos=True)
-    arrived = []
+    # short enough to fit a gateway's buffer, so that collected it would come in one piece at the end
+    body = chat_body(scene(), stream=True, max_tokens=60, ignore_eos=True)
+    post(through, {**body, "stream": False})
+    arrived, began = [], time.monotonic()
     with httpx.stream("POST", through + CHAT, json=body, timeout=60) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                arrived.append(time.monotonic())
-        assert line == "data: [DONE]" or arrived
-    # collected by the gateway, all would come in one piece
-    assert arrived[len(arrived) // 2] - arrived[0] > 0.25 * (arrived[-1] - arrived[0]) > 0
-    assert len({round(at, 3) for at in arrived}) > 20
+                arrived.append(time.monotonic() - began)
+    assert len(arrived) >= 50
+    assert arrived[0] < 0.6 * arrived[-1]
 
 
 def test_a_large_picture_passes_and_a_body_beyond_the_limit_does_not(through: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import DEMO_MODEL, REPOSITORY
 from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.demo_model import PRUNE_LAYER
+from vtprune_eval.report import dump
 from vtprune_eval.study import SHARES, fingerprint
 from vtprune_eval.transformers_backend import LocalModel
 
@@ -18,6 +19,11 @@ def results() -> dict[str, Any]:
     text = (REPOSITORY / "docs" / "evaluation" / "results.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
     return document
+
+
+def test_a_result_is_written_as_the_committed_one(results: dict[str, Any]) -> None:
+    text = (REPOSITORY / "docs" / "evaluation" / "results.json").read_text(encoding="utf-8")
+    assert dump(results) == text
 
 
 def adaptive(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from demo.data import ATTRIBUTES, collate, objects_of
 from demo.model import IGNORE, UNKNOWN, VOCABULARY, words_of
-from vtprune_eval.scene_questions import KINDS, Question, ask, ask_each, ask_many
+from vtprune_eval.scene_questions import KINDS, SceneQuestion, ask, ask_each, ask_many
 from vtprune_eval.scenes import HELD_OUT_PAIRS, SCENES_PER_SPLIT, SHAPES, Scene, make_scene
 
 scenes = st.builds(make_scene, st.sampled_from(("train", "test")), st.integers(0, SCENES_PER_SPLIT - 1))
 
 
-def answer_by_hand(scene: Scene, question: Question) -> set[str]:
+def answer_by_hand(scene: Scene, question: SceneQuestion) -> set[str]:
     """Every answer that the scene's description allows, worked out from the question's words alone."""
     words = question.text.lower().replace("?", "").replace(".", "").replace(",", "").split()
     shapes = [shape for shape in scene.shapes if shape.shape in words or not set(SHAPES) & set(words)]

@@ -16,9 +16,9 @@ from tests.helpers.checkpoints import random_llava
 from tests.reference import Reference, Request
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.backend import RunnerError
 from vtprune_eval.downscale import SmallerPictures, smaller_grid
-from vtprune_eval.pictures import outputs_for
 from vtprune_eval.scenes import make_scene
 from vtprune_eval.setting import DOWNSCALE, Setting
 from vtprune_eval.tasks import Question, Questions
@@ -48,7 +48,7 @@ def questions() -> Questions:
 
 @pytest.fixture(scope="module")
 def runner(model: LocalModel, questions: Questions) -> LocalRunner:
-    outputs = outputs_for([VisionSettings(method=name, aggressiveness=0.5) for name in METHODS])
+    outputs = needs_of([VisionSettings(method=name, aggressiveness=0.5) for name in METHODS])
     return LocalRunner(model, questions, outputs, LIMIT)
 
 
@@ -115,7 +115,7 @@ def test_a_smaller_picture_has_nearly_as_many_tokens(runner: LocalRunner, questi
     kept = [reply.vision_tokens_kept for reply in runner.answer(setting)]
     smaller = runner.answer(setting.baseline(DOWNSCALE))
     assert [reply.vision_tokens_kept for reply in smaller] == [
-        math.prod(smaller_grid(runner.pictures.encoder.grid, count)) for count in kept
+        math.prod(smaller_grid(runner.pictures.encoder.family.unpruned_grid(), count)) for count in kept
     ]
     alone = runner.answer(Setting(VisionSettings(method=DOWNSCALE, aggressiveness=0.5)))
     assert [reply.text for reply in alone] == [reply.text for reply in smaller]

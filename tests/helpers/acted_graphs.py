@@ -34,7 +34,7 @@ class ActedGraph:
         self.forward, self.runner, self.replays = forward, runner, 0
 
     def replay(self) -> None:
-        if self.runner.model.kv_drop.prompts is not None:
+        if any(band.prompts is not None for band in self.runner.model.kv_drop.bands):
             raise RuntimeError("a graph was replayed in a step that prunes a prompt")
         self.replays += 1
         metadata = inspect.getclosurevars(self.forward).nonlocals["attn_metadata"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration, PreTrainedConfig
 
 from benchmarks.llava import (
     BOS,
@@ -46,13 +47,14 @@ def random_llava(
     vision_layers: int = 3,
     vocab_size: int | None = None,
     max_positions: int = 4096,
+    decoder: str = "llama",
     sliding_window: int | None = None,
     public_names: bool = True,
     weight_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Write a random LLaVA-1.5 (CLIP tower with CLS, two-layer projector, Llama) into `folder`.
+    """Write a random LLaVA-1.5 (CLIP tower with CLS, two-layer projector, a decoder) into `folder`.
 
     Args:
         folder: where to write; made if missing.
@@ -69,7 +71,8 @@ def random_llava(
         vision_layers: layers of the tower.
         vocab_size: None is the tokenizer's own size (261); more only adds rows to the embedding tables.
         max_positions: positions of the decoder.
-        sliding_window: makes it a Mistral with sliding-window attention, which stage 2 refuses.
+        decoder: `model_type` of the decoder: `llama`, `mistral`, `qwen2`, `qwen3`.
+        sliding_window: gives a Mistral sliding-window attention, which stage 2 refuses.
         public_names: name the tower's weights `vision_tower.vision_model.*`, as public checkpoints and vLLM
             do; False leaves what transformers 5 writes, `vision_tower.*`.
         weight_scale: factor on the decoder's initial weights; above 1 makes attention less uniform.
@@ -81,7 +84,7 @@ def random_llava(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
-    decoder = DecoderShape(
+    shape = DecoderShape(
         hidden,
         intermediate or 2 * hidden,
         layers,
@@ -90,11 +93,17 @@ def random_llava(
         kv_heads,
         max_positions,
     )
-    text = {**decoder_fields(decoder), "initializer_range": 0.02 * weight_scale}
+    text = {**decoder_fields(shape), "initializer_range": 0.02 * weight_scale}
     tower = TowerShape(vision_hidden, 2 * vision_hidden, vision_layers, 2, image_size, patch_size)
-    config = llava_config(_text_config(text, sliding_window), tower)
+    config = llava_config(_text_config(decoder, text, sliding_window), tower)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    for name, parameter in model.model.language_model.named_parameters():
+        # they start at one and nought, which would hide one that is missing
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+        elif name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     save_weights(model, folder, dtype, public_names=public_names)
     llava_processor(tokenizer, image_size, patch_size, CHAT_TEMPLATE).save_pretrained(folder)
     return folder
@@ -107,9 +116,11 @@ def edit_config(folder: Path, changes: Mapping[str, object]) -> Path:
     return folder
 
 
-def _text_config(fields: Mapping[str, object], sliding_window: int | None) -> object:
-    if sliding_window is None:
-        return LlamaConfig(**fields)
-    from transformers import MistralConfig
-
-    return MistralConfig(**fields, sliding_window=sliding_window)
+def _text_config(decoder: str, fields: Mapping[str, Any], sliding_window: int | None) -> PreTrainedConfig:
+    more: dict[str, Any] = {}
+    if decoder == "mistral":  # 4096 unless said
+        more["sliding_window"] = sliding_window
+    if decoder == "qwen3":  # 128 unless said
+        more["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    config: PreTrainedConfig = CONFIG_MAPPING[decoder](**fields, **more)
+    return config

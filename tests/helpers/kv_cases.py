@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from tests.helpers.pictures import noise, scene
 from tests.reference import Request
@@ -11,6 +12,17 @@ from tests.reference import Request
 QUESTION = "<s>USER: <image>\nwhat color is the circle ? ASSISTANT:"
 TWO = "<s>USER: <image>\n<image> compare</s> the two. ASSISTANT:"
 TEXT = "<s>USER: " + "a story that goes on and on. " * 9 + "ASSISTANT:"
+
+
+#: Prune layers and ratings of the scenarios with several.
+BANDS: dict[str, dict[str, str]] = {
+    "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
+    "bands_preemption": {"prune_layers": "2:0.8,4:0", "relevance": "last_token"},
+    "bands_compiled": {
+        "prune_layers": "2:vision=0.6,3:vision=0.4,4:vision=0.2,5:0",
+        "relevance": "pagerank,inherited,key_norm",
+    },
+}
 
 
 def grid() -> list[Request]:
@@ -35,19 +47,64 @@ def corners() -> list[Request]:
     return [r for r in grid() if r.kv_keep in (1.0, 0.25, 0.001) or len(r.images) == 2]
 
 
-def crowd() -> list[Request]:
+def band_cases() -> list[Request]:
+    """Shares a prune layer, one for all, none at some, the schedule's own, and the exit."""
+    shares: list[tuple[float | tuple[float, ...], str]] = [
+        (1.0, "all"),
+        (0.999, "all"),
+        ((1.0, 0.25), "all"),
+        ((0.5, 0.25), "all"),
+        ((0.5, 0.5, 0.1), "all"),
+        ((0.75, 0.4), "vision"),
+        ((0.25, 0.001), "all"),
+        ((0.5, 1.0, 0.2), "all"),
+        ((0.6, 0.0), "all"),
+        (0.0, "all"),
+    ]
+    cases = [Request(QUESTION, (noise(i),), kv_keep=keep, kv_scope=s) for i, (keep, s) in enumerate(shares)]
+    return [
+        *cases,
+        Request(QUESTION, (scene(),), aggressiveness=0.5, kv_keep=(0.6, 0.3)),
+        Request(TWO, (noise(1), noise(2)), kv_keep=(0.5, 0.2), max_tokens=40),
+        Request(TWO, (noise(1), scene(9)), keep_ratio=0.25, kv_keep=(0.7, 0.35), kv_scope="vision"),
+        Request(TEXT, kv_keep=(0.6, 0.2), max_tokens=70),
+        Request(TEXT, kv_keep=0.0),
+    ]
+
+
+def band_crowd() -> list[Request]:
+    """Ten requests that together outgrow a small cache, each with a share for two prune layers."""
+    return [replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0)) for i, r in enumerate(crowd())]
+
+
+def alone() -> list[Request]:
+    """A few of the corners, to be asked one at a time."""
+    return corners()[::3]
+
+
+def crowd(max_tokens: int = 90) -> list[Request]:
     """Ten requests that together outgrow a small cache."""
     shares = (0.25, 0.5, 1.0, 0.3, 0.75, 0.001, 0.4, 1.0, 0.6, 0.2)
-    return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=90) for i, k in enumerate(shares)]
+    return [Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=max_tokens) for i, k in enumerate(shares)]
+
+
+def brief_crowd() -> list[Request]:
+    """The same for a cache of 150 blocks of 32."""
+    return crowd(max_tokens=75)
 
 
 def resettable() -> list[Request]:
     """Requests of every kind that run long enough to be interrupted twice."""
     images = [
-        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=40)
+        Request(QUESTION, (noise(i),), kv_keep=k, max_tokens=28)
         for i, k in enumerate((1.0, 0.75, 0.5, 0.25, 0.25))
     ]
-    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=40)]
+    return [*images, Request(TEXT, kv_keep=0.3, max_tokens=28)]
+
+
+def replayed() -> list[Request]:
+    """Some of the grid and a crowd, for decode batches of every size."""
+    return [*grid()[6:8], *grid()[10:14], *brief_crowd()]
 
 
 def unpruned() -> list[Request]:

@@ -21,6 +21,7 @@ class Engine:
         checkpoint: str,
         *,
         prune_layer: int | None = None,
+        prune_layers: str = "",
         relevance: str = "attention",
         default_preset: str = "off",
         plugin: bool = True,
@@ -30,7 +31,12 @@ class Engine:
 
         from vllm_vtprune import engine_kwargs
 
-        policy = {"prune_layer": prune_layer, "relevance": relevance, "default_preset": default_preset}
+        policy = {
+            "prune_layer": prune_layer,
+            "prune_layers": prune_layers,
+            "relevance": relevance,
+            "default_preset": default_preset,
+        }
         self.llm = LLM(
             checkpoint,
             dtype="float32",

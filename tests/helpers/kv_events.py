@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
-from tests.helpers.kv_cases import QUESTION, TEXT, crowd, grid, resettable
+import torch
+
+from tests.helpers.kv_cases import QUESTION, TEXT, brief_crowd, grid, replayed, resettable, unpruned
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -20,6 +23,7 @@ def events(engine: Engine) -> dict[str, Any]:
         "reset": reset_while_running(engine),
         "reset_abort": reset_then_abort(engine),
         "dummy_runs": dummy_runs_between(engine),
+        "asleep": sleep_and_wake(engine),
         "session": session(engine),
         "overrun": overrun(engine),
     }
@@ -32,22 +36,25 @@ def capacity(engine: Engine) -> dict[float, int]:
     """How many requests run at once in the cache, by kv_keep. Each its own picture, so none shares blocks."""
     running = {}
     for number, keep in enumerate((1.0, 0.5, 0.25)):
-        for i in range(30):
-            request = Request(QUESTION, (noise(100 + 30 * number + i),), kv_keep=keep, max_tokens=2)
-            engine.add(request, f"{keep}-{i}")
+        for i in range(18):
+            # 165 tokens: eight more need no other block, and six prompts are a step
+            image = noise(100 + 18 * number + i)
+            engine.add(
+                Request(QUESTION, (image,), keep_ratio=0.83, kv_keep=keep, max_tokens=8), f"{keep}-{i}"
+            )
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     return running
 
 
 def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
-    """A crowd that outgrows the cache; some of those that are preempted are aborted while they wait."""
-    asked = {f"crowd-{i}": r for i, r in enumerate(crowd() * 2)}
+    """A crowd that outgrows the cache; the first of them to be preempted is aborted while it waits."""
+    asked = {f"crowd-{i}": r for i, r in enumerate(brief_crowd())}
     gone: set[str] = set()
 
     def abort(step: int) -> None:
         for request in list(engine.scheduler.waiting):
             name = request.request_id.rpartition("-")[0]
-            if request.status.name == "PREEMPTED" and len(gone) < 3 and name not in gone:
+            if request.status.name == "PREEMPTED" and not gone:
                 engine.llm.llm_engine.abort_request([name])
                 gone.add(name)
 
@@ -65,7 +72,7 @@ def reset_while_running(engine: Engine) -> dict[str, Any]:
     """The prefix cache is reset under running requests: each is preempted and resumes in the same step."""
 
     def reset(step: int) -> None:
-        if step in (6, 20):
+        if step in (6, 15):
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
     before = engine.metric("vllm:num_preemptions")
@@ -91,23 +98,60 @@ def reset_then_abort(engine: Engine) -> dict[str, Any]:
 
 
 def dummy_runs_between(engine: Engine) -> dict[str, Any]:
-    """What vLLM runs between steps without a request: kernels' warm-up, dummy batches, profiling."""
+    """What vLLM runs without a request: its kernels' warm-up, and dummy batches between steps."""
     worker = engine.core.model_executor.driver_worker.worker
     tell_who_finished(engine)
     if engine.is_v2:
         from vllm.v1.worker.gpu.warmup import warmup_kernels
 
         warmup_kernels(engine.runner, worker.execute_model, worker.sample_tokens)
+        # at an engine's start no block holds anything yet
+        engine.llm.reset_prefix_cache()
 
     def dummy_run(step: int) -> None:
         if step in (2, 5, 9):
             worker.execute_dummy_batch()
             engine.runner._dummy_run(100)
-        if step == 7:
-            engine.runner.profile_run()
 
     answers = engine.drive({f"dummy-{i}": r for i, r in enumerate(resettable())}, dummy_run)
     return {"answers": [answers[f"dummy-{i}"] for i in range(len(answers))]}
+
+
+def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:
+    """Unpruned requests before and after a sleep of level 2, after which memory holds anything.
+
+    `vllm.v1.worker.gpu_worker.Worker` saves and restores; the CPU's worker has no device memory to give back.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class Forgetful:
+        def suspend(self, level: int) -> None:
+            for tensor in tensors_of(engine.runner.get_model().kv_drop):
+                tensor.fill_(99)
+
+        def resume(self, tags: list[str] | None) -> None:
+            pass
+
+    worker = engine.core.model_executor.driver_worker.worker
+    before = engine.run(unpruned()[:2])
+    with (
+        mock.patch.object(type(worker), "sleep_mode_backend", Forgetful()),
+        mock.patch("torch.accelerator.synchronize"),
+        mock.patch("torch.accelerator.get_memory_info", return_value=(1, 2)),
+    ):
+        Worker.sleep(worker, 2)
+        Worker.wake_up(worker)
+    return [*before, *engine.run(unpruned()[:2])]
+
+
+def tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of the plugin's own that an object holds, whatever it is registered as."""
+    for value in [*vars(state).values(), *getattr(state, "_buffers", {}).values()]:
+        for one in value if isinstance(value, list | tuple | torch.nn.ModuleList) else (value,):
+            if isinstance(one, torch.Tensor):
+                yield one
+            elif type(one).__module__.startswith("vllm_vtprune."):
+                yield from tensors_of(one)
 
 
 def leftovers(engine: Engine) -> dict[str, int]:
@@ -194,9 +238,9 @@ def forget_drop(engine: Engine) -> Callable[[str], None]:
 
 def token_ids(engine: Engine) -> dict[str, Any]:
     """Log-probabilities of given ids after each prompt token: by the operator's default, and with kv_keep."""
-    scored = [[5, 6, 7]] * 20
+    # a row for each prompt token behind the first that is scored: 189 tokens, of which the last needs none
+    start, scored = 150, [[5, 6, 7]] * 38
     prompt = engine.prompt(Request(QUESTION, (noise(0),)))
-    start = 150  # behind the image's tokens, before the last that stay anyway
     found = []
     for extra_args in (None, engine.params(grid()[0]).extra_args):
         params = engine.params(grid()[0], prompt_logprob_token_ids=scored, extra_args=extra_args)
@@ -217,9 +261,8 @@ def graphs(engine: Engine) -> dict[str, Any]:
     from vllm_vtprune.kv_drop.step import KVDropState
 
     acted = ActedGraphs(engine.runner)
-    requests = [*grid(), *crowd()]
     before = engine.metric("vllm:num_preemptions")
-    answers = engine.run(requests)
+    answers = engine.run(replayed())
     found = {
         "answers": answers,
         "replays": acted.replays,

@@ -23,7 +23,7 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.model_runner_v2 import RUNNERS, environment
-from tests.reference import Answer, Reference, Request
+from tests.reference import Answer, PruneLayer, Reference, Request
 
 #: Asks for every scenario on one runner.
 VARIABLE = "VTPRUNE_TEST_ALL_ON"
@@ -36,7 +36,12 @@ _IN_CI: dict[str, tuple[str, ...]] = {
     "capacity": ("v1",),
     "no_layer": ("v1",),
     "plain": ("v1",),
+    "bands": ("v1", "v2"),
+    "bands_preemption": ("v1", "v2-async"),
+    "bands_compiled": ("v1", "v2"),
 }
+#: Scenario -> the checkpoint of `checkpoints` it runs on; `grouped` for the others.
+CHECKPOINT = {"top": "ungrouped", "bands": "qwen3", "bands_preemption": "mistral", "bands_compiled": "qwen2"}
 #: Scenario of `tests.helpers.kv_run` -> runners.
 ON = {name: (_ALL_ON,) if _ALL_ON else runners for name, runners in _IN_CI.items()}
 
@@ -68,7 +73,7 @@ class Runs:
 
     def _run(self, scenario: str, runner: str) -> dict[str, Any]:
         out = self._folder / f"{scenario}-{runner}.pt"
-        checkpoint = self._checkpoints["ungrouped" if scenario == "top" else "grouped"]
+        checkpoint = self._checkpoints[CHECKPOINT.get(scenario, "grouped")]
         process = subprocess.run(
             [sys.executable, "-m", "tests.helpers.kv_run", scenario, str(checkpoint), str(out)],
             # the flag makes vLLM compile with torch's eager backend: traced like any other, without inductor
@@ -103,9 +108,14 @@ class Verdicts:
         self._judged: dict[Any, Answer] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def reference(self, layer: int, relevance: str = "attention", *, ungrouped: bool = False) -> Reference:
-        """The reference with this prune layer."""
-        reference = self._references["ungrouped" if ungrouped else "grouped"]
+    def reference(
+        self,
+        layer: int | tuple[PruneLayer, ...],
+        relevance: str | tuple[str, ...] = "attention",
+        checkpoint: str = "grouped",
+    ) -> Reference:
+        """The reference with this prune layer, or these."""
+        reference = self._references[checkpoint]
         reference.prune_layer, reference.relevance = layer, relevance
         return reference
 
@@ -113,19 +123,18 @@ class Verdicts:
         self,
         scenario: str,
         runner: str,
-        layer: int,
+        layer: int | tuple[PruneLayer, ...],
         requests: Sequence[Request],
         answers: Sequence[dict[str, Any] | None],
-        relevance: str = "attention",
-        *,
-        ungrouped: bool = False,
+        relevance: str | tuple[str, ...] = "attention",
+        checkpoint: str = "grouped",
     ) -> None:
         """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none."""
-        reference = self.reference(layer, relevance, ungrouped=ungrouped)
+        reference = self.reference(layer, relevance, checkpoint)
         for number, (request, mine) in enumerate(zip(requests, answers, strict=True)):
             if mine is None:
                 continue
-            key = (scenario, number, layer, relevance, ungrouped, tuple(mine["tokens"]))
+            key = (scenario, number, layer, relevance, checkpoint, tuple(mine["tokens"]))
             if key not in self._judged:
                 self._judged[key] = reference.judge(request, mine["tokens"])
             theirs = self._judged[key]
@@ -146,11 +155,28 @@ class Verdicts:
 
 
 def checkpoints(folder: Callable[[str], Path]) -> dict[str, Path]:
-    """Grouped-query attention, and as many key-value heads as heads, as LLaVA-1.5 has.
+    """Llamas with grouped-query attention and, as LLaVA-1.5, without; then the other decoders.
 
     Their weights are large enough that attention is not uniform.
     """
-    return {
-        name: random_llava(folder(name), layers=6, heads=4, kv_heads=heads, weight_scale=5.0, seed=seed)
-        for name, heads, seed in (("grouped", 2, 3), ("ungrouped", 4, 4))
-    }
+    made = {}
+    for seed, (name, decoder, kv_heads) in enumerate(
+        [
+            ("grouped", "llama", 2),
+            ("ungrouped", "llama", 4),
+            ("mistral", "mistral", 2),
+            ("qwen2", "qwen2", 2),
+            ("qwen3", "qwen3", 2),
+        ],
+        start=3,
+    ):
+        made[name] = random_llava(
+            folder(name),
+            decoder=decoder,
+            layers=6,
+            heads=4,
+            kv_heads=kv_heads,
+            weight_scale=5.0,
+            seed=seed,
+        )
+    return made

@@ -16,11 +16,29 @@ from typing import Any
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, unpruned
+from tests.helpers.kv_cases import (
+    BANDS,
+    QUESTION,
+    alone,
+    band_cases,
+    band_crowd,
+    corners,
+    crowd,
+    grid,
+    unpruned,
+)
 from tests.helpers.kv_engine import Engine, answer, refusal
 from tests.helpers.kv_events import events, graphs
 from tests.helpers.pictures import noise
 from tests.reference import Request
+
+#: A cache that a crowd outgrows.
+SMALL_CACHE: dict[str, Any] = {
+    "num_gpu_blocks_override": 250,
+    "max_model_len": 448,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 12,
+}
 
 
 def scenario_grid(checkpoint: str) -> dict[str, Any]:
@@ -31,15 +49,14 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
         # for requests that say nothing; the scenarios' own say all
         default_preset="balanced",
         block_size=32,
-        num_gpu_blocks_override=250,
-        max_num_seqs=32,
+        num_gpu_blocks_override=150,
     )
     free = engine.pool.get_num_free_blocks()
-    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in corners()]}
+    result: dict[str, Any] = {"batch": engine.run(grid()), "single": [engine.run([r])[0] for r in alone()]}
     result["traffic"] = traffic(engine, (0.25,))
     engine.llm.reset_prefix_cache()
     result["unpruned"] = engine.run(unpruned())
-    result["pool"] = pool_during(engine)
+    result["pool"] = pool_during(engine, Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8))
     result |= behaviours(engine)
     result |= events(engine)
     result["free"] = free
@@ -54,17 +71,16 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
     return result
 
 
-def pool_during(engine: Engine) -> dict[str, Any]:
-    """A batch of 16 at kv_keep 0.25: blocks by group and request, before, during and after."""
-    request = Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8)
+def pool_during(engine: Engine, request: Request) -> dict[str, Any]:
+    """A batch of 12 of a request: blocks by group and request, before, during and after."""
     before = engine.pool.get_num_free_blocks()
-    for i in range(16):
+    for i in range(12):
         engine.add(request, f"pool-{i}")
     steps = engine.steps()
     next(steps)
-    while len(engine.scheduler.running) < 16:
+    while len(engine.scheduler.running) < 12:
         next(steps)
-    held = [engine.blocks(engine.internal_id(f"pool-{i}")) for i in range(16)]
+    held = [engine.blocks(engine.internal_id(f"pool-{i}")) for i in range(12)]
     during = engine.pool.get_num_free_blocks()
     for _ in steps:
         pass
@@ -75,6 +91,7 @@ def pool_during(engine: Engine) -> dict[str, Any]:
         "after": engine.pool.get_num_free_blocks(),
         "held": held,
         "groups": [type(s).__name__ for s in specs],
+        "bands": [s.band for s in specs],
         "block_size": specs[0].block_size,
     }
 
@@ -93,8 +110,8 @@ def behaviours(engine: Engine) -> dict[str, Any]:
     found["refused"] = [refusal(engine, pruned, prompt_logprobs=1)]
     for bad in ("0.5", {"kv_keep": -1}, {"x": 1}):
         found["refused"].append(refusal(engine, pruned, extra_args={"vtprune": bad}))
-    # 993 tokens are the longest of this engine: a step takes 1024 and 31 others may be decoding
-    long = Request("<s>" + "x" * 993, kv_keep=0.5, max_tokens=4)
+    # 1009 tokens are the longest of this engine: a step takes 1024 and 15 others may be decoding
+    long = Request("<s>" + "x" * 1009, kv_keep=0.5, max_tokens=4)
     found["too_long"] = engine.run([long, pruned])
     found["unpruned_reasons"] = dict(engine.scheduler.unpruned)
 
@@ -114,10 +131,7 @@ def scenario_preemption(checkpoint: str) -> dict[str, Any]:
         prune_layer=1,
         relevance="last_token",
         block_size=32,
-        num_gpu_blocks_override=250,
-        max_model_len=448,
-        max_num_batched_tokens=256,
-        max_num_seqs=12,
+        **SMALL_CACHE,
     )
     free = engine.pool.get_num_free_blocks()
     return {
@@ -161,6 +175,38 @@ def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
     return {"batch": engine.run(corners())}
 
 
+def scenario_bands(checkpoint: str) -> dict[str, Any]:
+    """Three prune layers: a mixed batch, alone, and the block pool."""
+    engine = Engine(checkpoint, **BANDS["bands"], block_size=32, num_gpu_blocks_override=1000)
+    free = engine.pool.get_num_free_blocks()
+    request = Request(QUESTION, (noise(0),), kv_keep=(0.5, 0.25, 0.0), max_tokens=8)
+    return {
+        "batch": engine.run(band_cases()),
+        "single": [engine.run([r])[0] for r in band_cases()[:6]],
+        "pool": pool_during(engine, request),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+        "decoder": engine.llm.apply_model(_bands)[0],
+    }
+
+
+def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
+    """A cache too small for the crowd, and an exit."""
+    engine = Engine(checkpoint, **BANDS["bands_preemption"], block_size=32, **SMALL_CACHE)
+    free = engine.pool.get_num_free_blocks()
+    return {
+        "answers": engine.run(band_crowd()),
+        "preemptions": engine.metric("vllm:num_preemptions"),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+        "decoder": engine.llm.apply_model(_bands)[0],
+    }
+
+
+def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
+    """Four prune layers, bands traced by torch.compile, other ratings."""
+    engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, num_gpu_blocks_override=1000)
+    return {"batch": engine.run(band_cases()), "decoder": engine.llm.apply_model(_bands)[0]}
+
+
 def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
     """The plugin without a prune layer."""
     engine = Engine(checkpoint)
@@ -179,12 +225,12 @@ def scenario_plain(checkpoint: str) -> dict[str, Any]:
 
 
 def traffic(engine: Engine, shares: Sequence[float]) -> dict[str, Any]:
-    """Seven unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
+    """Four unpruned requests twice over, pruned ones after each; vLLM's own prefix-cache counters."""
     engine.llm.reset_prefix_cache()
     names = ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
     before = [engine.metric(name) for name in names]
     cached = []
-    for request in [*unpruned(), *unpruned()]:
+    for request in unpruned()[::2] * 2:
         cached.append(engine.run([request], max_tokens=2)[0]["cached"])
         for keep in shares:
             pruned = Request(request.prompt, request.images, kv_keep=keep)
@@ -198,12 +244,22 @@ def _decoder_module(model: Any) -> str:
     return type(model.language_model).__module__
 
 
+def _bands(model: Any) -> tuple[str, list[tuple[str, int, bool]]]:
+    """The decoder's class in vLLM; name, layers and whether it is compiled of each band."""
+    decoder = model.language_model.model
+    bands = [(type(b).__name__, len(b.layers), not b.do_not_compile) for b in decoder.bands]
+    return type(decoder).__mro__[1].__name__, bands
+
+
 SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "grid": scenario_grid,
     "preemption": scenario_preemption,
     "capacity": scenario_capacity,
     "top": scenario_top,
     "tensor_parallel": scenario_tensor_parallel,
+    "bands": scenario_bands,
+    "bands_preemption": scenario_bands_preemption,
+    "bands_compiled": scenario_bands_compiled,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from vllm import version
 
+from tests.conftest import REPOSITORY
 from vllm_vtprune import compat
 from vllm_vtprune.hooks import record
 from vllm_vtprune.hooks.__main__ import main
@@ -49,6 +50,11 @@ def test_imports_and_overrides_are_found_by_themselves(tree: SourceTree) -> None
     assert ("override", CONNECTION) in found
     assert ("override", "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead") in found
     assert ("import", "vllm.v1.core.sched.scheduler:Scheduler") in found
+
+
+def test_the_page_on_the_architecture_has_the_table() -> None:
+    written = "copy what `python -m vllm_vtprune.hooks --table` prints"
+    assert record.table() in (REPOSITORY / "docs" / "architecture.md").read_text(), written
 
 
 @pytest.mark.parametrize("use", DECLARED, ids=lambda use: f"{use.where}-{use.symbol.rpartition(':')[2]}")

@@ -17,12 +17,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from tests.helpers.checkpoints import BOS, EOS, IMAGE, PAD, random_llava
+from tests.helpers.checkpoints import BOS, EOS, IMAGE, PAD, edit_config, random_llava
 from tests.helpers.kv_config import config
 from vllm_vtprune.kv_drop.hooks import scheduler
 from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config, recommended_prune_layer
-from vllm_vtprune.kv_drop.metrics import groups_above_prune_layer
+from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_llava(tmp_path_factory.mktemp("mistral"), layers=4, sliding_window=64)
+    folder = tmp_path_factory.mktemp("mistral")
+    return random_llava(folder, layers=4, decoder="mistral", sliding_window=64)
 
 
 def test_every_process_reads_the_same(checkpoint: Path) -> None:
     built = config(checkpoint, policy={"window": 5, "relevance": "last_token"}, max_num_batched_tokens=2048)
     drop = kv_drop_config(built)
-    assert (drop.prune_layer, drop.window, drop.relevance) == (2, 5, "last_token")
+    assert (drop.prune_layers, drop.window, drop.relevance) == ((2,), 5, ("last_token",))
     assert drop.special_ids == {0, BOS, EOS, PAD} and IMAGE not in drop.special_ids
     assert drop.longest_prompt == 2048 - built.scheduler_config.max_num_seqs + 1
 
@@ -59,7 +60,7 @@ def test_without_a_layer_vllm_is_as_it_ships(checkpoint: Path) -> None:
     [
         (
             {"policy": {"prune_layer": 6}},
-            "must be 1 to 5 for this model's 6 decoder layers, not 6; 2 is recommended",
+            "must be 1 to 5 for this model's 6 decoder layers, not 6; 3 is recommended",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism; set --pipeline-parallel-size 1"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
@@ -103,30 +104,77 @@ def test_breakable_cuda_graphs_stay_off(checkpoint: Path, monkeypatch: pytest.Mo
     config(checkpoint, enforce_eager=True)
 
 
-def test_another_decoder_is_refused(mistral: Path) -> None:
-    with pytest.raises(ValueError, match="a mistral decoder; the supported ones are llama"):
+def test_another_decoder_is_refused(tmp_path: Path) -> None:
+    gemma = edit_config(random_llava(tmp_path, layers=4), {"text_config": {"model_type": "gemma2"}})
+    with pytest.raises(ValueError, match="a gemma2 decoder; the supported ones are llama, mistral, qwen2"):
+        config(gemma)
+
+
+def test_a_sliding_window_is_refused(mistral: Path) -> None:
+    with pytest.raises(ValueError, match="a sliding-window decoder"):
         config(mistral)
 
 
+def test_a_schedule_is_written_out_for_the_model(checkpoint: Path) -> None:
+    """What is compiled is filed under the configuration's text."""
+    built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "pyramid"})
+    drop = kv_drop_config(built)
+    assert drop.schedule == parse("2:vision=0.5,3:vision=0.25,4:vision=0.125")
+    assert drop.relevance == ("last_token",) * 3
+    assert built.additional_config["vtprune"]["prune_layers"] == "2:vision=0.5,3:vision=0.25,4:vision=0.125"
+    built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "exit", "relevance": "no_rope"})
+    assert (kv_drop_config(built).schedule, kv_drop_config(built).relevance) == (parse("3:0"), ("no_rope",))
+
+
+def test_bands_that_leave_the_cache_partly_empty_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seven = random_llava(tmp_path, layers=7)
+    for prune_layers, told in (("1,4", []), ("2,5", ["2, 5 of 7 cut the KV cache into 4 groups of layers"])):
+        config(seven, policy={"prune_layer": None, "prune_layers": prune_layers})
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("vllm_vtprune")]
+        assert [sentence in message for sentence, message in zip(told, ours, strict=True)] == [True] * len(
+            told
+        )
+
+
+def test_a_schedule_that_does_not_fit_the_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="prune layers must be 1 to 5 for 6 decoder layers, not 6"):
+        config(checkpoint, policy={"prune_layer": None, "prune_layers": "2,6"})
+
+
 @pytest.mark.parametrize(
-    ("layers", "recommended"), [(2, 1), (6, 2), (12, 3), (24, 6), (32, 8), (40, 10), (31, 1)]
+    ("layers", "recommended"), [(2, 1), (5, 3), (6, 3), (12, 3), (24, 6), (32, 8), (40, 10), (31, 8)]
 )
-def test_the_recommended_layer_divides_the_depth(layers: int, recommended: int) -> None:
+def test_the_recommended_layer_is_near_a_quarter_and_not_too_early(layers: int, recommended: int) -> None:
     assert recommended_prune_layer(layers) == recommended
 
 
-@given(st.integers(2, 48).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
-def test_vllm_keeps_the_halves_in_groups_of_their_own(depth: tuple[int, int]) -> None:
-    layers, prune_layer = depth
+@st.composite
+def decoders(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """Depth, and one to four prune layers."""
+    layers = draw(st.integers(2, 48))
+    return layers, sorted(draw(st.sets(st.integers(1, layers - 1), min_size=1, max_size=4)))
+
+
+@given(decoders())
+def test_vllm_keeps_the_bands_in_groups_of_their_own(decoder: tuple[int, list[int]]) -> None:
+    layers, prune_layers = decoder
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, prune_layer)
+    specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, *prune_layers)
     assert not is_kv_cache_spec_uniform(specs)
     groups = _get_kv_cache_groups_uniform_page_size(specs)
-    above = groups_above([g.kv_cache_spec for g in groups])
+    below = dict(groups_above([g.kv_cache_spec for g in groups]))
+    bands = []
     for i, group in enumerate(groups):
         indices = [int(name.split(".")[2]) for name in group.layer_names]
-        assert all((index >= prune_layer) == (i in above) for index in indices)
-    assert len(above) == groups_above_prune_layer(layers, prune_layer)
+        (band,) = {sum(index >= layer for layer in prune_layers) for index in indices}
+        assert below.get(i, -1) == band - 1
+        bands.append(band)
+    counts, empty = band_groups(band_sizes(layers, prune_layers))
+    assert [bands.count(band) for band in range(len(prune_layers) + 1)] == counts
+    largest = max(len(group.layer_names) for group in groups)
+    assert empty == pytest.approx(len(groups) * largest / layers - 1)
 
 
 def test_layers_without_full_attention_are_refused() -> None:

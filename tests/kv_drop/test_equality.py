@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.kv_cases import QUESTION, corners, crowd, grid, resettable, unpruned
+from tests.helpers.kv_cases import (
+    QUESTION,
+    alone,
+    brief_crowd,
+    corners,
+    crowd,
+    grid,
+    replayed,
+    resettable,
+    unpruned,
+)
 from tests.helpers.kv_matrix import ON, Runs, Verdicts
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -21,6 +31,7 @@ from tests.reference import Request
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 PROMPT = 189  # tokens of QUESTION with one image of 144
+SHORTER = 165  # with 120 of them
 
 
 def on(scenario: str) -> Any:
@@ -56,7 +67,7 @@ def test_a_mixed_batch_answers_as_the_reference(runs: Runs, runner: str, verdict
 
 @on("grid")
 def test_a_request_alone_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    verdicts.check("one at a time", runner, 2, corners(), runs("grid", runner)["single"])
+    verdicts.check("one at a time", runner, 2, alone(), runs("grid", runner)["single"])
 
 
 def test_dropping_changes_answers(runs: Runs) -> None:
@@ -71,7 +82,7 @@ def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(
 ) -> None:
     found = runs("top", runner)
     assert found["compiled"] != "NONE"
-    verdicts.check("top", runner, 5, grid(), found["batch"], ungrouped=True)
+    verdicts.check("top", runner, 5, grid(), found["batch"], checkpoint="ungrouped")
 
 
 @on("tensor_parallel")
@@ -90,9 +101,9 @@ def test_preempted_requests_lose_the_same_tokens(runs: Runs, runner: str, verdic
 @on("grid")
 def test_what_is_preempted_may_be_aborted_or_resume(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     found = runs("grid", runner)["crowd"]
-    assert found["preemptions"] >= 6 and found["aborted"] == 3
+    assert found["preemptions"] >= 2 and found["aborted"] == 1
     assert found["plans_left"] == 0
-    verdicts.check("aborted while preempted", runner, 2, crowd() * 2, found["answers"])
+    verdicts.check("aborted while preempted", runner, 2, brief_crowd(), found["answers"])
 
 
 @on("grid")
@@ -113,9 +124,16 @@ def test_a_reset_and_an_abort_before_the_next_step(runs: Runs, runner: str, verd
 
 @on("grid")
 def test_dummy_runs_between_steps_change_no_answer(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    """Warm-up of vLLM's kernels, its dummy batches beside other data-parallel ranks, and its profile run."""
+    """Warm-up of vLLM's kernels, and its dummy batches beside other data-parallel ranks."""
     found = runs("grid", runner)["dummy_runs"]
     verdicts.check("dummy runs between", runner, 2, resettable(), found["answers"])
+
+
+@on("grid")
+def test_a_sleep_that_loses_device_memory_changes_no_answer(
+    runs: Runs, runner: str, verdicts: Verdicts
+) -> None:
+    verdicts.check("asleep", runner, 2, unpruned()[:2] * 2, runs("grid", runner)["asleep"])
 
 
 @on("grid")
@@ -142,9 +160,9 @@ def test_a_disagreement_fails_one_request_and_touches_no_other(
 def test_decode_batches_replay_full_graphs(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     """CUDA graphs acted out: what is not written in place does not reach the layers above."""
     found = runs("grid", runner)["graphs"]
-    assert found["replays"] > 100 and found["preemptions"] >= 3
-    verdicts.check("full graphs", runner, 2, [*grid(), *crowd()], found["answers"])
-    for right, wrong in zip(found["answers"][6:8], found["not_in_place"], strict=True):
+    assert found["replays"] > 100 and found["preemptions"] >= 2
+    verdicts.check("full graphs", runner, 2, replayed(), found["answers"])
+    for right, wrong in zip(found["answers"][:2], found["not_in_place"], strict=True):
         assert right["tokens"] != wrong["tokens"]
 
 
@@ -156,7 +174,7 @@ def test_scored_prompt_tokens_are_all_there(runs: Runs, runner: str, verdicts: V
     expected = verdicts.reference(2).prompt_logprobs(Request(QUESTION, (noise(0),)))
     start = found["start"]
     for scores in (found["default"], found["whole"]):
-        np.testing.assert_allclose(scores, expected[start : start + 20, 5:8], atol=1e-4)
+        np.testing.assert_allclose(scores, expected[start : PROMPT - 1, 5:8], atol=1e-4)
 
 
 @on("capacity")
@@ -215,8 +233,8 @@ def test_blocks_are_those_of_the_budget_and_all_return(runs: Runs, runner: str) 
 def test_as_many_requests_run_at_once_as_the_counts_predict(runs: Runs, runner: str) -> None:
     found = runs("grid", runner)
     for keep, running in found["running"].items():
-        kept = -(-PROMPT * keep // 1)
-        per_request = -(-PROMPT // 32) + 2 * -(-kept // 32)
+        kept = -(-SHORTER * keep // 1)
+        per_request = -(-SHORTER // 32) + 2 * -(-kept // 32)
         assert running == found["free"] // per_request, keep
 
 
@@ -251,7 +269,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(runs: Runs) -> None:
 @on("grid")
 def test_a_prompt_too_long_for_a_step_is_served_whole_and_counted(runs: Runs, runner: str) -> None:
     found = runs("grid", runner)
-    assert found["too_long"][0]["prompt_tokens"] == 994
+    assert found["too_long"][0]["prompt_tokens"] == 1010
     # beside a long prompt that is chunked, a pruned one is still taken whole
     assert found["too_long"][1]["tokens"] == found["batch"][6]["tokens"]
     assert found["unpruned_reasons"] == {"too_long": 1}

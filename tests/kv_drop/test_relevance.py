@@ -9,13 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vtprune.kv_drop.relevance import (
-    Bucket,
-    PrunedPrompts,
-    attention_received,
-    kept_rows,
-    make_buckets,
-)
+from vllm_vtprune.kv_drop import ratings
+from vllm_vtprune.kv_drop.ratings import Bucket, attention_received, make_buckets
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
 
 SIZE = 8
 
@@ -81,6 +77,55 @@ def test_a_ragged_batch_keeps_what_each_prompt_alone_keeps(data):
     assert rows.tolist() == sorted(expected)
 
 
+def plain_pagerank(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """AIM's importance of all n tokens, [n], with every attention weight in memory."""
+    n, heads = q.shape[:2]
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    importance = torch.zeros(n, dtype=torch.float64)
+    for head in range(heads):
+        logits = q[:, head].double() @ k[:, head].double().T / SIZE**0.5 / 0.1
+        weights = (logits + torch.full((n, n), -torch.inf).triu(1)).softmax(-1)
+        rank = torch.full((n,), 1 / n, dtype=torch.float64)
+        for _ in range(5):
+            rank = rank @ weights
+        importance += rank**2 / heads
+    return importance.sqrt().float()
+
+
+@pytest.mark.parametrize("most_weights", [1, 4000, 1 << 24])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_pagerank_is_that_of_the_dense_matrix_however_few_rows_are_held(monkeypatch, most_weights, kv_heads):
+    monkeypatch.setattr(ratings, "_MOST_WEIGHTS", most_weights)
+    q, k = torch.randn(100, 4, SIZE) / 3, torch.randn(100, kv_heads, SIZE) / 3
+    spans = [(2, 40), (45, 33)]
+    bucket = Bucket(40, torch.tensor([2, 45]), torch.tensor([40, 33]), torch.tensor([1, 1]))
+    found = ratings.pagerank(q, k, bucket, 8, SIZE**-0.5)
+    for row, (start, length) in zip(found, spans, strict=True):
+        rows = slice(start, start + length)
+        importance = (row[:length] / 4).sqrt()
+        torch.testing.assert_close(importance, plain_pagerank(q[rows], k[rows]), atol=1e-6, rtol=1e-4)
+        assert not row[length:].any()
+
+
+def test_key_norm_keeps_the_shortest_keys():
+    q, k = torch.randn(60, 4, SIZE), torch.randn(60, 2, SIZE)
+    prompts = batch([(10, 40)], [False] * 60, [15])
+    rows = kept_rows(
+        q, k, prompts, relevance=RELEVANCE["key_norm"], queries=8, total_heads=4, scale=SIZE**-0.5
+    )
+    length = [sum(float(k[i, head].norm()) for head in range(2)) for i in range(10, 50)]
+    shortest = sorted(range(40), key=lambda i: length[i])[:15]
+    assert rows.tolist() == [*range(10), *sorted(10 + i for i in shortest), *range(50, 60)]
+
+
+def test_a_settled_prompt_keeps_its_protected_tokens_and_is_not_rated():
+    protected = [i in (0, 3, 7, 21, 24) for i in range(30)]
+    prompts = PrunedPrompts(30, 13, torch.tensor(protected), (), settled=((5, 20),))
+    nothing = torch.empty(30, 0, 0)
+    rows = kept_rows(nothing, nothing, prompts)
+    assert rows.tolist() == [0, 1, 2, 3, 4, 7, 21, 24, 25, 26, 27, 28, 29]
+
+
 def test_scores_are_attention_and_sum_to_one():
     q, k = torch.randn(30, 4, SIZE), torch.randn(30, 2, SIZE)
     bucket = Bucket(40, torch.tensor([0]), torch.tensor([30]), torch.tensor([10]))
@@ -122,7 +167,8 @@ def test_known_positions_are_not_rated_again():
     assert rows.tolist() == [0, 1, 6, 10, 70, 71]
 
 
-def test_rating_asks_the_device_for_nothing(monkeypatch):
+@pytest.mark.parametrize("relevance", [name for name, rating in RELEVANCE.items() if not rating.inherits])
+def test_rating_asks_the_device_for_nothing(monkeypatch, relevance):
     def forbidden(*args, **kwargs):
         raise AssertionError("a hidden device synchronisation")
 
@@ -130,7 +176,7 @@ def test_rating_asks_the_device_for_nothing(monkeypatch):
     for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     q, k = torch.randn(140, 4, SIZE), torch.randn(140, 2, SIZE)
-    kept_rows(q, k, prompts, queries=4, total_heads=4, scale=1.0)
+    kept_rows(q, k, prompts, relevance=RELEVANCE[relevance], queries=4, total_heads=4, scale=1.0)
 
 
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=40))

@@ -23,10 +23,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.kv_config import config
+from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.scheduler import build_scheduler
-from vllm_vtprune.kv_drop.step import KVDropState
 from vllm_vtprune.settings import KVSettings
 
 BLOCK = 32
@@ -35,9 +36,20 @@ BUDGET = 128
 
 
 @pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
-    checkpoint: Path = random_llava(tmp_path_factory.mktemp("llava"), layers=LAYERS)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llava(tmp_path_factory.mktemp("llava"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(checkpoint: Path) -> VllmConfig:
     return config(checkpoint, max_num_batched_tokens=BUDGET, max_num_seqs=6, block_size=BLOCK)
+
+
+@pytest.fixture(scope="module")
+def banded(checkpoint: Path) -> VllmConfig:
+    """Two prune layers."""
+    policy = {"prune_layers": f"{PRUNE_LAYER},4:0.6"}
+    return config(checkpoint, policy=policy, max_num_batched_tokens=BUDGET, max_num_seqs=6, block_size=BLOCK)
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
@@ -51,7 +63,8 @@ def make(vllm_config: VllmConfig, blocks: int) -> Scheduler:
     init_none_hash(sha256)
     vllm_config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = split_specs({f"model.layers.{i}.attn": spec for i in range(LAYERS)}, PRUNE_LAYER)
+    prune_layers = kv_drop_config(vllm_config).prune_layers
+    specs = split_specs({f"model.layers.{i}.attn": spec for i in range(LAYERS)}, *prune_layers)
     names = list(specs)
     groups = [KVCacheGroupSpec(names[i : i + 2], specs[names[i]]) for i in (0, 2, 4)]
     return build_scheduler(
@@ -65,7 +78,7 @@ def make(vllm_config: VllmConfig, blocks: int) -> Scheduler:
 def request(
     request_id: str,
     tokens: int,
-    keep: float,
+    keep: float | tuple[float, ...],
     *,
     output: int = 4,
     image: int = 0,
@@ -86,7 +99,10 @@ def request(
         request_id,
         [dice.randrange(5, 200) for _ in range(tokens)],
         SamplingParams(
-            max_tokens=output, ignore_eos=True, extra_args=KVSettings(keep).extra_args(), **kwargs
+            max_tokens=output,
+            ignore_eos=True,
+            extra_args=KVSettings.of(keep if isinstance(keep, tuple) else (keep,)).extra_args(),
+            **kwargs,
         ),
         None,
         mm_features=features,
@@ -204,8 +220,8 @@ def test_a_request_that_the_worker_could_not_serve_fails_alone(scheduler: Schedu
         sampled_token_ids=[[7] for _ in ids],
         prompt_logprobs_dict={},
     )
-    state = KVDropState(8, 200, torch.device("cpu"))
-    state.overrun = {ids.index("failed")}
+    state = KVDropBands(2, 8, 200, torch.device("cpu"))
+    state.bands[1].overrun = {ids.index("failed")}
     report_failures(result, state)
     told = scheduler.update_from_output(output, pickle.loads(pickle.dumps(result)))[0].outputs
     assert {(o.request_id, tuple(o.new_token_ids), str(o.finish_reason)) for o in told} == {
@@ -222,11 +238,14 @@ def random_traffic(scheduler: Scheduler, seed: int) -> int:
     dice = random.Random(seed)
     pool = scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
+    two = len(scheduler.kv_drop_config.schedule) > 1
     arriving = []
     for i in range(30):
         tokens = dice.choice([5, 31, 32, 33, 60, 100, 123, 124, 200])
         image = dice.choice([0, tokens - 3])
-        keep = dice.choice([1.0, 0.5, 0.25, 0.05])
+        keep: Any = dice.choice([1.0, 0.5, 0.25, 0.05])
+        if two and keep < 1:
+            keep = (dice.choice([1.0, keep]), dice.choice([keep, keep / 2, 0.0]))
         arriving.append(request(str(i), tokens, keep, output=dice.randint(1, 60), image=image, seed=i))
     everyone = list(arriving)
     pending: list[Any] = []
@@ -240,10 +259,11 @@ def random_traffic(scheduler: Scheduler, seed: int) -> int:
             plan = scheduler.prompt_plans.get(request_id)
             if plan is not None and through - scheduled < plan.tokens:
                 assert through - scheduled == 0 and scheduled >= plan.tokens
-            dropped = plan.dropped if plan else 0
-            below, *above = held(scheduler, request_id)
-            assert below == blocks_for(through)
-            assert set(above) == {blocks_for(through - dropped)}
+            kept = (plan.tokens, *plan.kept_by_layer) if plan else (0,) * 3
+            dropped = [kept[0] - n for n in kept]
+            groups = scheduler.kv_cache_config.kv_cache_groups
+            bands = [group.kv_cache_spec.band for group in groups]
+            assert held(scheduler, request_id) == [blocks_for(through - dropped[band]) for band in bands]
         pending.append(output)
         # the asynchronous scheduler runs one step ahead of the model
         ahead = 1 if scheduler.scheduler_config.async_scheduling else 0
@@ -262,10 +282,12 @@ def random_traffic(scheduler: Scheduler, seed: int) -> int:
     return sum(r.num_preemptions for r in everyone)
 
 
+@pytest.mark.parametrize("prune_layers", ["vllm_config", "banded"], ids=["one", "two"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_random_traffic_keeps_every_rule_and_returns_every_block(
-    vllm_config: VllmConfig, asynchronous: bool
+    request: pytest.FixtureRequest, prune_layers: str, asynchronous: bool
 ) -> None:
+    vllm_config: VllmConfig = request.getfixturevalue(prune_layers)
     vllm_config.scheduler_config.async_scheduling = asynchronous
     preemptions = [random_traffic(make(vllm_config, blocks=31), seed) for seed in range(6)]
     assert sum(preemptions) > 10  # otherwise the rules were not put to the test

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_vtprune.kv_drop import step as step_module
-from vllm_vtprune.kv_drop.relevance import kept_rows
+from vllm_vtprune.kv_drop.bands import KVDropBands
+from vllm_vtprune.kv_drop.relevance import keep, kept_rows
 from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
 
 
@@ -82,6 +83,80 @@ def test_every_kept_token_lands_in_the_next_place_of_its_request(data):
             r.computed += n
             assert len(r.cache) == r.computed - r.dropped
             assert list(r.cache.values()) == sorted(r.cache.values())
+
+
+@dataclass
+class _Banded:
+    """A request with two prune layers; each band's cache maps a place to the original position."""
+
+    tokens: int
+    kept: tuple[int, int]
+    rated: tuple[bool, bool]
+    computed: int = 0
+    caches: tuple[dict[int, int], ...] = field(default_factory=lambda: ({}, {}))
+
+    @cached_property
+    def drops(self) -> tuple[RequestDrop, RequestDrop] | None:
+        protected = np.zeros(self.tokens, dtype=bool)
+        protected[[0, 5, -1]] = True
+        low, high = self.kept
+        if high == self.tokens:
+            return None
+        return (
+            RequestDrop(self.tokens, self.tokens - low, protected, rated=self.rated[0]),
+            RequestDrop(
+                self.tokens, self.tokens - high, protected, lost=self.tokens - low, rated=self.rated[1]
+            ),
+        )
+
+
+@st.composite
+def _banded(draw: st.DrawFn) -> _Banded:
+    tokens = draw(st.integers(10, 90))
+    low = draw(st.one_of(st.just(tokens), st.just(3), st.integers(3, tokens)))
+    high = draw(st.one_of(st.just(low), st.just(3), st.integers(3, low)))
+    # what only the protected tokens survive, or nothing leaves, needs no rating
+    rated = (3 < low < tokens, 3 < high < low)
+    return _Banded(tokens, (low, high), rated)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(_banded(), min_size=1, max_size=5), st.data())
+def test_each_bands_cache_holds_a_subset_of_the_one_below(requests, data):
+    bands = KVDropBands(2, 8, 4000, torch.device("cpu"))
+    batch = requests
+    for kind in data.draw(st.lists(st.sampled_from(["any", "decode", "decode", "preempt"]), max_size=10)):
+        if kind == "preempt":
+            batch[0].computed = 0
+            for cache in batch[0].caches:
+                cache.clear()
+        if kind == "any":
+            batch = data.draw(st.permutations(requests))
+        now = np.array([r.tokens if r.computed == 0 and r.drops else 1 for r in batch], dtype=np.int32)
+        computed = np.array([r.computed for r in batch], dtype=np.int32)
+        bands.begin([r.drops for r in batch], now, computed)
+        request_of = np.repeat(np.arange(len(batch)), now)
+        position_of = np.concatenate([c + np.arange(n) for c, n in zip(computed, now, strict=True)])
+        stayed = torch.arange(int(now.sum()))
+        for index, state in enumerate(bands.bands):
+            if state.prompts is not None and state.prompts.cuts:
+                scores = torch.randn(len(stayed))
+                rows = keep(scores, state.prompts.protected[stayed], state.prompts)
+                state.remember(rows)
+                stayed = stayed[rows]
+            places = state.positions[: len(stayed)] if state.step is not None else position_of[stayed.numpy()]
+            for row, place in zip(stayed.tolist(), places.tolist(), strict=True):
+                cache = batch[request_of[row]].caches[index]
+                assert place == len(cache)
+                cache[place] = int(position_of[row])
+        for r, n in zip(batch, now.tolist(), strict=True):
+            r.computed += n
+            low, high = (list(cache.values()) for cache in r.caches)
+            after = r.computed - r.tokens
+            assert set(high) <= set(low)
+            if r.drops is not None:
+                assert (len(low), len(high)) == (r.kept[0] + after, r.kept[1] + after)
+                assert {0, 5, r.tokens - 1} <= set(high)
 
 
 def test_a_step_of_untouched_requests_leaves_vllms_batch_alone():
@@ -157,7 +232,7 @@ def test_geometry_of_a_mixed_step():
     )
     assert step.query_start_loc.tolist() == [0, 4, 5, 9]
     assert step.positions.tolist() == [0, 1, 2, 3, 7, 3, 4, 5, 6]
-    assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0], 9)
+    assert (step.pruned.tolist(), step.starts.tolist(), step.rows) == ([0], [0, 10, 11], 9)
 
 
 def test_a_decode_step_of_the_same_requests_reuses_their_geometry(monkeypatch):

@@ -99,6 +99,7 @@ def test_grid_of_settings_is_a_product() -> None:
 
 METHODS = "X-VTPrune-Method=inflection,divprune"
 SCOPES = "X-VTPrune-KV-Scope=all,vision"
+BANDS = ["kv-keep=1", "kv-keep=0.5,0.25 kv-scope=all", "kv-keep=0.5,0.25 kv-scope=vision"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ SCOPES = "X-VTPrune-KV-Scope=all,vision"
             ["X-VTPrune-KV-Keep=,1", SCOPES],
             ["light kv-keep=unset kv-scope=all", "light kv-keep=unset kv-scope=vision", "light kv-keep=1"],
         ),
+        (None, ["X-VTPrune-KV-Keep=1;0.5,0.25", SCOPES.replace(",", ";")], BANDS),
         # the operator's default decides, which is not known here
         (None, [METHODS], ["method=inflection", "method=divprune"]),
         # the server is to say what is wrong

@@ -172,6 +172,10 @@ def test_bad_pictures_are_refused(live_server: LiveServer, name: str) -> None:
     is_refused_and_harmless(live_server, post(live_server.url, chat_body(BAD_PICTURES[name])))
 
 
+def test_an_empty_url_is_said_to_be_one(server: str) -> None:
+    assert "URL is empty" in post(server, chat_body("")).json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", BAD_HEADERS)
 def test_bad_headers_are_refused_and_named(live_server: LiveServer, name: str) -> None:
     headers, param = BAD_HEADERS[name]

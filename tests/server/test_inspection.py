@@ -12,6 +12,8 @@ from PIL import Image
 from tests.conftest import MODEL_NAME
 from tests.helpers.client import chat_body, metric, post
 from tests.helpers.pictures import data_url, noise, scene
+from vtprune_server.limits import ServerLimits
+from vtprune_server.options import OperatorSettings
 
 pytestmark = pytest.mark.engine
 
@@ -38,6 +40,8 @@ def test_config_tells_policy_and_model(server: str) -> None:
     assert config["policy"]["default_preset"] in config["presets"]
     assert "inflection" in config["methods"]
     assert config["versions"]["vllm"] == "0.32.0"
+    assert config["policy"].keys() | config["limits"].keys() == OperatorSettings.model_fields.keys()
+    assert config["limits"] == ServerLimits().model_dump(mode="json")
 
 
 SETTINGS: list[dict[str, Any]] = [

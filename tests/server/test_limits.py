@@ -57,6 +57,10 @@ def test_every_kind_of_value_is_read_from_text() -> None:
         (["--vtprune-log-requests", "maybe"], "--vtprune-log-requests"),
         (["--vtprune-min-tokens", "0"], "--vtprune-min-tokens"),
         (["--vtprune-config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--vtprune-media-domains", "http://x/"], "--vtprune-media-domains names 'http://x/'"),
+        (["--vtprune-media-domains", "a.org,*.b.org"], "no host name"),
+        (["--prune-layer", "-1"], "^--prune-layer must be at least 1, not -1"),
+        (["--prune-layer", "abc"], "^--prune-layer must be a whole number, not 'abc'"),
     ],
 )
 def test_what_cannot_work_is_named(flags: list[str], named: str) -> None:
@@ -71,6 +75,17 @@ def test_a_file_that_cannot_work(tmp_path: Path, content: str) -> None:
     (tmp_path / "policy.yaml").write_text(content)
     with pytest.raises(PolicyError):
         gathered("--vtprune-config", str(tmp_path / "policy.yaml"))
+
+
+def test_a_setting_is_named_as_its_source_spells_it(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("window: 0\n")
+    with pytest.raises(PolicyError, match=f"^window in {file} must be at least 1, not 0"):
+        gathered("--vtprune-config", str(file))
+    with pytest.raises(PolicyError, match=r"^VTPRUNE_WINDOW must be at least 1, not 0"):
+        gathered("--vtprune-config", str(file), environ={"VTPRUNE_WINDOW": "0"})
+    with pytest.raises(PolicyError, match=r'^additional_config\["vtprune"\]\["window"\] must be'):
+        gathered(config={"vtprune": {"window": 0}})
 
 
 def test_limits_travel_in_the_environment() -> None:

@@ -75,6 +75,20 @@ def test_kept_ratio_by_preset(server: str) -> None:
     assert after[0] - before[0] == pytest.approx(usage["vision_tokens_kept"] / usage["vision_tokens"])
 
 
+def test_what_is_no_presets_is_counted_as_custom(server: str) -> None:
+    names = ("requests_total", "kept_ratio_sum", "kept_ratio_count")
+
+    def read(preset: str) -> list[float]:
+        return [metric(server, f"vtprune_{name}", f'preset="{preset}"') for name in names]
+
+    before = {preset: read(preset) for preset in ("off", "custom")}
+    assert post(server, chat_body(scene()), {"X-VTPrune-Keep-Ratio": "0.25"}).status_code == 200
+    assert read("off") == before["off"]
+    assert [b - a for a, b in zip(before["custom"], read("custom"), strict=True)] == pytest.approx(
+        [1, 0.25, 1]
+    )
+
+
 @pytest.mark.parametrize(
     "body,headers,reason",
     [
@@ -94,7 +108,7 @@ def test_unpruned_requests_by_reason(server: str, body: object, headers: dict[st
     "headers,field",
     [
         ({"X-VTPrune-Aggressiveness": "7"}, "aggressiveness"),
-        ({"x-vtprune-kv-keep": "0"}, "kv_keep"),
+        ({"x-vtprune-kv-keep": "2"}, "kv_keep"),
         ({"X-VTPrune-Nonsense": "1"}, "unknown"),
     ],
 )

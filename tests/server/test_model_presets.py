@@ -26,6 +26,9 @@ def test_an_adapters_name_takes_no_preset() -> None:
         "m:light": "light",
         "m:balanced": "balanced",
         "m:aggressive": "aggressive",
+        "m--light": "light",
+        "m--balanced": "balanced",
+        "m--aggressive": "aggressive",
     }
     assert is_base_model(models, "m:balanced")
     assert not is_base_model(models, "tuned:balanced")
@@ -38,4 +41,4 @@ def test_a_name_the_operator_gave_stays_the_operators() -> None:
     assert "m:light" not in added
     assert "m:balanced" not in added
     assert added["m:aggressive"] == "aggressive"
-    assert added["m:light:balanced"] == "balanced"
+    assert added["m:light:balanced"] == added["m--balanced"] == "balanced"

@@ -65,7 +65,8 @@ def sentence(response: httpx.Response, status: int = 400) -> str:
 
 
 def test_flag_over_environment_over_file(client: httpx.Client) -> None:
-    policy = client.get("/vtprune/config").json()["policy"]
+    policy, limits = (client.get("/vtprune/config").json()[part] for part in ("policy", "limits"))
+    assert (limits["max_images"], limits["max_body_mb"], limits["max_image_megapixels"]) == (3, 1, 2)
     assert policy["default_preset"] == "balanced"  # file
     assert policy["min_keep_ratio"] == 0.2  # environment
     assert "50 MiB" not in (text := sentence(chat(client, "data:," + "A" * 2**20), 413)) and "1 MiB" in text
@@ -88,7 +89,8 @@ def test_caps_are_named(client: httpx.Client) -> None:
 def test_only_presets_within_the_caps_are_models(client: httpx.Client) -> None:
     names = [card["id"] for card in client.get("/v1/models").json()["data"]]
     # nothing asked for means balanced here, so the name for pruning nothing is listed too
-    assert names == [MODEL_NAME, *(f"{MODEL_NAME}:{p}" for p in ("off", "light", "balanced"))]
+    within = ("off", "light", "balanced")
+    assert names == [MODEL_NAME, *(f"{MODEL_NAME}{by}{p}" for by in (":", "--") for p in within)]
     assert chat(client, model=f"{MODEL_NAME}:off").headers["X-VTPrune-Vision-Tokens-Kept"] == "144"
     assert chat(client, model=f"{MODEL_NAME}:aggressive").status_code == 404
 

@@ -31,14 +31,16 @@ def by_preset(server: str) -> dict[str, int]:
 
 def test_the_names_are_listed(server: str) -> None:
     names = [card["id"] for card in httpx.get(f"{server}/v1/models").json()["data"]]
-    assert names == [MODEL_NAME, *(f"{MODEL_NAME}:{p}" for p in ("light", "balanced", "aggressive"))]
+    presets = ("light", "balanced", "aggressive")
+    assert names == [MODEL_NAME, *(f"{MODEL_NAME}{by}{p}" for by in (":", "--") for p in presets)]
 
 
 def test_asking_for_a_name_applies_its_preset(server: str, by_preset: dict[str, int]) -> None:
     assert by_preset["off"] > by_preset["balanced"] >= by_preset["aggressive"]
     for preset in ("light", "balanced", "aggressive"):
-        response = post(server, chat_body(scene(), model=f"{MODEL_NAME}:{preset}"))
-        assert kept(response) == by_preset[preset]
+        for separator in (":", "--"):
+            response = post(server, chat_body(scene(), model=f"{MODEL_NAME}{separator}{preset}"))
+            assert kept(response) == by_preset[preset]
 
 
 def test_header_over_body_over_name(server: str, by_preset: dict[str, int]) -> None:
@@ -69,7 +71,8 @@ def test_every_route_takes_the_names(server: str, by_preset: dict[str, int], pat
 
 
 @pytest.mark.parametrize(
-    "name", [f"{MODEL_NAME}:nope", f"{MODEL_NAME}:", "other:balanced", f"{BALANCED}:off"]
+    "name",
+    [f"{MODEL_NAME}:nope", f"{MODEL_NAME}:", f"{MODEL_NAME}-balanced", "other:balanced", f"{BALANCED}:off"],
 )
 def test_any_other_name_is_vllms_404(server: str, name: str) -> None:
     response = post(server, chat_body(scene(), model=name), path=CHAT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,17 @@ def test_a_policy_that_cannot_work(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    assert "nowhere" in serve(tmp_path, str(tmp_path / "nowhere"))
+    folder = str(tmp_path / "nowhere")
+    assert f"no folder {folder}" in serve(tmp_path, folder)
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        sentence = serve(tmp_path, "--host", "127.0.0.1", "--port", port)
+    assert port in sentence and "--port" in sentence
 
 
 def test_a_checkpoint_without_a_tower(tmp_path: Path) -> None:

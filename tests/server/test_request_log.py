@@ -38,6 +38,7 @@ def test_id_settings_counts_and_outcome(live_server: LiveServer) -> None:
     assert "log-test-1" in response.json()["id"]
     (line,) = lines(live_server, "log-test-1")
     assert line["event"] == "request" and line["route"] == CHAT and line["status"] == 200
+    assert line["settings"]["preset"] == "custom"
     assert line["settings"]["keep_ratio"] == 0.25 and line["settings"]["method"] == "inflection"
     assert {k: line[k] for k in response.json()["usage"]["vtprune"]} == response.json()["usage"]["vtprune"]
     assert 0 < line["seconds"] < 120

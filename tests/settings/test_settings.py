@@ -81,6 +81,30 @@ def test_aggressiveness_replaces_the_presets_and_keep_ratio_the_inflection_point
     assert (fixed.keep_ratio, fixed.aggressiveness) == (0.25, None)
 
 
+@pytest.mark.parametrize(
+    "fields,name",
+    [
+        ({"keep_ratio": 0.22}, "custom"),
+        ({"aggressiveness": 0.5}, "custom"),
+        ({"kv_keep": 0.5}, "custom"),
+        ({"preset": "balanced", "keep_ratio": 0.5}, "custom"),
+        ({"preset": "balanced", "method": "random"}, "custom"),
+        ({"preset": "balanced", "kv_scope": "vision"}, "custom"),
+        ({"preset": "balanced", "aggressiveness": PRESETS["balanced"].aggressiveness}, "balanced"),
+        ({"keep_ratio": 1, "method": "random", "kv_scope": "vision"}, "off"),
+        ({"aggressiveness": 0}, "off"),
+    ],
+)
+def test_settings_go_by_a_presets_name_only_where_they_are_the_presets(
+    fields: dict[str, Any], name: str
+) -> None:
+    settings = by_body(**fields)
+    assert settings.preset == name
+    assert (name == "off") is (settings.vision.keeps_all and not settings.kv.drops)
+    by_default = by_body(PrunePolicy(prune_layer=2, default_preset="balanced"), keep_ratio=1, kv_keep=1)
+    assert by_default.preset == "custom"
+
+
 def test_a_header_wins_over_the_body_field_by_field() -> None:
     headers = Controls.from_headers([("x-vtprune-aggressiveness", "0.25")])
     body = Controls.from_mapping({"aggressiveness": 0.75, "kv_keep": 0.5})
@@ -108,7 +132,7 @@ def test_a_bad_header_value_is_refused_and_named(field: str, text: str) -> None:
     assert error.value.param == HEADERS[field]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1.01, -1, 10**400, "0.5", True, [0.5], {"a": 1}])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.01, -1, 10**400, "0.5", True, ["0.5"], {"a": 1}])
 @pytest.mark.parametrize("field", ["aggressiveness", "keep_ratio", "kv_keep"])
 def test_a_bad_body_value_is_refused_and_named(field: str, value: Any) -> None:
     with pytest.raises(SettingsError) as error:
@@ -121,9 +145,9 @@ def test_bounds() -> None:
     assert by_header(aggressiveness="1").vision.aggressiveness == 1
     assert by_body(keep_ratio=1).vision.keeps_all
     assert str(by_body(aggressiveness=-0.0).vision.aggressiveness) == "0.0"
-    for field in ("keep_ratio", "kv_keep"):
-        with pytest.raises(SettingsError):
-            by_header(**{field: "0"})
+    with pytest.raises(SettingsError):
+        by_header(keep_ratio="0")
+    assert by_header(kv_keep="0").kv == KVSettings(0.0)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +185,57 @@ def test_long_values_do_not_come_back_whole() -> None:
     with pytest.raises(SettingsError) as error:
         Controls.from_headers([("X-VTPrune-Preset", "x" * 60_000)])
     assert len(str(error.value)) < 500
+
+
+def test_a_share_for_each_prune_layer() -> None:
+    policy = PrunePolicy(prune_layers="2:0.8,4:0.5,6:0")
+    settings = by_header(policy, kv_keep="0.5, 0.25,0")
+    assert settings.kv == KVSettings(0.5, "all", (0.25, 0.0)) == by_body(policy, kv_keep=[0.5, 0.25, 0]).kv
+    assert settings.as_dict()["kv_keep"] == [0.5, 0.25, 0.0]
+    assert KVSettings.from_extra_args(settings.kv.extra_args(), KVSettings()) == settings.kv
+    assert settings.kv.drops and KVSettings.of((1.0, 0.5)).drops and not KVSettings.of((1.0, 1.0)).drops
+
+
+@pytest.mark.parametrize(
+    ("keep", "sentence"),
+    [
+        ("0.5,0.4,0.3", "names 3 shares, and this server has 2 prune layers"),
+        ("0.5,0.4,0.3,0.2,0.1", "must be 1 to 4 numbers, not 5"),
+        ("0.5,,0.2", "must be a number"),
+        ("0.5,1.5", "must be a number"),
+        ("0.5,0.1", "asks for kv_keep 0.1; this server keeps at least 0.2"),
+    ],
+)
+def test_shares_that_cannot_be_served_are_refused(keep: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence) as error:
+        by_header(PrunePolicy(prune_layers="2,4", min_kv_keep=0.2), kv_keep=keep)
+    assert error.value.param == "X-VTPrune-KV-Keep"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"prune_layers": "8:x"}, "prune_layers: '8:x' is no prune layer"),
+        ({"prune_layers": 8}, "prune_layers must be text"),
+        ({"prune_layers": "8,16", "relevance": "attention,unknown"}, "relevance must be one of attention"),
+        ({"prune_layers": "8,16", "relevance": "inherited"}, "of which the first cannot inherit"),
+    ],
+)
+def test_prune_layers_that_cannot_work_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PolicyError, match=sentence):
+        PrunePolicy.from_config({"vtprune": fields})
+
+
+def test_several_prune_layers_have_a_first() -> None:
+    policy = PrunePolicy(prune_layer=3, prune_layers="8:0.5,16:0")
+    assert (policy.prune_layer, policy.has_prune_layer) == (8, True)
+    assert PrunePolicy.from_config({"vtprune": policy.to_config()}) == policy
+    # what a name means is known with the model
+    assert (PrunePolicy(prune_layers="aim").prune_layer, PrunePolicy(prune_layers="aim").has_prune_layer) == (
+        None,
+        True,
+    )
+    assert not PrunePolicy().has_prune_layer
 
 
 def test_kv_keep_needs_a_prune_layer() -> None:

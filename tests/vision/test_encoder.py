@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -16,10 +17,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from tests.conftest import DEMO_MODEL
 from tests.helpers.checkpoints import edit_config, random_llava
 from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import OPTIONAL_OUTPUTS, Item, Kept, TowerOutput
+from vllm_vtprune.families.llava import Llava
 from vllm_vtprune.vision import service as vision_service
 from vllm_vtprune.vision.checkpoint import load_vision_weights
-from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput, VisionEncoder
+from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
+from vllm_vtprune.vision.features import everything
 from vllm_vtprune.vision.service import VisionService
 from vllm_vtprune.vision.tower_pass import tower_pass
 
@@ -45,6 +49,21 @@ def pixels(count: int, size: int = 56) -> Tensor:
     return torch.randn((count, 3, size, size), generator=torch.Generator().manual_seed(count))
 
 
+def items(values: Tensor) -> list[Item]:
+    return [Item({"pixel_values": v}) for v in values]
+
+
+def projected(encoder: VisionEncoder, output: TowerOutput, kept: Tensor | None = None) -> Tensor:
+    """The embeddings of what stays: all patches, or those of these numbers."""
+    whole = everything(output)
+    return encoder.project([whole if kept is None else Kept(output, kept, output.patches[kept])])[0][0]
+
+
+def weights_of(source: str, **where: str) -> dict[str, Tensor]:
+    """A LLaVA checkpoint's tower and projector."""
+    return load_vision_weights(source, Llava(LlavaConfig()).rename, **where)
+
+
 @pytest.mark.parametrize("folder", ["random", "demo"])
 def test_unpruned_embeddings_are_those_of_transformers(folder: str, checkpoint: Path) -> None:
     path = checkpoint if folder == "random" else DEMO_MODEL
@@ -54,7 +73,7 @@ def test_unpruned_embeddings_are_those_of_transformers(folder: str, checkpoint: 
     with torch.inference_mode():
         expected = reference.model.get_image_features(pixel_values=values).pooler_output
     ours = load(path)
-    got = ours.project([(output.patches, output.cls) for output in ours.encode(values)])
+    got = [projected(ours, output) for output in ours.encode(items(values))]
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.shape == theirs.shape
         assert (mine - theirs).abs().max() < 1e-5
@@ -62,11 +81,12 @@ def test_unpruned_embeddings_are_those_of_transformers(folder: str, checkpoint: 
 
 def test_optional_outputs_are_the_towers_attention(checkpoint: Path, encoder: VisionEncoder) -> None:
     values = pixels(2)
-    outputs = encoder.encode(values, OPTIONAL_OUTPUTS)
-    encoder.tower.set_attn_implementation("eager")
+    outputs = encoder.encode(items(values), OPTIONAL_OUTPUTS)
+    tower = encoder.modules["tower"]
+    tower.set_attn_implementation("eager")
     with torch.inference_mode():
-        attentions = encoder.tower(values, output_attentions=True).attentions
-    encoder.tower.set_attn_implementation("sdpa")
+        attentions = tower(values, output_attentions=True).attentions
+    tower.set_attn_implementation("sdpa")
     weights = torch.stack(attentions, dim=1)  # [B, L, heads, 1 + N, 1 + N]
     for i, output in enumerate(outputs):
         assert output.cls_attention is not None and output.received is not None and output.keys is not None
@@ -77,26 +97,27 @@ def test_optional_outputs_are_the_towers_attention(checkpoint: Path, encoder: Vi
 
 @pytest.mark.parametrize("projections", [False, True])
 def test_a_traced_pass_is_the_tower_whatever_the_batch(encoder: VisionEncoder, projections: bool) -> None:
-    run = tower_pass(encoder.tower, pixels(1), projections=projections)
+    tower = encoder.modules["tower"]
+    run = tower_pass(tower, pixels(1), projections=projections)
     assert isinstance(run, torch.jit.ScriptFunction), "it ran as Python"
     for values in (pixels(5), pixels(1), pixels(2)):
         with torch.inference_mode():
             hidden, *captured = run(values)
-            assert torch.equal(hidden, encoder.tower(values).last_hidden_state)
+            assert torch.equal(hidden, tower(values).last_hidden_state)
         assert [tuple(c.shape) for c in captured] == [tuple(hidden.shape)] * len(captured)
-        assert len(captured) == (2 * len(encoder.tower.encoder.layers) if projections else 0)
+        assert len(captured) == (2 * len(tower.encoder.layers) if projections else 0)
 
 
 def test_a_tower_that_cannot_be_traced_runs_as_it_is(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = load(checkpoint).encode(pixels(2), OPTIONAL_OUTPUTS)
+    expected = load(checkpoint).encode(items(pixels(2)), OPTIONAL_OUTPUTS)
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no tracing here")
 
     monkeypatch.setattr(torch.jit, "trace", refuse)
-    outputs = load(checkpoint).encode(pixels(2), OPTIONAL_OUTPUTS)
+    outputs = load(checkpoint).encode(items(pixels(2)), OPTIONAL_OUTPUTS)
     assert "could not be traced" in caplog.text
     for output, before in zip(outputs, expected, strict=True):
         assert torch.equal(output.patches, before.patches)
@@ -105,29 +126,25 @@ def test_a_tower_that_cannot_be_traced_runs_as_it_is(
 
 
 def test_only_kept_tokens_are_projected_and_the_rest_does_not_matter(encoder: VisionEncoder) -> None:
-    output = encoder.encode(pixels(1))[0]
-    everything = encoder.project([(output.patches, output.cls)])[0]
+    output = encoder.encode(items(pixels(1)))[0]
     kept = torch.tensor([0, 3, 7])
-    assert torch.allclose(
-        encoder.project([(output.patches[kept], output.cls)])[0], everything[kept], atol=1e-6
-    )
+    assert torch.allclose(projected(encoder, output, kept), projected(encoder, output)[kept], atol=1e-6)
 
 
 def test_a_feature_strategy_with_cls_puts_it_first(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     full = load(edit_config(tmp_path, {"vision_feature_select_strategy": "full"}))
-    output = full.encode(pixels(1))[0]
-    rows = full.project([(output.patches[:5], output.cls)])[0]
+    (item,) = items(pixels(1))
+    output = full.encode([dataclasses.replace(item, places=17)])[0]
+    rows = projected(full, output, torch.arange(5))
     assert rows.shape[0] == 6
-    assert torch.allclose(
-        rows[1:], load(checkpoint).project([(output.patches[:5], output.cls)])[0], atol=1e-6
-    )
+    assert torch.allclose(rows[1:], projected(load(checkpoint), output, torch.arange(5)), atol=1e-6)
 
 
 def test_both_naming_schemes_and_shards_give_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
     other = random_llava(tmp_path / "names", public_names=False, **SHAPE)  # type: ignore[arg-type]
-    expected = load_vision_weights(str(checkpoint))
+    expected = weights_of(str(checkpoint))
     tensors = load_file(checkpoint / "model.safetensors")
     sharded = tmp_path / "sharded"
     sharded.mkdir()
@@ -142,20 +159,20 @@ def test_both_naming_schemes_and_shards_give_the_same_weights(checkpoint: Path, 
         json.dumps({"weight_map": {f"model.{k}": v for k, v in index.items()}})
     )
     for source in (other, sharded):
-        for ours, theirs in zip(load_vision_weights(str(source)), expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        ours = weights_of(str(source))
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors"):
-        load_vision_weights(str(tmp_path))
+        weights_of(str(tmp_path))
     tensors = load_file(checkpoint / "model.safetensors")
     text_only = {k: v for k, v in tensors.items() if not k.startswith("vision_tower")}
     save_file(text_only, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="vision_tower"):
-        load_vision_weights(str(tmp_path))
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="vision_tower"):
+        load(tmp_path)
     save_file(
         {k: v for k, v in tensors.items() if "layers.0.mlp" not in k or "vision" not in k},
         tmp_path / "model.safetensors",
@@ -170,7 +187,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(checkpoint: Path, tmp_path: Pat
 
 
 def output_of(size: int) -> TowerOutput:
-    return TowerOutput(patches=torch.zeros((size, 1), dtype=torch.uint8), cls=torch.zeros(0))
+    return TowerOutput(patches=torch.zeros((size, 1), dtype=torch.uint8))
 
 
 def test_the_cache_is_bounded_in_bytes_and_forgets_the_least_recently_used() -> None:
@@ -191,8 +208,6 @@ def test_the_cache_is_bounded_in_bytes_and_forgets_the_least_recently_used() -> 
 class CountingEncoder:
     """Stands in for the tower: counts passes and their threads, can be held back, can fail."""
 
-    work_per_image = 10**8
-
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.threads: list[int] = []
@@ -200,13 +215,19 @@ class CountingEncoder:
         self.go.set()
         self.error: Exception | None = None
 
-    def encode(self, values: Tensor, outputs: frozenset[str]) -> list[TowerOutput]:
+    def work(self, _: Item) -> int:
+        return 10**8
+
+    def patches(self, item: Item) -> int:
+        return int(item.inputs["patches"])
+
+    def encode(self, images: list[Item], outputs: frozenset[str]) -> list[TowerOutput]:
         self.go.wait()
         if self.error is not None:
             raise self.error
-        self.batches.append(len(values))
+        self.batches.append(len(images))
         self.threads.append(torch.get_num_threads())
-        return [TowerOutput(patches=v.reshape(1, -1), cls=v.reshape(-1)) for v in values]
+        return [TowerOutput(patches=image.inputs["pixel_values"].reshape(1, -1)) for image in images]
 
 
 def service(capacity: int = 1 << 20, max_batch: int = 16) -> tuple[VisionService, CountingEncoder]:
@@ -214,8 +235,12 @@ def service(capacity: int = 1 << 20, max_batch: int = 16) -> tuple[VisionService
     return VisionService(encoder, FeatureCache(capacity), max_batch=max_batch), encoder  # type: ignore[arg-type]
 
 
-def numbers(keys: list[str]):  # type: ignore[no-untyped-def]
-    return lambda positions: torch.tensor([[float(keys[i][1:])] for i in positions])
+def numbers(keys: list[str], patches: int = 576):  # type: ignore[no-untyped-def]
+    def prepare(positions: list[int]) -> list[Item]:
+        values = [torch.tensor([float(keys[i][1:])]) for i in positions]
+        return [Item({"pixel_values": value, "patches": torch.tensor(patches)}) for value in values]
+
+    return prepare
 
 
 def test_each_picture_is_encoded_once_and_answers_keep_their_order() -> None:
@@ -277,6 +302,15 @@ def test_a_pass_holds_at_most_max_batch() -> None:
     assert sum(encoder.batches) == 10 and max(encoder.batches) <= 4
 
 
+def test_a_large_picture_counts_as_several() -> None:
+    tower, encoder = service(max_batch=4)
+    keys = [f"k{i}" for i in range(4)]
+    tower.encode(keys, numbers(keys, patches=2000))
+    assert encoder.batches == [2, 2]
+    tower.encode(["k9"], numbers(["k9"], patches=100_000))
+    assert encoder.batches == [2, 2, 1]
+
+
 @pytest.mark.parametrize(("threads", "expected"), [(0, [1, 3]), (2, [2, 2])])
 def test_threads_of_a_pass(threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A small pass runs on one thread, a large one on torch's choice; the caller's own number is restored."""
@@ -329,9 +363,9 @@ def test_a_hub_checkpoint_is_fetched_shard_by_shard(
         return str(tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
-    tower, projector = load_vision_weights("someone/llava", revision="v1")
-    assert tower.keys() == load_vision_weights(str(checkpoint))[0].keys()
-    assert len(projector) == 4
+    weights = weights_of("someone/llava", revision="v1")
+    assert weights.keys() == weights_of(str(checkpoint)).keys()
+    assert sum(name.startswith("projector.") for name in weights) == 4
     assert asked == [
         ("someone/llava", "model.safetensors.index.json", "v1"),
         ("someone/llava", "vision.safetensors", "v1"),
@@ -339,17 +373,16 @@ def test_a_hub_checkpoint_is_fetched_shard_by_shard(
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_vision_weights("someone/llava")
+        weights_of("someone/llava")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision(checkpoint: Path, encoder: VisionEncoder, dtype: torch.dtype) -> None:
     config = LlavaConfig.from_pretrained(checkpoint)
     lower = VisionEncoder.load(config, str(checkpoint), device=torch.device("cpu"), dtype=dtype)
-    output, exact = lower.encode(pixels(1))[0], encoder.encode(pixels(1))[0]
+    output, exact = lower.encode(items(pixels(1)))[0], encoder.encode(items(pixels(1)))[0]
     assert output.patches.dtype == dtype
-    got = lower.project([(output.patches, output.cls)])[0]
-    expected = encoder.project([(exact.patches, exact.cls)])[0]
+    got, expected = projected(lower, output), projected(encoder, exact)
     assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
@@ -357,4 +390,4 @@ def test_random_weights_stand_in_for_dummy_ones(checkpoint: Path) -> None:
     config = LlavaConfig.from_pretrained(checkpoint)
     cpu = torch.device("cpu")
     dummy = VisionEncoder.load(config, "nowhere", device=cpu, dtype=torch.float32, dummy=True)
-    assert dummy.encode(pixels(1))[0].patches.isfinite().all()
+    assert dummy.encode(items(pixels(1)))[0].patches.isfinite().all()

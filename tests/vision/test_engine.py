@@ -17,7 +17,9 @@ from transformers import LlavaConfig
 from tests.conftest import DEMO_MODEL, REPOSITORY
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.offline_run import PRUNED, UNPRUNED, pixel_values
+from vllm_vtprune.families.base import Item
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.features import everything
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +52,8 @@ def encoded(model: Path) -> list[torch.Tensor]:
     """Our embeddings of the fixed pixels."""
     config = LlavaConfig.from_pretrained(model)
     encoder = VisionEncoder.load(config, str(model), device=torch.device("cpu"), dtype=torch.float32)
-    return encoder.project([(o.patches, o.cls) for o in encoder.encode(pixel_values())])
+    outputs = encoder.encode([Item({"pixel_values": values}) for values in pixel_values()])
+    return [embeddings for embeddings, _ in encoder.project([everything(o) for o in outputs])]
 
 
 def test_unpruned_embeddings_equal_vllms_own(plain: dict[str, Any]) -> None:

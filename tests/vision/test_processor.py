@@ -24,7 +24,7 @@ from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vllm_vtprune.vision.processor import PrunedProcessor
 
 IMAGE_TOKEN = 3
 SETTINGS = [
@@ -41,7 +41,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def processor() -> PrunedLlavaMultiModalProcessor:
+def processor() -> PrunedProcessor:
     load_general_plugins()
     config = EngineArgs(
         str(DEMO_MODEL), dtype="float32", limit_mm_per_prompt={"image": 8}
@@ -51,7 +51,7 @@ def processor() -> PrunedLlavaMultiModalProcessor:
     processor = MULTIMODAL_REGISTRY.create_processor(
         config.model_config, tokenizer=get_tokenizer(str(DEMO_MODEL))
     )
-    assert isinstance(processor, PrunedLlavaMultiModalProcessor)
+    assert isinstance(processor, PrunedProcessor)
     return processor
 
 
@@ -60,7 +60,7 @@ def prompt_about(images: list[Image.Image]) -> str:
 
 
 def run(
-    processor: PrunedLlavaMultiModalProcessor,
+    processor: PrunedProcessor,
     images: list[Image.Image],
     kwargs: dict[str, Any],
     prompt: str | list[int] | None = None,
@@ -85,7 +85,7 @@ def same(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> bool:
 
 
 @pytest.mark.parametrize("hit_rate", [0.3, 0.5, 1.0])
-def test_cache_hits_change_nothing(processor: PrunedLlavaMultiModalProcessor, hit_rate: float) -> None:
+def test_cache_hits_change_nothing(processor: PrunedProcessor, hit_rate: float) -> None:
     rng = random.Random(int(hit_rate * 10))
     pool = [noise(seed) for seed in range(4)]
     cache = MultiModalProcessorOnlyCache(processor.info.ctx.model_config)
@@ -104,9 +104,7 @@ def test_cache_hits_change_nothing(processor: PrunedLlavaMultiModalProcessor, hi
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_keeps_counts_and_placeholders_equal(
-    processor: PrunedLlavaMultiModalProcessor, method: str
-) -> None:
+def test_every_method_keeps_counts_and_placeholders_equal(processor: PrunedProcessor, method: str) -> None:
     images = [scene(), noise(1), scene(9)]
     for fields in ({"keep_ratio": 0.11}, {"aggressiveness": 0.5}, {"aggressiveness": 1.0}):
         kwargs, _ = request_kwargs(method=method, **fields)
@@ -115,7 +113,7 @@ def test_every_method_keeps_counts_and_placeholders_equal(
 
 
 def test_each_image_has_its_own_count_and_each_setting_its_own_entry(
-    processor: PrunedLlavaMultiModalProcessor,
+    processor: PrunedProcessor,
 ) -> None:
     cache = MultiModalProcessorOnlyCache(processor.info.ctx.model_config)
     images = [scene(), noise(3)]
@@ -131,7 +129,7 @@ def test_each_image_has_its_own_count_and_each_setting_its_own_entry(
     assert torch.allclose(alone[1][0], half[1][1], atol=1e-5) and alone[2] == half[2][1:]
 
 
-def test_another_setting_for_a_known_image_runs_no_tower(processor: PrunedLlavaMultiModalProcessor) -> None:
+def test_another_setting_for_a_known_image_runs_no_tower(processor: PrunedProcessor) -> None:
     passes: list[int] = []
     image = noise(77)
     processor.vision.observer = lambda count, _: passes.append(count)
@@ -146,7 +144,7 @@ def test_another_setting_for_a_known_image_runs_no_tower(processor: PrunedLlavaM
 
 
 def test_prefetching_leaves_nothing_for_the_processor_to_do(
-    processor: PrunedLlavaMultiModalProcessor,
+    processor: PrunedProcessor,
 ) -> None:
     passes: list[int] = []
     image, kwargs = noise(79), request_kwargs(aggressiveness=0.5)[0]
@@ -164,14 +162,14 @@ def test_prefetching_leaves_nothing_for_the_processor_to_do(
         processor.vision.observer = None
 
 
-def test_placeholder_text_by_the_user_is_not_an_image(processor: PrunedLlavaMultiModalProcessor) -> None:
+def test_placeholder_text_by_the_user_is_not_an_image(processor: PrunedProcessor) -> None:
     """A prompt with more `<image>` tokens than images: the first stand for images, the others stay text."""
     prompt = "USER: <image> What color is the <image> <image> circle? ASSISTANT:"
     ids, embeddings, _ = run(processor, [scene()], request_kwargs(aggressiveness=0.5)[0], prompt=prompt)
     assert ids.count(IMAGE_TOKEN) == embeddings[0].shape[0] + 2
 
 
-def test_content_names_a_picture_not_its_wrapper(processor: PrunedLlavaMultiModalProcessor) -> None:
+def test_content_names_a_picture_not_its_wrapper(processor: PrunedProcessor) -> None:
     """A forged EXIF image id must not make two pictures one."""
     import uuid
 
@@ -184,7 +182,7 @@ def test_content_names_a_picture_not_its_wrapper(processor: PrunedLlavaMultiModa
     assert run(processor, [scene()], request_kwargs()[0])[2][0] == hashes[0]
 
 
-def test_dummy_images_count_unpruned_and_load_no_tower(processor: PrunedLlavaMultiModalProcessor) -> None:
+def test_dummy_images_count_unpruned_and_load_no_tower(processor: PrunedProcessor) -> None:
     passes: list[int] = []
     processor.vision.observer = lambda count, _: passes.append(count)
     try:
@@ -199,14 +197,14 @@ def test_dummy_images_count_unpruned_and_load_no_tower(processor: PrunedLlavaMul
     ("size", "mode"),
     [((1, 1), "RGB"), ((1, 1), "L"), ((1, 2000), "RGB"), ((3000, 2), "L"), ((6000, 5000), "RGB")],
 )
-def test_odd_sizes(processor: PrunedLlavaMultiModalProcessor, size: tuple[int, int], mode: str) -> None:
+def test_odd_sizes(processor: PrunedProcessor, size: tuple[int, int], mode: str) -> None:
     _, embeddings, _ = run(processor, [Image.new(mode, size, 128)], request_kwargs(aggressiveness=0.5)[0])
     assert 1 <= embeddings[0].shape[0] <= 144
 
 
 @pytest.mark.parametrize("bad", ["", "off ", "0.5", '{"aggressiveness":2.0}', "{}"])
 def test_settings_that_are_not_canonical_are_refused_before_any_work(
-    processor: PrunedLlavaMultiModalProcessor, bad: str
+    processor: PrunedProcessor, bad: str
 ) -> None:
     with pytest.raises(SettingsError, match="request_kwargs"):
         run(processor, [scene()], {"vtprune": bad})

@@ -16,6 +16,7 @@ from vllm_vtprune.hooks.record import (
     read_record,
     recorded_releases,
     states,
+    table,
     write_record,
 )
 from vllm_vtprune.hooks.source_tree import SourceTree
@@ -34,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--release", help="compare with this release's record; default: the tree's own, else the newest"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="print docs/architecture.md's table and nothing else"
+    )
     parser.add_argument("--write", action="store_true", help="write the record of the tree's release instead")
     args = parser.parse_args(argv)
+    if args.table:
+        print(table())
+        return 0
     try:
         tree = installed_vllm() if args.path is None else SourceTree(args.path)
     except FileNotFoundError as error:

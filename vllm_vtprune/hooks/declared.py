@@ -16,6 +16,7 @@ _REQUEST_V1 = "vllm.v1.worker.gpu_input_batch:CachedRequestState."
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch:InputBatch."
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _RENDERER = "vllm.renderers.base:BaseRenderer."
+_MULTIMODAL = "vllm.model_executor.models.interfaces:SupportsMultiModal."
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor."
 _ENGINE = "vllm.v1.engine.core:EngineCoreProc."
 _METADATA = "vllm.v1.attention.backend:CommonAttentionMetadata."
@@ -101,8 +102,23 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
         ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
     ],
-    "vllm_vtprune/vision/processor.py": [
-        (_PROCESSOR + "_call_hf_processor", "read", "pixels as the family's own processor makes them"),
+    "vllm_vtprune/models/pruned.py": [
+        (_MULTIMODAL + "_mark_tower_model", "replace", "every class builds its tower in it"),
+        (_MULTIMODAL + "embed_multimodal", "replace", "what an item's fields become"),
+        (
+            "vllm.model_executor.models.interfaces:SupportsMRoPE.get_mrope_input_positions",
+            "replace",
+            "positions of a whole prompt",
+        ),
+    ],
+    "vllm_vtprune/models/qwen_vl.py": [
+        ("vllm.model_executor.models.qwen3_vl:mrope_positions_factor", "replace", "sizes the rotary table"),
+    ],
+    "vllm_vtprune/models/decoder.py": [
+        *(
+            (f"vllm.model_executor.models.{model}.forward", "replace", "the decoder's class is ours")
+            for model in ("llama:LlamaModel", "qwen2:Qwen2Model", "qwen3_moe:Qwen3MoeModel")
+        ),
     ],
     "vtprune_server/plugin.py": [
         (

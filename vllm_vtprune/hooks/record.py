@@ -46,6 +46,21 @@ def manifest(tree: SourceTree) -> list[Use]:
     return sorted({*uses(tree), *DECLARED})
 
 
+def table() -> str:
+    """What we override and replace, by our file, as a Markdown table; vLLM's names without their module."""
+    by_file: dict[str, dict[str, list[str]]] = {}
+    for use in manifest(installed_vllm()):
+        if use.kind in ("override", "replace"):
+            name = f"`{use.symbol.rpartition(':')[2]}`"
+            names = by_file.setdefault(use.where, {}).setdefault(use.kind, [])
+            names.extend([] if name in names else [name])
+    rows = [
+        f"| `{where}` | {', '.join(kinds.get('override', []))} | {', '.join(kinds.get('replace', []))} |"
+        for where, kinds in sorted(by_file.items())
+    ]
+    return "\n".join(["| our file | overrides | replaces on an object |", "|---|---|---|", *rows])
+
+
 def states(tree: SourceTree, symbols: Sequence[str]) -> dict[str, State | None]:
     """How each symbol stands in a tree; None where it is gone."""
     return {symbol: tree.state(symbol) for symbol in sorted(set(symbols))}

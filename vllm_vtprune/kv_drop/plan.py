@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens of a prompt stay above the prune layer: the one place that decides it.
+"""How many tokens of a prompt stay above each prune layer: the one place that decides it.
 
 Scheduler, worker and front end each call `plan_prompt` with what they know of a request and get the same
 answer, so none has to ask another and nothing waits for the accelerator. *Which* of the unprotected tokens
@@ -11,14 +11,15 @@ Nothing here knows of vLLM or torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_vtprune.errors import SettingsError
-from vllm_vtprune.settings import KVSettings
+from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.settings import KVScope, KVSettings
 from vllm_vtprune.share import share_of
 
 #: Why a prompt that asked for dropping is served whole.
@@ -37,20 +38,30 @@ class KVDropConfig:
     """What the operator fixed for stage 2, equal in every process.
 
     Attributes:
-        prune_layer: K; decoder layers 0 to K-1 see the whole prompt, the others the kept tokens.
+        schedule: the prune layers, from the lowest up; decoder layers below the first see the whole prompt.
         window: last prompt tokens that rate the others and always stay.
         special_ids: the tokenizer's special tokens, the image placeholder aside.
         longest_prompt: tokens of the longest prompt that one step can take; longer ones are served unpruned.
         default: what a request gets that says nothing.
-        relevance: how tokens are rated; a name of `vllm_vtprune.kv_drop.relevance.RELEVANCE`.
+        relevance: how tokens are rated at each prune layer; names of
+            `vllm_vtprune.kv_drop.relevance.RELEVANCE`, the last of which holds for the rest.
     """
 
-    prune_layer: int
+    schedule: tuple[PruneLayer, ...]
     window: int
     longest_prompt: int
     special_ids: frozenset[int] = frozenset()
     default: KVSettings = field(default_factory=KVSettings)
-    relevance: str = "attention"
+    relevance: tuple[str, ...] = ("attention",)
+
+    @property
+    def prune_layers(self) -> tuple[int, ...]:
+        """K of every prune layer, from the lowest up."""
+        return tuple(prune_layer.layer for prune_layer in self.schedule)
+
+    def relevance_at(self, index: int) -> str:
+        """How tokens are rated at the prune layer of that index."""
+        return self.relevance[min(index, len(self.relevance) - 1)]
 
 
 @dataclass(frozen=True)
@@ -59,42 +70,56 @@ class PromptPlan:
 
     Attributes:
         tokens: length of the prompt.
-        kept: tokens that stay above the prune layer; equal to `tokens` when nothing is dropped.
+        kept: tokens that stay above the first prune layer; equal to `tokens` when none leave there.
         unpruned: why the prompt is served whole although the request asked for less; None otherwise.
+        kept_above: tokens that stay above each further prune layer.
     """
 
     tokens: int
     kept: int
     unpruned: Unpruned | None = None
+    kept_above: tuple[int, ...] = ()
+
+    @property
+    def kept_by_layer(self) -> tuple[int, ...]:
+        """Tokens that stay above each prune layer, from the lowest up."""
+        return (self.kept, *self.kept_above)
 
     @property
     def dropped(self) -> int:
-        """Tokens that leave at the prune layer."""
-        return self.tokens - self.kept
+        """Tokens that leave at any prune layer."""
+        return self.tokens - self.kept_by_layer[-1]
 
-    def blocks_saved(self, block_size: int, groups_above: int) -> int:
-        """KV-cache blocks the prompt does not take, summed over the groups above the prune layer."""
-        return groups_above * (-(-self.tokens // block_size) + -self.kept // block_size)
+    def blocks_saved(self, block_size: int, groups: Sequence[int]) -> int:
+        """KV-cache blocks the prompt does not take.
+
+        Args:
+            block_size: tokens of a block.
+            groups: KV-cache groups of the band above each prune layer.
+        """
+        whole = -(-self.tokens // block_size)
+        kept = self.kept_by_layer
+        return sum(n * (whole - -(-tokens // block_size)) for n, tokens in zip(groups, kept, strict=False))
 
 
 def protected_positions(
     token_ids: Sequence[int],
     placeholders: Sequence[tuple[int, int]],
     special_ids: frozenset[int],
-    settings: KVSettings,
+    scope: KVScope,
     window: int,
 ) -> NDArray[np.bool_]:
     """Positions that stay whatever their relevance.
 
-    The first token, special tokens outside the image placeholders, the last `window` tokens, and with
-    ``kv_scope=vision`` every token outside the placeholders. A token counts as an image's by its position,
-    never by its id: text can spell the placeholder's token.
+    The first token, special tokens outside the placeholders, the last `window` tokens, and with
+    ``kv_scope=vision`` every token outside the placeholders. A token counts as visual by its position, never
+    by its id: text can spell the placeholder's token.
 
     Args:
         token_ids: the prompt, [n].
-        placeholders: (offset, length) of each image's tokens.
+        placeholders: (offset, length) of each run of visual tokens.
         special_ids: see `KVDropConfig`.
-        settings: the request's.
+        scope: what competes; see `scope_of`.
         window: see `KVDropConfig`.
 
     Returns:
@@ -104,7 +129,7 @@ def protected_positions(
     image = np.zeros(n, dtype=bool)
     for offset, length in placeholders:
         image[offset : offset + length] = True
-    if settings.scope == "vision":
+    if scope == "vision":
         protected = ~image
     else:
         protected = np.isin(np.asarray(token_ids, dtype=np.int64), list(special_ids)) & ~image
@@ -113,25 +138,46 @@ def protected_positions(
     return protected
 
 
-def tokens_kept(prompt_tokens: int, protected: int, settings: KVSettings) -> int:
-    """`max(ceil(r * n), protected)`, at most n."""
-    if not settings.drops:
-        return prompt_tokens
-    return min(prompt_tokens, max(share_of(settings.keep, prompt_tokens), protected))
+def shares_of(settings: KVSettings, schedule: Sequence[PruneLayer]) -> tuple[PruneLayer, ...]:
+    """What a request keeps at each prune layer: the smaller of its own share and the schedule's.
+
+    The last of its shares holds for the prune layers that follow. A share of 1 drops nothing there, whatever
+    the schedule says, and 0 is the exit.
+    """
+    asked = settings.shares
+    shares = []
+    for index, prune_layer in enumerate(schedule):
+        own = asked[min(index, len(asked) - 1)]
+        share = 1.0 if own >= 1 else min(own, prune_layer.share)
+        shares.append(replace(prune_layer, share=share, of=prune_layer.of if share else "vision"))
+    return tuple(shares)
 
 
-def kv_tokens_kept(
-    token_ids: Sequence[int],
-    placeholders: Sequence[tuple[int, int]],
-    special_ids: frozenset[int],
-    settings: KVSettings,
-    window: int,
-) -> int:
-    """Tokens of a prompt that stay above the prune layer, see `protected_positions` for the arguments."""
-    if not settings.drops:
-        return len(token_ids)
-    protected = protected_positions(token_ids, placeholders, special_ids, settings, window)
-    return tokens_kept(len(token_ids), int(protected.sum()), settings)
+def scope_of(settings: KVSettings, shares: Sequence[PruneLayer]) -> KVScope:
+    """What competes at every prune layer.
+
+    Where one counts visual tokens alone, no text may leave at any: how much of it is left there would be
+    known on the device only.
+    """
+    vision = any(share.of == "vision" and share.share < 1 for share in shares)
+    return "vision" if vision else settings.scope
+
+
+def tokens_kept(prompt_tokens: int, visual: int, protected: int, shares: Sequence[PruneLayer]) -> list[int]:
+    """Tokens that stay above each prune layer; never more than above the one below.
+
+    ``max(ceil(r * n), protected)`` for a share r of the prompt's n tokens; ``max(n - v + ceil(r * v),
+    protected)`` for a share of its v visual tokens. A share counts as the decimal it is written as: 0.07 of
+    100 tokens are 7, although the binary fraction nearest to 0.07 times 100 is a little above 7.
+    """
+    kept = []
+    left = prompt_tokens
+    for share in shares:
+        if share.share < 1:
+            counted = visual if share.of == "vision" else prompt_tokens
+            left = min(left, max(prompt_tokens - counted + share_of(share.share, counted), protected))
+        kept.append(left)
+    return kept
 
 
 def plan_prompt(
@@ -149,7 +195,7 @@ def plan_prompt(
 
     Args:
         token_ids: the prompt, [n]; None for a prompt of embeddings alone.
-        placeholders: (offset, length) of each image's tokens.
+        placeholders: (offset, length) of each run of visual tokens.
         settings: the request's.
         config: the operator's.
         prompt_logprobs: the request's; tokens that left have no log-probability, so it excludes dropping.
@@ -168,7 +214,12 @@ def plan_prompt(
         return PromptPlan(n, n, "streaming_input")
     if n > config.longest_prompt:
         return PromptPlan(n, n, "too_long")
-    return PromptPlan(n, kv_tokens_kept(token_ids, placeholders, config.special_ids, settings, config.window))
+    shares = shares_of(settings, config.schedule)
+    scope = scope_of(settings, shares)
+    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
+    visual = sum(length for _, length in placeholders)
+    kept, *above = tokens_kept(n, visual, int(protected.sum()), shares)
+    return PromptPlan(n, kept, kept_above=tuple(above))
 
 
 def settings_of(

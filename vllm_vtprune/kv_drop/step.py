@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine step above the prune layer: who loses tokens now, who lost some before, what follows for slots.
+"""One engine step above one prune layer: who loses tokens now, who lost some before, what follows for slots.
 
 A request that lost d tokens has every later token d places earlier in the caches above the prune layer. So a
 step needs, per request, how many tokens it lost, and for prompts pruned in this very step their extent in the
-batch. All of it is known on the host.
+batch. All of it is known on the host. `vllm_vtprune.kv_drop.bands` does so for several prune layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from vllm_vtprune.kv_drop.relevance import Bucket, PrunedPrompts, make_buckets
+from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
+from vllm_vtprune.kv_drop.relevance import PrunedPrompts
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -28,20 +29,30 @@ _NOBODY: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 @dataclass
 class RequestDrop:
-    """What a worker keeps of a request that loses tokens.
+    """What a worker keeps of a request that loses tokens, for one prune layer.
 
     Attributes:
         tokens: length of the prompt, n.
-        dropped: how many leave.
+        dropped: how many have left above this prune layer.
         protected: mask of the positions that stay in any case, [n].
         kept: rows that stayed when the prompt was first pruned, [n - dropped], and the row of its first token
             in that step; a preempted request is prefilled again with exactly these.
+        lost: how many of `dropped` left at prune layers below this one.
+        rated: whether the prompt is ranked here; a prompt that is not keeps its protected tokens, or all that
+            reach this prune layer.
     """
 
     tokens: int
     dropped: int
     protected: NDArray[np.bool_]
     kept: tuple[Tensor, int] | None = None
+    lost: int = 0
+    rated: bool = True
+
+    @property
+    def reaching(self) -> int:
+        """Tokens of the prompt that reach this prune layer."""
+        return self.tokens - self.lost
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,9 @@ class StepGeometry:
         requests: which request each row is of, [M].
         positions: place of each row among its request's kept tokens, [M].
         max_query_len: most rows of one request.
-        pruned: indices of the requests whose prompt loses tokens in this step.
-        starts: first row of each of those prompts in the batch below the prune layer.
+        pruned: indices of the requests whose prompt comes in this step and has lost tokens above.
+        starts: first row of each request in the batch below the prune layer, [R].
+        reaching: rows of that batch.
     """
 
     dropped: NDArray[np.int32]
@@ -65,6 +77,7 @@ class StepGeometry:
     max_query_len: int
     pruned: NDArray[np.int64]
     starts: NDArray[np.int64]
+    reaching: int
 
     @property
     def rows(self) -> int:
@@ -73,7 +86,10 @@ class StepGeometry:
 
 
 def step_geometry(
-    scheduled: NDArray[np.int32], computed: NDArray[np.int32], dropped: NDArray[np.int32]
+    scheduled: NDArray[np.int32],
+    computed: NDArray[np.int32],
+    dropped: NDArray[np.int32],
+    lost: NDArray[np.int32] | None = None,
 ) -> StepGeometry:
     """Geometry of one step.
 
@@ -82,6 +98,7 @@ def step_geometry(
         computed: tokens of each request before it, [R].
         dropped: tokens each request loses in all, [R]. Such a prompt comes whole, so it loses them in the
             step that starts at its first token, and every later step starts beyond the prompt.
+        lost: how many of them leave at prune layers below, [R]; None where none do.
     """
     now = (computed == 0) & (dropped > 0)
     rows = scheduled - np.where(now, dropped, 0)
@@ -91,7 +108,7 @@ def step_geometry(
     requests = np.repeat(np.arange(len(rows)), rows)
     positions = np.arange(ends[-1]) - (query_start_loc[:-1] - first_place)[requests]
     pruned = np.flatnonzero(now)
-    starts = (np.cumsum(scheduled) - scheduled)[pruned]
+    reaching = scheduled if lost is None else scheduled - np.where(now, lost, 0)
     return StepGeometry(
         dropped=dropped,
         query_start_loc=query_start_loc,
@@ -99,28 +116,43 @@ def step_geometry(
         positions=positions.astype(np.int64),
         max_query_len=int(rows.max()),
         pruned=pruned.astype(np.int64),
-        starts=starts.astype(np.int64),
+        starts=(np.cumsum(reaching) - reaching).astype(np.int64),
+        reaching=int(reaching.sum()),
     )
 
 
-class KVDropState:
+class KVDropState(nn.Module):
     """What model, runner and metadata builders share in a worker: the present step.
 
     A CUDA graph of a decode-only batch replays whatever addresses it saw when captured; `dropped` and
-    `seq_lens` are written in place for that reason.
+    `seq_lens` are written in place for that reason. They are buffers of the model, though no checkpoint has
+    them, since sleep mode (`vllm.v1.worker.gpu_worker.Worker.sleep`) gives back all device memory but that of
+    the buffers, which it saves.
 
     Attributes:
         overrun: rows of the batch whose request holds too few blocks for what the step writes. Scheduler and
             worker then disagree on its prompt: it must fail, and nothing of it is written.
     """
 
+    dropped: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    requests: Tensor
+    positions: Tensor
+
     def __init__(self, max_requests: int, max_tokens: int, device: torch.device) -> None:
+        super().__init__()
+        sizes = {
+            "dropped": (max_requests, torch.int32),
+            "seq_lens": (max_requests, torch.int32),
+            "query_start_loc": (max_requests + 1, torch.int32),
+            "requests": (max_tokens, torch.int64),
+            "positions": (max_tokens, torch.int64),
+        }
         with torch.inference_mode(False):
-            self.dropped = torch.zeros(max_requests, dtype=torch.int32, device=device)
-            self.seq_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
-            self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
-            self.requests = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-            self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+            for name, (size, dtype) in sizes.items():
+                buffer = torch.zeros(size, dtype=dtype, device=device)
+                self.register_buffer(name, buffer, persistent=False)
         self.device = device
         self.step: StepGeometry | None = None
         self.prompts: PrunedPrompts | None = None
@@ -164,8 +196,8 @@ class KVDropState:
             self._rows, self._ends = scheduled, computed + scheduled - last.dropped
             self._copy(self.positions, positions)
             return
-        dropped = np.fromiter((d.dropped if d else 0 for d in drops), dtype=np.int32, count=len(drops))
-        step = self.step = step_geometry(scheduled, computed, dropped)
+        dropped, lost = np.array([(d.dropped, d.lost) if d else (0, 0) for d in drops], dtype=np.int32).T
+        step = self.step = step_geometry(scheduled, computed, dropped, lost)
         self._drops = drops
         self._rows, self._ends = np.diff(step.query_start_loc), computed + scheduled - dropped
         self.dropped.zero_()
@@ -173,7 +205,7 @@ class KVDropState:
         self._copy(self.query_start_loc, step.query_start_loc)
         self._copy(self.requests, step.requests)
         self._copy(self.positions, step.positions)
-        self.prompts = self._prompts(drops, step, int(scheduled.sum())) if len(step.pruned) else None
+        self.prompts = self._prompts(drops, step, scheduled, computed)
 
     def _decodes_on(
         self,
@@ -186,6 +218,7 @@ class KVDropState:
         return (
             last.rows == len(drops) == len(self._drops)
             and not len(last.pruned)
+            and self.prompts is None
             and all(now is before for now, before in zip(drops, self._drops, strict=True))
             and bool((scheduled == 1).all())
             # a preempted request begins again at its first token
@@ -225,16 +258,16 @@ class KVDropState:
         """Note which positions stayed, for requests that are preempted and prefilled again.
 
         Args:
-            rows: rows of the step's batch that stayed, [M].
+            rows: rows that stayed of the batch below the prune layer, [M].
         """
         step = self.step
         if step is None:
             return
-        for index, start in zip(step.pruned, step.starts, strict=True):
+        for index in step.pruned:
             drop = self._drops[index]
             if drop is not None and drop.kept is None:
                 first = int(step.query_start_loc[index])
-                drop.kept = rows[first : first + drop.tokens - drop.dropped], int(start)
+                drop.kept = rows[first : first + drop.tokens - drop.dropped], int(step.starts[index])
 
     def compact(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The batch's metadata as the layers above see it; `metadata` itself is left alone."""
@@ -248,7 +281,7 @@ class KVDropState:
             upper = metadata.seq_lens_cpu_upper_bound.clone()
             upper[: len(step.dropped)] -= torch.from_numpy(step.dropped)
             changes["seq_lens_cpu_upper_bound"] = upper
-        if self.prompts is not None:
+        if len(step.pruned):
             changes |= {
                 "query_start_loc": self.query_start_loc[: n + 1],
                 "query_start_loc_cpu": torch.from_numpy(step.query_start_loc),
@@ -260,26 +293,50 @@ class KVDropState:
             }
         return replace(metadata, **changes)
 
-    def _prompts(self, drops: Sequence[RequestDrop | None], step: StepGeometry, rows: int) -> PrunedPrompts:
-        protected = np.zeros(rows, dtype=bool)
+    def _prompts(
+        self,
+        drops: Sequence[RequestDrop | None],
+        step: StepGeometry,
+        scheduled: NDArray[np.int32],
+        computed: NDArray[np.int32],
+    ) -> PrunedPrompts | None:
+        """The prompts that come in this step and are ranked or cut here; None where there are none."""
+        if computed.all():
+            return None
+        protected = np.zeros(int(scheduled.sum()), dtype=bool)
         facts: list[tuple[int, int, int]] = []
+        settled: list[tuple[int, int]] = []
         known: list[tuple[int, int, Tensor]] = []
-        for index, start in zip(step.pruned, step.starts.tolist(), strict=True):
-            drop = drops[index]
-            if drop is None:
-                raise RuntimeError("A prompt without a plan was taken as pruned.")
+        firsts = np.cumsum(scheduled) - scheduled
+        for drop, begun, first, start in zip(
+            drops, computed.tolist(), firsts.tolist(), step.starts.tolist(), strict=True
+        ):
+            if drop is None or begun:
+                continue
             if drop.kept is not None:
                 rows_then, start_then = drop.kept
-                known.append((start, drop.tokens, rows_then - start_then))
+                known.append((start, drop.reaching, rows_then - start_then))
                 continue
-            protected[start : start + drop.tokens] = drop.protected
-            facts.append((start, drop.tokens, drop.tokens - drop.dropped))
+            protected[first : first + drop.tokens] = drop.protected
+            if drop.rated:
+                facts.append((start, drop.reaching, drop.tokens - drop.dropped))
+            elif drop.dropped > drop.lost:
+                settled.append((start, drop.reaching))
+        if not (facts or settled or known):
+            return None
         buckets = []
         if facts:
             for padded, members in make_buckets(*np.array(facts, dtype=np.int64).T):
                 start, length, kept = self._to_device(members)
                 buckets.append(Bucket(padded, start, length, kept))
-        return PrunedPrompts(rows, step.rows, self._to_device(protected), tuple(buckets), tuple(known))
+        return PrunedPrompts(
+            step.reaching,
+            step.rows,
+            self._to_device(protected),
+            tuple(buckets),
+            tuple(known),
+            tuple(settled),
+        )
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

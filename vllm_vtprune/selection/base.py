@@ -73,12 +73,14 @@ class SelectionMethod(ABC):
 
     Methods hold no state, so one instance serves all requests. `name` is the contract's; `needs` names the
     optional fields of `VisionFeatures` the rule reads, beyond what the settings' score reads (`SCORE_NEEDS`);
-    `ranks_by_score` says that the rule reads that score, too, and not only the count.
+    `ranks_by_score` says that the rule reads that score, too, and not only the count. `adds_tokens` says that
+    tokens may follow the kept ones that stand for several patches and have no place of their own.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     ranks_by_score: ClassVar[bool] = False
+    adds_tokens: ClassVar[bool] = False
 
     def select(self, features: VisionFeatures, settings: VisionSettings) -> list[Selection]:
         """Choose what stays of each of the B images; the device is waited for at most once.

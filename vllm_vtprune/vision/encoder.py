@@ -1,146 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision tower and the projector: pixels in, what selection needs out, kept tokens projected.
-
-The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's own LLaVA does
-(`vllm.model_executor.models.llava.init_vision_tower_for_llava`).
-"""
+"""A family's tower and projector on one device: images in, what selection needs out, kept units projected."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput
+from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.vision.checkpoint import load_vision_weights
-from vllm_vtprune.vision.tower_pass import TowerPass, tower_pass
 
 logger = logging.getLogger(__name__)
 
-#: Optional outputs of the tower (fields of `selection.VisionFeatures`) that cost extra work.
-OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
-
-
-@dataclass(frozen=True, slots=True)
-class TowerOutput:
-    """What the tower computed for one image, apart from any request's settings.
-
-    Attributes:
-        patches: [N, D] hidden states at the feature layer, raster order.
-        cls: [D] hidden state of CLS at the same layer.
-        cls_attention: [L, N] head-mean attention from CLS, layers 0 .. L-1, the last is the feature layer.
-        received: [L, N] attention received, mean over heads and queries.
-        keys: [N, D] attention keys of the feature layer, heads concatenated.
-    """
-
-    patches: Tensor
-    cls: Tensor
-    cls_attention: Tensor | None = None
-    received: Tensor | None = None
-    keys: Tensor | None = None
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        """Which optional outputs are there."""
-        return frozenset(name for name in OPTIONAL_OUTPUTS if getattr(self, name) is not None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        tensors = (self.patches, self.cls, self.cls_attention, self.received, self.keys)
-        return sum(t.nbytes for t in tensors if t is not None)
-
-
-def clip_config(config: LlavaConfig) -> CLIPVisionConfig:
-    """The tower's configuration.
-
-    Raises:
-        CheckpointError: the tower is not a CLIP tower.
-    """
-    vision = config.vision_config
-    if not isinstance(vision, CLIPVisionConfig):
-        raise CheckpointError(
-            "vtprune supports LLaVA checkpoints with a CLIP vision tower; this one has "
-            f"{getattr(vision, 'model_type', 'none')!r}. Serve a CLIP-based LLaVA, or set VLLM_PLUGINS='' to "
-            "run without vtprune."
-        )
-    return vision
-
-
-def patch_grid(config: LlavaConfig) -> tuple[int, int]:
-    """Rows and columns of patches in one image.
-
-    Raises:
-        CheckpointError: the tower is not a CLIP tower, or takes pictures that are not square.
-    """
-    vision = clip_config(config)
-    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
-        raise CheckpointError(
-            f"image_size {vision.image_size} and patch_size {vision.patch_size} must be single numbers: "
-            "vtprune supports CLIP towers for square pictures."
-        )
-    side = vision.image_size // vision.patch_size
-    return side, side
-
-
-def feature_layer_index(config: LlavaConfig) -> int:
-    """Number of encoder layers to run, so that the last one's output is the feature layer's.
-
-    Raises:
-        CheckpointError: the configuration asks for several feature layers, or one that does not exist.
-    """
-    layer = config.vision_feature_layer
-    depth = clip_config(config).num_hidden_layers
-    if not isinstance(layer, int):
-        raise CheckpointError(
-            f"vision_feature_layer is {layer}: vtprune supports one feature layer, a single number."
-        )
-    # hidden_states[0] is the embedding's output, hidden_states[i] that of layer i - 1
-    index = layer if layer >= 0 else depth + 1 + layer
-    if not 1 <= index <= depth:
-        raise CheckpointError(f"vision_feature_layer {layer} does not exist in a tower of {depth} layers.")
-    return index
-
 
 class VisionEncoder:
-    """CLIP tower plus LLaVA projector on one device.
+    """Tower and projector of one checkpoint; one pass of the tower at a time.
 
-    One pass of the tower at a time, as `tower_pass` asks.
+    Attributes:
+        family: the adapter.
+        modules: what `Family.build` made, with the checkpoint's weights.
+        device: where they run.
+        dtype: their precision.
     """
 
-    def __init__(
-        self,
-        config: LlavaConfig,
-        tower: CLIPVisionModel,
-        projector: LlavaMultiModalProjector,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, family: Family, modules: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.family = family
         self.device = device
         self.dtype = dtype
-        nn.Module.to(tower, device, dtype)
-        nn.Module.to(projector, device, dtype)
-        self.tower = tower.eval().requires_grad_(False)
-        self.projector = projector.eval().requires_grad_(False)
-        self.grid = patch_grid(config)
-        # "full" hands CLS to the language model too, ahead of the patches
-        self.with_cls = config.vision_feature_select_strategy == "full"
-        # multiply-adds of the tower's matrix products, for one image
-        self.work_per_image = (1 + self.grid[0] * self.grid[1]) * sum(p.numel() for p in tower.parameters())
-        self._heads = clip_config(config).num_attention_heads
-        self._passes: dict[bool, TowerPass] = {}
+        _move(modules, device, dtype)
+        self.modules: Any = modules.eval().requires_grad_(False)
+        # multiply-adds of the tower's matrix products, for one patch
+        self._work_per_patch = sum(p.numel() for p in modules.parameters())
         self._lock = threading.Lock()
 
     @staticmethod
     def load(
-        config: LlavaConfig,
+        config: Any,
         model: str,
         *,
         device: torch.device,
@@ -161,120 +63,107 @@ class VisionEncoder:
             dummy: random weights, for vLLM's `--load-format dummy`.
 
         Raises:
-            CheckpointError: weights are missing or have other shapes than the configuration says.
+            CheckpointError: a model that is not pruned; weights are missing or have other shapes than the
+                configuration says.
         """
-        layers = feature_layer_index(config)
-        vision_config = CLIPVisionConfig.from_dict(
-            {**clip_config(config).to_dict(), "num_hidden_layers": layers}
-        )
-        vision_config._attn_implementation = "sdpa"
+        family = family_of(config)
         with torch.device("cpu"):
-            tower = CLIPVisionModel(vision_config)
-            projector = LlavaMultiModalProjector(config)
+            modules = family.build()
         if not dummy:
-            tower_weights, projector_weights = load_vision_weights(model, revision, download_dir)
-            _assign(tower, tower_weights, "vision tower", layers)
-            _assign(projector, projector_weights, "projector", layers)
-        logger.info("vtprune: vision tower (%d layers) and projector on %s, %s", layers, device, dtype)
-        encoder = VisionEncoder(config, tower, projector, device, dtype)
-        size = cast(int, vision_config.image_size)  # else `patch_grid` has refused it
-        # now, and not while the first request waits
-        encoder._pass(torch.zeros((1, 3, size, size), device=device, dtype=dtype), projections=False)
+            weights = load_vision_weights(model, family.rename, revision=revision, download_dir=download_dir)
+            _assign(modules, weights, family, model)
+        logger.info("vtprune: vision tower and projector on %s, %s", device, dtype)
+        encoder = VisionEncoder(family, modules, device, dtype)
+        with torch.inference_mode():
+            family.warm_up(encoder.modules, device, dtype)
         return encoder
 
     @torch.inference_mode()
-    def encode(self, pixel_values: Tensor, outputs: frozenset[str] = frozenset()) -> list[TowerOutput]:
+    def encode(self, items: Sequence[Item], outputs: frozenset[str] = frozenset()) -> list[TowerOutput]:
         """Run the tower.
 
         Args:
-            pixel_values: [B, 3, H, W], preprocessed.
-            outputs: the optional outputs wanted, of `OPTIONAL_OUTPUTS`.
+            items: images, preprocessed.
+            outputs: the optional outputs wanted, of `families.base.OPTIONAL_OUTPUTS`.
 
         Returns:
             One `TowerOutput` per image, each in memory of its own, so that one can be freed without the rest.
+
+        Raises:
+            ValueError: what the adapter returned does not hold together.
         """
-        pixel_values = pixel_values.to(self.device, self.dtype)
         with self._lock:
-            hidden, *projections = self._pass(pixel_values[:1], projections=bool(outputs))(pixel_values)
-        extra = _optional_outputs(projections[::2], projections[1::2], self._heads, outputs)
+            encoded = self.family.encode(self.modules, [self._here(item) for item in items], outputs)
+        for output in encoded:
+            if sum(view.grid[0] * view.grid[1] for view in output.views) != output.patches.shape[0]:
+                raise ValueError("the tower's views do not hold as many units as it computed")
         return [
-            TowerOutput(
-                patches=hidden[i, 1:].clone(),
-                cls=hidden[i, 0].clone(),
-                **{name: values[i].clone() for name, values in extra.items()},
-            )
-            for i in range(hidden.shape[0])
+            dataclasses.replace(output, on_host=item.on_host, places=item.places or output.patches.shape[0])
+            for output, item in zip(encoded, items, strict=True)
         ]
 
-    def _pass(self, example: Tensor, *, projections: bool) -> TowerPass:
-        if projections not in self._passes:
-            self._passes[projections] = tower_pass(self.tower, example, projections=projections)
-        return self._passes[projections]
-
     @torch.inference_mode()
-    def project(self, images: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Project the kept tokens of several images in one pass.
+    def project(self, images: Sequence[Kept]) -> list[Projected]:
+        """What the engine is given of several images: embeddings [k', E] and their places [k'] among the T.
 
-        Args:
-            images: per image its kept tokens [k, D] and its CLS state [D].
-
-        Returns:
-            Per image the embeddings the language model is given: [k, hidden], or [1 + k, hidden] for
-            checkpoints whose `vision_feature_select_strategy` is "full".
+        Raises:
+            ValueError: embeddings, places and the unpruned count do not fit, which the engine cannot survive.
         """
-        rows = [torch.cat((cls[None], kept)) if self.with_cls else kept for kept, cls in images]
-        projected = self.projector(torch.cat(rows).to(self.device, self.dtype))
-        return list(projected.split([row.shape[0] for row in rows]))
+        projected = self.family.project(self.modules, images)
+        for kept, (embeddings, places) in zip(images, projected, strict=True):
+            whole, count = kept.units.shape[0] == kept.output.patches.shape[0], places.shape[0]
+            fits = count == kept.output.places if whole else 1 <= count <= kept.output.places
+            if embeddings.shape[0] != count or not fits:
+                raise ValueError(
+                    f"{embeddings.shape[0]} embeddings and {count} places for an image of "
+                    f"{kept.output.places}: the tower's adapter does not fit this checkpoint"
+                )
+        return projected
+
+    def patches(self, item: Item) -> int:
+        """Patches that the tower sees of an image."""
+        return self.family.patches(item)
+
+    def work(self, item: Item) -> int:
+        """Multiply-adds of the tower for one image."""
+        return self.family.patches(item) * self._work_per_patch
+
+    def _here(self, item: Item) -> Item:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+        return dataclasses.replace(item, inputs={k: moved(v) for k, v in item.inputs.items()})
 
 
-def _assign(module: nn.Module, weights: dict[str, Tensor], what: str, layers: int) -> None:
-    wanted = module.state_dict()
+def _move(modules: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    # buffers keep their precision: frequencies of rotary embeddings are float32 in every model
+    for parameter in modules.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    for module in modules.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def _assign(modules: nn.Module, weights: dict[str, Tensor], family: Family, model: str) -> None:
+    wanted = modules.state_dict()
     # layers above the feature layer are in the file and not needed; position ids are a buffer of old files
     given = {name: tensor for name, tensor in weights.items() if name in wanted}
+    for prefix, new in family.prefixes.items():
+        if not any(name.startswith(new) for name in given):
+            raise CheckpointError(
+                f"{model} holds no {prefix}* weights: vtprune needs a checkpoint in safetensors format with "
+                "its vision tower and projector."
+            )
     missing = [name for name in wanted if name not in given and not name.endswith("position_ids")]
     if missing:
         raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} weights of the {what} (first: {missing[0]}); "
-            f"vtprune supports CLIP towers, here with {layers} layers up to the feature layer."
+            f"The checkpoint lacks {len(missing)} weights of the vision tower or its projector (first: "
+            f"{missing[0]}): config.json and weights do not belong together."
         )
     for name, tensor in given.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{name} of the {what} has shape {tuple(tensor.shape)}, the configuration says "
+                f"{name} of the vision tower has shape {tuple(tensor.shape)}, the configuration says "
                 f"{tuple(wanted[name].shape)}: config.json and weights do not belong together."
             )
-    module.load_state_dict(given, strict=False, assign=True)
-
-
-def _optional_outputs(
-    queries: list[Tensor], keys: list[Tensor], heads: int, outputs: frozenset[str]
-) -> dict[str, Tensor]:
-    """The attention-based outputs, recomputed in float32 from each layer's projections, [B, 1 + N, D].
-
-    Flash and SDPA kernels return no weights; one extra softmax row per head is cheap.
-    """
-    extra: dict[str, Tensor] = {}
-    if "keys" in outputs:
-        extra["keys"] = keys[-1][:, 1:]
-    if "cls_attention" in outputs:
-        extra["cls_attention"] = _attentions(queries, keys, heads, cls_only=True)
-    if "received" in outputs:
-        extra["received"] = _attentions(queries, keys, heads, cls_only=False)
-    return extra
-
-
-def _attentions(queries: list[Tensor], keys: list[Tensor], heads: int, *, cls_only: bool) -> Tensor:
-    """[B, L, N]: attention each patch gets in each layer."""
-    layers = zip(queries, keys, strict=True)
-    return torch.stack([_attention(q.float(), k.float(), heads, cls_only=cls_only) for q, k in layers], dim=1)
-
-
-def _attention(queries: Tensor, keys: Tensor, heads: int, *, cls_only: bool) -> Tensor:
-    """[B, N]: attention each patch gets, mean over heads, from CLS or from all queries."""
-    if cls_only:
-        queries = queries[:, :1]
-    batch, tokens, width = keys.shape
-    queries = queries.view(batch, -1, heads, width // heads).transpose(1, 2)
-    keys = keys.view(batch, tokens, heads, width // heads).transpose(1, 2)
-    weights = torch.softmax(queries @ keys.transpose(-1, -2) * (width // heads) ** -0.5, dim=-1)
-    return weights.mean((1, 2))[:, 1:]
+    modules.load_state_dict(given, strict=False, assign=True)

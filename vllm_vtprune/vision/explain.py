@@ -4,45 +4,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtprune.selection.base import SelectionMethod, share_count
+from vllm_vtprune.selection.base import Selection, SelectionMethod, share_count
+from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import get_score
-from vllm_vtprune.vision.crop import crop_of
-from vllm_vtprune.vision.processor import PrunedLlavaMultiModalProcessor
+from vllm_vtprune.vision.features import for_family, kept_of, seed_of, stack
+from vllm_vtprune.vision.processor import PrunedProcessor
 
 if TYPE_CHECKING:
     from vllm_vtprune.settings import VisionSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
-    """What stage 1 does to one image. N patches, in raster order unless said otherwise.
+class ViewExplanation:
+    """What stage 1 does to one view, the whole picture or a tile: N units, in raster order by default.
 
     Attributes:
-        grid: rows and columns of the patches.
+        grid: rows and columns of the units.
         crop: the part of the picture the grid covers: left, top, width and height as fractions of its size.
-        image_size: width and height of the decoded picture, in pixels.
-        score: name of the score.
-        scores: the score of each patch.
-        order: patches by falling score.
+        scores: the score of each unit.
+        order: units by falling score.
         curve: the scores in that order, normalised to 1 at the first and 0 at the last.
-        cut: how many patches lie before the curve's cut; None where the settings or the method do not cut the
+        cut: how many units lie before the curve's cut; None where the settings or the method do not cut the
             curve, and for equal scores, which have no inflection point.
-        kept: whether each patch stays.
-        merged: whether the patches that do not stay are folded into tokens that do.
-        summary_tokens: tokens that stand for merged patches alone, beside those that stay.
-        vision_tokens: vision tokens before pruning.
-        vision_tokens_kept: vision tokens the language model is given.
+        kept: whether each unit stays.
+        merged: whether the units that do not stay are folded into tokens that do.
+        summary_tokens: tokens that stand for merged units alone, beside those that stay.
     """
 
     grid: tuple[int, int]
     crop: dict[str, float]
-    image_size: tuple[int, int]
-    score: str
     scores: list[float]
     order: list[int]
     curve: list[float]
@@ -50,12 +45,29 @@ class Explanation:
     kept: list[bool]
     merged: bool
     summary_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation(ViewExplanation):
+    """What stage 1 does to one image; of its views the first.
+
+    Attributes:
+        more_views: the other parts of the picture that are pruned each by a curve of their own: tiles.
+        image_size: width and height of the decoded picture, in pixels.
+        score: name of the score.
+        vision_tokens: vision tokens before pruning.
+        vision_tokens_kept: vision tokens the language model is given.
+    """
+
+    more_views: list[ViewExplanation]
+    image_size: tuple[int, int]
+    score: str
     vision_tokens: int
     vision_tokens_kept: int
 
 
 def explain(
-    processor: PrunedLlavaMultiModalProcessor,
+    processor: PrunedProcessor,
     image: Any,
     settings: VisionSettings,
     media_io_kwargs: Mapping[str, Any] | None = None,
@@ -71,30 +83,54 @@ def explain(
     Raises:
         ValueError: the image cannot be preprocessed, or its scores are not finite.
     """
-    features = processor.vision_features(image, settings, media_io_kwargs)
+    settings = for_family(settings, processor.family)
+    output, key = processor.tower_output(image, settings, media_io_kwargs)
+    size = picture_size(image)
+    crops = processor.family.crops(size, processor.info.get_hf_processor().image_processor, output)
+    selections: dict[int, Selection] = {}
+    views: dict[int, ViewExplanation] = {}
+    for numbers, features in stack([output], [seed_of(key)]):
+        chosen = get_method(settings.method).select(features, settings)
+        scores = get_score(settings.score)(features)
+        for row, ((_, number), selection) in enumerate(zip(numbers, chosen, strict=True)):
+            selections[number] = selection
+            views[number] = _view(features, scores[row : row + 1], selection, settings, crops[number])
+    kept = kept_of(output, [selections[v] for v in sorted(selections)])
+    (projected,) = processor.vision.encoder.project([kept])
+    first, *others = (views[v] for v in sorted(views))
+    return Explanation(
+        **asdict(first),
+        more_views=others,
+        image_size=size,
+        score=settings.score,
+        vision_tokens=output.places,
+        vision_tokens_kept=projected[1].shape[0],
+    )
+
+
+def _view(
+    features: VisionFeatures,
+    scores: Any,
+    selection: Selection,
+    settings: VisionSettings,
+    crop: dict[str, float],
+) -> ViewExplanation:
+    """One view's, from its scores [1, N]."""
     method = get_method(settings.method)
-    selection = method.select(features, settings)[0]
-    scores = get_score(settings.score)(features)
     curve = score_curve(scores)
-    tokens = features.tokens
     cut: int | None = None
     constant = bool(curve.scores[0, 0] == curve.scores[0, -1])
     follows_curve = type(method).counts is SelectionMethod.counts and settings.keep_ratio is None
     if follows_curve and settings.aggressiveness and not constant:
         cut = int(inflection_counts(scores, settings.aggressiveness, settings.min_tokens)[0])
-        if cut > share_count(settings.max_share, tokens, settings.min_tokens):
+        if cut > share_count(settings.max_share, features.tokens, settings.min_tokens):
             cut = None  # the ceiling decides, and not the curve
-    kept = [False] * tokens
+    kept = [False] * features.tokens
     for index in selection.indices.tolist():
         kept[index] = True
-    # with the "full" strategy CLS goes to the language model too, ahead of the patches
-    extra = int(processor.vision.encoder.with_cls)
-    size = picture_size(image)
-    return Explanation(
+    return ViewExplanation(
         grid=features.grid,
-        crop=crop_of(size, processor.info.get_hf_processor().image_processor),
-        image_size=size,
-        score=settings.score,
+        crop=crop,
         scores=scores[0].tolist(),
         order=curve.order[0].tolist(),
         curve=curve.y[0].tolist(),
@@ -102,8 +138,6 @@ def explain(
         kept=kept,
         merged=selection.features is not None,
         summary_tokens=selection.count - sum(kept),
-        vision_tokens=tokens + extra,
-        vision_tokens_kept=selection.count + extra,
     )
 
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from contextlib import suppress
 
-from vllm_vtprune.vision.encoder import TowerOutput
+from cachetools import LRUCache
+
+from vllm_vtprune.families.base import TowerOutput
 
 
 class FeatureCache:
@@ -17,39 +19,31 @@ class FeatureCache:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.nbytes = 0
-        self._entries: OrderedDict[str, TowerOutput] = OrderedDict()
+        self._entries: LRUCache[str, TowerOutput] = LRUCache(capacity, getsizeof=lambda entry: entry.nbytes)
         self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self._entries.currsize)
 
     def get(self, key: str, outputs: frozenset[str] = frozenset()) -> TowerOutput | None:
         """The entry, if it has all of the optional outputs wanted."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or not outputs <= entry.outputs:
-                return None
-            self._entries.move_to_end(key)
-            return entry
+            return entry if entry is not None and outputs <= entry.outputs else None
 
     def put(self, key: str, entry: TowerOutput) -> None:
         """Keep an entry, evicting the least recently used; one larger than the whole cache is not kept."""
-        with self._lock:
-            old = self._entries.pop(key, None)
-            if old is not None:
-                self.nbytes -= old.nbytes
-            if entry.nbytes > self.capacity:
-                return
+        # cachetools says so by ValueError, and keeps an older entry of that key
+        with self._lock, suppress(ValueError):
+            self._entries.pop(key, None)
             self._entries[key] = entry
-            self.nbytes += entry.nbytes
-            while self.nbytes > self.capacity:
-                _, evicted = self._entries.popitem(last=False)
-                self.nbytes -= evicted.nbytes
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
-            self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)

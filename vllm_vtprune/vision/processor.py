@@ -1,117 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's multimodal processor for LLaVA, with stage 1 inside it.
+"""Stage 1 inside vLLM's multimodal processor, whatever the model.
 
 vLLM sizes the placeholders here, before the scheduler sees the request, so this is where the exact number of
 kept tokens must be known. Hooks, all of `vllm.multimodal.processing.BaseMultiModalProcessor` in vLLM 0.32:
 `_cached_apply_hf_processor`, `_get_mm_hashes`, `_get_cache_missing_processor_kwargs`,
-`_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates` and `get_dummy_inputs`.
+`_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates`, `_maybe_apply_prompt_updates`,
+`apply` and `get_dummy_inputs`.
+
+An image's way: content key -> (tower's output, from the cache or by `vision.service`) -> selection ->
+embeddings and the mask of the places that stay -> the base class's placeholder, thinned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
-from vllm.model_executor.models.llava import LlavaMultiModalProcessor
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalKwargsItems
-from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.contract import KWARG
-from vllm_vtprune.selection.features import VisionFeatures
-from vllm_vtprune.selection.registry import get_method
-from vllm_vtprune.selection.scores import SCORE_NEEDS
+from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
+from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.settings import VisionSettings
-from vllm_vtprune.vision.crop import bounded
-from vllm_vtprune.vision.encoder import OPTIONAL_OUTPUTS, TowerOutput
+from vllm_vtprune.vision.content import content
+from vllm_vtprune.vision.features import for_family, needs_of, select
+from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.service import VisionService, vision_service
 
 #: Content keys of the images at hand, handed from hook to hook inside the processor's keyword arguments.
 _KEYS = "vtprune_content_keys"
 #: Settings of the dummy images with which vLLM sizes its buffers: they count unpruned and run no tower.
 _DUMMY = "dummy"
+#: Key of a processed prompt: its vision tokens before pruning.
+VISION_TOKENS = "vtprune_vision_tokens"
 
 
-class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
-    """Replaces an image's pixels by the projected embeddings of the vision tokens that stay.
+class PrunedProcessor(BaseMultiModalProcessor[Any]):
+    """Replaces an image's pixels by the embeddings of the vision tokens that stay; videos pass as they are.
+
+    Stands before the model's own processor in the order of inheritance (`pruned_processor`). A subclass of
+    vLLM's base, or Python would not let an object become one of this class.
 
     The settings arrive as ``mm_processor_kwargs["vtprune"]`` in canonical form; absent, the operator's
     default applies. The item's key in vLLM's caches is made from the image's content and the settings; the
     tower's output is cached by content alone.
     """
 
-    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        kwargs = {KWARG: self._default_setting(), **inputs.hf_processor_mm_kwargs}
-        kwargs[_KEYS] = [] if kwargs[KWARG] == _DUMMY else self._content_keys(inputs, kwargs)
-        inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
-        return super()._cached_apply_hf_processor(inputs, timing_ctx)
-
-    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
-        kwargs: dict[str, Any] = dict(inputs.hf_processor_mm_kwargs)
-        keys = kwargs.pop(_KEYS)
-        if not _raw_images(inputs.mm_data_items) or kwargs[KWARG] == _DUMMY:
-            return super()._get_mm_hashes(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs))
-        return {"image": [self._hash(content=key, settings=kwargs[KWARG]) for key in keys]}
-
-    def _get_cache_missing_processor_kwargs(
-        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
-    ) -> Mapping[str, object]:
-        kwargs: dict[str, Any] = dict(inputs.hf_processor_mm_kwargs)
-        cached = mm_is_cached.get("image", [])
-        if kwargs[_KEYS]:
-            kwargs[_KEYS] = [key for key, hit in zip(kwargs[_KEYS], cached, strict=True) if not hit]
-        return kwargs
-
-    def _apply_hf_processor_main(
-        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
-    ) -> BatchFeature:
-        # neither key may reach the Hugging Face processor, which warns about or chokes on unknown ones
-        hf_kwargs = dict(hf_kwargs)
-        setting = str(hf_kwargs.pop(KWARG))
-        keys: list[str] = hf_kwargs.pop(_KEYS)  # type: ignore[assignment]
-        images = _raw_images(mm_items)
-        if not images:
-            return super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        if setting == _DUMMY:
-            return BatchFeature({"image_embeds": self._dummy_embeddings(len(images))})
-        embeddings = self._embed(images, keys, VisionSettings.from_canonical(setting), hf_kwargs)
-        return BatchFeature({"image_embeds": embeddings})
-
-    def _get_prompt_updates(
-        self,
-        mm_items: MultiModalDataItems,
-        hf_processor_mm_kwargs: Mapping[str, object],
-        out_mm_kwargs: MultiModalKwargsItems,
-    ) -> Sequence[PromptUpdate]:
-        """As many placeholders as the item has embeddings: the one place where the two are made equal.
-
-        The count is read off the very tensor the language model will be given. vLLM keeps the update with the
-        tensor in its processor cache, so a hit brings both.
-        """
-        token = self.info.get_hf_config().image_token_index
-
-        def placeholders(index: int) -> list[int]:
-            embeddings = cast(Tensor, out_mm_kwargs["image"][index]["image_embeds"].data)
-            return [token] * embeddings.shape[0]
-
-        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
-
-    def get_dummy_inputs(
-        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
-    ) -> ProcessorInputs:
-        """Profiling inputs: the largest number of tokens a request can have, so nothing is pruned."""
-        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
-        return dataclasses.replace(inputs, hf_processor_mm_kwargs={KWARG: _DUMMY})
+    # --- the two entrances -------------------------------------------------------------------------------
 
     def prefetch(
         self,
@@ -141,111 +88,271 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         # images named by a trusted id need not be there at all: the processor sorts that out
         if not images or policy.feature_cache_gb == 0 or policy.trust_image_ids:
             return 0, 0
-        kwargs: dict[str, Any] = {KWARG: self._default_setting(), **(mm_processor_kwargs or {})}
-        inputs = ProcessorInputs(
-            [], items, hf_processor_mm_kwargs=kwargs, media_io_kwargs=media_io_kwargs or {}
+        inputs = self._prepared(
+            ProcessorInputs(
+                [],
+                items,
+                hf_processor_mm_kwargs=mm_processor_kwargs or {},
+                media_io_kwargs=media_io_kwargs or {},
+            )
         )
-        kwargs[_KEYS] = self._content_keys(inputs, kwargs)
         if cache is not None and all(cache.is_cached(self._get_mm_hashes(inputs)["image"])):
             return 0, 0
-        settings = VisionSettings.from_canonical(str(kwargs.pop(KWARG)))
-        keys: list[str] = kwargs.pop(_KEYS)
-        hits = self.vision.available(set(keys), frozenset() if settings.keeps_all else _needs(settings))
-        self._features(images, keys, settings, kwargs)
+        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        needs = needs_of([self._settings(setting)])
+        hits = self.vision.available(set(keys), needs)
+        self._encode(images, keys, needs, kwargs)
         return hits, len(set(keys)) - hits
 
-    def vision_features(
-        self, image: Any, settings: VisionSettings, media_io_kwargs: Mapping[str, Any] | None = None
-    ) -> VisionFeatures:
-        """What selection is given for one image, through the tower and cache that serving uses.
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """The processed prompt, which tells its vision tokens before pruning too."""
+        result: Any = super().apply(inputs, timing_ctx)
+        result[VISION_TOKENS] = getattr(inputs.mm_data_items, VISION_TOKENS, 0)
+        return result
 
-        Args:
-            image: a PIL image, alone or as vLLM's media connector wraps it.
-            settings: decide which optional outputs the tower computes; the score's are always among them.
-            media_io_kwargs: with which the image was decoded; they are part of its key in the cache.
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        return super()._cached_apply_hf_processor(self._prepared(inputs), timing_ctx)
 
-        Raises:
-            ValueError: the image cannot be preprocessed.
-        """
-        items = self.info.parse_mm_data({"image": [image]})
-        inputs = ProcessorInputs([], items, hf_processor_mm_kwargs={}, media_io_kwargs=media_io_kwargs or {})
-        keys = self._content_keys(inputs, {})
-        return _stack(
-            self._encode(_raw_images(items), keys, _needs(settings), {}), keys, self.vision.encoder.grid
-        )
+    def _prepared(self, inputs: ProcessorInputs) -> ProcessorInputs:
+        """The inputs with the setting, and each image's content key, among their keyword arguments."""
+        kwargs: dict[str, Any] = {KWARG: self._default_setting(), **inputs.hf_processor_mm_kwargs}
+        kwargs[_KEYS] = [] if kwargs[KWARG] == _DUMMY else self._content_keys(inputs)
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
 
-    @property
-    def vision(self) -> VisionService:
-        """The process's tower; loaded on first use."""
-        return vision_service(self.info.ctx.model_config)
+    # --- keys in vLLM's caches ---------------------------------------------------------------------------
 
-    def _default_setting(self) -> str:
-        return plugin_context(self.info.ctx.model_config).policy.default_settings.vision.canonical()
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
+        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        items = inputs.mm_data_items
+        ours = {"image": [self._hash(content=key, settings=setting) for key in keys]} if keys else {}
+        others = MultiModalDataItems({m: v for m, v in items.items() if m not in ours})
+        if setting == _DUMMY:  # never mistaken for a request's picture of the same content
+            kwargs[KWARG] = _DUMMY
+        inputs = dataclasses.replace(inputs, mm_data_items=others, hf_processor_mm_kwargs=kwargs)
+        # in the order of the items, which the base class's hashes follow too
+        hashes = {**super()._get_mm_hashes(inputs), **ours}
+        return {modality: hashes[modality] for modality in items}
 
-    def _embed(
-        self, images: list[Any], keys: list[str], settings: VisionSettings, hf_kwargs: Mapping[str, object]
-    ) -> list[Tensor]:
-        """Per image [k, hidden] embeddings of the tokens that stay, in the model's dtype."""
-        features = self._features(images, keys, settings, hf_kwargs)
-        if settings.keeps_all:
-            kept = [f.patches for f in features]
-        else:
-            batch = _stack(features, keys, self.vision.encoder.grid)
-            selections = get_method(settings.method).select(batch, settings)
-            kept = [s.gather(f.patches) for s, f in zip(selections, features, strict=True)]
-        projected = self.vision.encoder.project([(k, f.cls) for k, f in zip(kept, features, strict=True)])
-        model_config = self.info.ctx.model_config
-        # torch_shm shares device tensors with the worker; every other transport copies host bytes
-        on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
-        dtype = cast(torch.dtype, model_config.dtype)
-        return [t.to(t.device if on_device else "cpu", dtype) for t in projected]
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> Mapping[str, object]:
+        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        stripped = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
+        missing = [k for k, hit in zip(keys, mm_is_cached.get("image", ()), strict=False) if not hit]
+        base = super()._get_cache_missing_processor_kwargs(stripped, mm_is_cached)
+        return {**base, KWARG: setting, _KEYS: missing}
 
-    def _features(
-        self, images: list[Any], keys: list[str], settings: VisionSettings, hf_kwargs: Mapping[str, object]
-    ) -> list[TowerOutput]:
-        needs = frozenset[str]() if settings.keeps_all else _needs(settings)
-        return self._encode(images, keys, needs, hf_kwargs)
-
-    def _encode(
-        self, images: list[Any], keys: list[str], needs: frozenset[str], hf_kwargs: Mapping[str, object]
-    ) -> list[TowerOutput]:
-        def pixels(positions: list[int]) -> Tensor:
-            image_processor = self.info.get_hf_processor(**hf_kwargs).image_processor
-            looked_at = [_bounded(images[i], image_processor) for i in positions]
-            data = self._call_hf_processor({"images": looked_at}, hf_kwargs)
-            return torch.as_tensor(data["pixel_values"])
-
-        return self.vision.encode(keys, pixels, needs)
-
-    def _dummy_embeddings(self, count: int) -> list[Tensor]:
-        model_config = self.info.ctx.model_config
-        shape = (self.info.get_max_image_tokens(), model_config.get_inputs_embeds_size())
-        return [torch.zeros(shape, dtype=cast(torch.dtype, model_config.dtype)) for _ in range(count)]
-
-    def _content_keys(self, inputs: ProcessorInputs, kwargs: Mapping[str, object]) -> list[str]:
+    def _content_keys(self, inputs: ProcessorInputs) -> list[str]:
         """Per image a key made from its content and its preprocessing, apart from the settings.
 
         A client's `uuid` and an EXIF image id would let a request name another's cached picture; they count
         only where the operator trusts them.
         """
         items = inputs.mm_data_items
-        images = _raw_images(items)
-        if not images:
+        if not _raw_images(items):
             return []
-        preprocessing = {k: v for k, v in sorted(kwargs.items()) if k not in (KWARG, _KEYS)}
+        preprocessing = {k: v for k, v in sorted(inputs.hf_processor_mm_kwargs.items()) if k != KWARG}
         if plugin_context(self.info.ctx.model_config).policy.trust_image_ids:
             trusted = dataclasses.replace(inputs, hf_processor_mm_kwargs=preprocessing)
             return super()._get_mm_hashes(trusted)["image"]
         raw = items.get_items("image", ImageProcessorItems).get_all_items_for_hash()
-        media_io = {k: v for k, v in inputs.media_io_kwargs.get("image", {}).items()}
+        media_io = dict(inputs.media_io_kwargs.get("image", {}))
         return [
-            self._hash(image=_content(item, i), kwargs=preprocessing, media_io=media_io)
+            self._hash(image=content(item, i), kwargs=preprocessing, media_io=media_io)
             for i, item in enumerate(raw)
         ]
 
     def _hash(self, **factors: object) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return MultiModalHasher.hash_kwargs(algorithm, model_id=self.info.model_id, **factors)
+
+    # --- pixels to embeddings ----------------------------------------------------------------------------
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        # neither key may reach the Hugging Face processor, which warns about or chokes on unknown ones
+        setting, keys, kwargs = _taken(hf_kwargs)
+        images = _raw_images(mm_items)
+        if not images:
+            return super()._apply_hf_processor_main(mm_items, kwargs)
+        others = {
+            modality: items for modality, items in mm_items.items() if modality != "image" and len(items)
+        }
+        data = BatchFeature()
+        if others:
+            data.update(super()._apply_hf_processor_main(MultiModalDataItems(others), kwargs))
+        if setting == _DUMMY:
+            data.update(self._dummy_fields(images, kwargs))
+        else:
+            settings = self._settings(setting)
+            outputs = self._encode(images, keys, needs_of([settings]), kwargs)
+            data.update(self._fields(select(outputs, keys, settings)))
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        _, _, kwargs = _taken(hf_processor_mm_kwargs)
+        config = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
+        if KEPT in hf_inputs:
+            config[EMBEDDINGS] = MultiModalFieldConfig.batched("image")
+            # on the CPU: it is all the worker is given of an item that the prefix cache covers
+            # (`vllm.multimodal.utils.strip_covered_mm_data`), and positions are computed from it
+            config[KEPT] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return config
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        """As many places as the item has embeddings: the one place where the two are made equal."""
+        _, _, kwargs = _taken(hf_processor_mm_kwargs)
+        return thinned(
+            super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs), out_mm_kwargs, self.family
+        )
+
+    def _maybe_apply_prompt_updates(self, mm_items: MultiModalDataItems, mm_res: Any) -> Any:
+        details = [updates[0].content for updates in mm_res.prompt_updates.get("image", ())]
+        ours = [d for d in details if isinstance(d, ThinnedDetails)]
+        self._refuse_long_positions(sum(d.gap for d in ours))
+        given = (int(embed_mask(d).sum()) for d in details if not isinstance(d, ThinnedDetails))
+        # `apply` is given these very items
+        setattr(mm_items, VISION_TOKENS, sum(d.places for d in ours) + sum(given))
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+    def _refuse_long_positions(self, gap: int) -> None:
+        """An index past the rotary table would end the engine, and all other requests with it."""
+        longest = self.info.ctx.model_config.max_model_len
+        table = self.family.table(longest)
+        if table is not None and longest + gap > table:
+            raise VLLMValidationError(
+                f"The images' dropped tokens leave gaps of {gap} positions, more than the model's rotary "
+                "embedding has room for: prune less, or send fewer images.",
+                parameter=KWARG,
+            )
+
+    def get_dummy_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
+    ) -> ProcessorInputs:
+        """Profiling inputs: the largest number of tokens a request can have, so nothing is pruned."""
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        return dataclasses.replace(
+            inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KWARG: _DUMMY}
+        )
+
+    def tower_output(
+        self, image: Any, settings: VisionSettings, media_io_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[TowerOutput, str]:
+        """What selection is given for one image, and its content key, through the tower and cache of serving.
+
+        Args:
+            image: a PIL image, alone or as vLLM's media connector wraps it.
+            settings: decide which optional outputs the tower computes.
+            media_io_kwargs: with which the image was decoded; they are part of its key in the cache.
+
+        Raises:
+            ValueError: the image cannot be preprocessed.
+        """
+        items = self.info.parse_mm_data({"image": [image]})
+        inputs = ProcessorInputs([], items, media_io_kwargs=media_io_kwargs or {})
+        keys = self._content_keys(inputs)
+        shown = dataclasses.replace(
+            settings, keep_ratio=0.5, aggressiveness=None
+        )  # the score, whatever stays
+        (output,) = self._encode(_raw_images(items), keys, needs_of([shown]), {})
+        return output, keys[0]
+
+    def warm_up(self) -> None:
+        """Load the tower and run a picture through all of stage 1, so that what does not fit fails at start.
+
+        Raises:
+            CheckpointError: tower or projector cannot be loaded from the checkpoint.
+            ValueError: the adapter does not fit the checkpoint.
+        """
+        images = [Image.new("RGB", (224, 224), "gray")]
+        self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
+
+    @property
+    def vision(self) -> VisionService:
+        """The process's tower; loaded on first use."""
+        return vision_service(self.info.ctx.model_config)
+
+    @cached_property
+    def family(self) -> Family:
+        """The model's adapter."""
+        return family_of(self.info.ctx.model_config.hf_config)
+
+    def _default_setting(self) -> str:
+        return plugin_context(self.info.ctx.model_config).policy.default_settings.vision.canonical()
+
+    def _settings(self, setting: str) -> VisionSettings:
+        return for_family(VisionSettings.from_canonical(setting), self.family)
+
+    def _fields(self, images: Sequence[Kept]) -> dict[str, Any]:
+        """The images' fields in vLLM's items: what computes positions, embeddings and masks."""
+        projected = self.vision.encoder.project(images)
+        model_config = self.info.ctx.model_config
+        # torch_shm shares device tensors with the worker; every other transport copies host bytes
+        on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
+        dtype = cast(torch.dtype, model_config.dtype)
+        embeddings = [e.to(e.device if on_device else "cpu", dtype) for e, _ in projected]
+        masks = [
+            _mask(kept.output.places, places) for kept, (_, places) in zip(images, projected, strict=True)
+        ]
+        return _by_name([kept.output.on_host for kept in images], embeddings, masks)
+
+    def _dummy_fields(self, images: list[Any], kwargs: Mapping[str, object]) -> dict[str, Any]:
+        items = self._items(images, kwargs)
+        dtype = cast(torch.dtype, self.info.ctx.model_config.dtype)
+        embeddings = [torch.zeros((i.places, self.family.embed_width()), dtype=dtype) for i in items]
+        masks = [torch.ones(item.places, dtype=torch.bool) for item in items]
+        return _by_name([item.on_host for item in items], embeddings, masks)
+
+    def _encode(
+        self, images: list[Any], keys: list[str], needs: frozenset[str], kwargs: Mapping[str, object]
+    ) -> list[TowerOutput]:
+        def prepare(positions: list[int]) -> list[Item]:
+            return self._items([images[i] for i in positions], kwargs)
+
+        return self.vision.encode(keys, prepare, needs)
+
+    def _items(self, images: list[Any], kwargs: Mapping[str, object]) -> list[Item]:
+        """Per image the fields that the model's own class would be given, and its places.
+
+        All of it is the base class's: its preprocessing, its fields and its prompt update.
+        """
+        image_processor = getattr(self.info.get_hf_processor(**kwargs), "image_processor", None)
+        looked_at = [
+            self.family.bounded(image, image_processor) if isinstance(image, Image.Image) else image
+            for image in images
+        ]
+        mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
+        data = super()._apply_hf_processor_main(mm_items, kwargs)
+        fields = super()._get_mm_fields_config(data, kwargs)
+        base = MultiModalKwargsItems.from_hf_inputs(data, fields)
+        updates = super()._get_prompt_updates(mm_items, kwargs, base)
+        (update,) = (u for u in updates if u.modality == "image")
+        items = []
+        for i, item in enumerate(base["image"]):
+            inputs = {name: torch.as_tensor(value) for name, value in item.get_data().items()}
+            on_host = {name: value for name, value in inputs.items() if item[name].field.keep_on_cpu}
+            items.append(Item(inputs, on_host, places_of(update, i)))
+        return items
+
+
+@lru_cache
+def pruned_processor(base: type[BaseMultiModalProcessor[Any]]) -> type[PrunedProcessor]:
+    """A model's own processor class with `PrunedProcessor` before it."""
+    return cast(type[PrunedProcessor], type(f"Pruned{base.__name__}", (PrunedProcessor, base), {}))
+
+
+def _taken(kwargs: Mapping[str, object]) -> tuple[str, list[str], dict[str, Any]]:
+    """Setting, content keys, and the keyword arguments without them."""
+    rest: dict[str, Any] = dict(kwargs)
+    return str(rest.pop(KWARG, "off")), rest.pop(_KEYS, []), rest
 
 
 def _raw_images(items: MultiModalDataItems) -> list[Any]:
@@ -254,43 +361,15 @@ def _raw_images(items: MultiModalDataItems) -> list[Any]:
     return list(images.get_all()) if isinstance(images, ImageProcessorItems) else []
 
 
-def _content(item: Any, index: int) -> object:
-    """What identifies an image: its bytes as received, or its decoded pixels."""
-    if item is None:
-        raise ValueError(
-            f"Image {index} was given by its id alone: send the image itself, or start the server with "
-            "trust_image_ids where clients may share cached images by id."
-        )
-    if isinstance(item, MediaWithBytes):
-        return {"bytes": item.original_bytes, "io": item.io_config or {}}
-    if isinstance(item, Image.Image):
-        palette = item.palette
-        return {
-            "mode": item.mode,
-            "pixels": np.asarray(item),
-            "palette": None if palette is None else [palette.mode, bytes(palette.palette)],
-        }
-    return item
+def _mask(places: int, kept: Tensor) -> Tensor:
+    mask = torch.zeros(places, dtype=torch.bool)
+    mask[kept.cpu()] = True
+    return mask
 
 
-def _bounded(image: Any, image_processor: Any) -> Any:
-    return bounded(image, image_processor) if isinstance(image, Image.Image) else image
-
-
-def _needs(settings: VisionSettings) -> frozenset[str]:
-    """The optional outputs of the tower that the method and the score read."""
-    return (get_method(settings.method).needs | SCORE_NEEDS[settings.score]) & OPTIONAL_OUTPUTS
-
-
-def _stack(features: list[TowerOutput], keys: list[str], grid: tuple[int, int]) -> VisionFeatures:
-    def stacked(name: str) -> Tensor | None:
-        values = [getattr(f, name) for f in features]
-        return None if any(v is None for v in values) else torch.stack(values)
-
-    return VisionFeatures(
-        patches=torch.stack([f.patches for f in features]),
-        cls=torch.stack([f.cls for f in features]),
-        grid=grid,
-        seeds=tuple(int(key[:16], 16) for key in keys),
-        **{name: stacked(name) for name in OPTIONAL_OUTPUTS},
-    )
+def _by_name(
+    on_host: Sequence[Mapping[str, Tensor]], embeddings: list[Tensor], masks: list[Tensor]
+) -> dict[str, Any]:
+    # the base class computes with these, so they are stacked; the ragged ones stay lists
+    shared = {name: torch.stack([fields[name] for fields in on_host]) for name in on_host[0]}
+    return {**shared, EMBEDDINGS: embeddings, KEPT: masks}

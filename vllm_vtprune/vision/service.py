@@ -18,27 +18,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from transformers import LlavaConfig
 
 from vllm_vtprune.context import plugin_context
-from vllm_vtprune.vision.encoder import TowerOutput, VisionEncoder
+from vllm_vtprune.errors import PolicyError
+from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+    from vllm_vtprune.policy import PrunePolicy
 
 # torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
 _TORCH_THREADS = torch.get_num_threads()
 #: Multiply-adds of a pass, about 20 ms of one core, below which its threads would wait for each other for
 #: longer than they save, and the engine wants the other cores.
 _WORK_FOR_THREADS = 10**9
+#: Pictures of up to as many patches count as one in a pass, larger ones as several.
+_PATCHES_PER_IMAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     key: str
-    pixel_values: Tensor  # [3, H, W]
+    item: Item
     outputs: frozenset[str]
     future: Future[TowerOutput]
 
@@ -49,7 +53,7 @@ class VisionService:
     Args:
         encoder: tower and projector.
         cache: where outputs are kept.
-        max_batch: most images in one pass.
+        max_batch: most images in one pass, of up to a thousand patches each; fewer larger ones.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
@@ -81,19 +85,19 @@ class VisionService:
     def encode(
         self,
         keys: Sequence[str],
-        pixels: Callable[[list[int]], Tensor],
+        prepare: Callable[[list[int]], Sequence[Item]],
         outputs: frozenset[str] = frozenset(),
     ) -> list[TowerOutput]:
         """The tower's outputs for some images; blocks until they are there.
 
         Args:
             keys: per image a key that names its content (and how it is preprocessed).
-            pixels: given positions in `keys`, returns their pixel values [B, 3, H, W]. Called only for images
-                that are neither cached nor on their way, in the caller's thread.
-            outputs: the optional outputs wanted (`encoder.OPTIONAL_OUTPUTS`).
+            prepare: given positions in `keys`, returns their preprocessed images. Called only for images that
+                are neither cached nor on their way, in the caller's thread.
+            outputs: the optional outputs wanted (`families.base.OPTIONAL_OUTPUTS`).
 
         Raises:
-            Exception: whatever `pixels` or the tower raised.
+            Exception: whatever `prepare` or the tower raised.
         """
         found: list[TowerOutput | Future[TowerOutput] | None] = []
         with self._lock:
@@ -104,10 +108,10 @@ class VisionService:
         # the same picture twice in one prompt is encoded once
         missing = list({keys[i]: i for i in reversed(range(len(keys))) if found[i] is None}.values())[::-1]
         if missing:
-            values = pixels(missing)
+            items = prepare(missing)
             submitted: dict[str, Future[TowerOutput]] = {}
-            for i, value in zip(missing, values, strict=True):
-                submitted[keys[i]] = self._submit(keys[i], value, outputs)
+            for i, item in zip(missing, items, strict=True):
+                submitted[keys[i]] = self._submit(keys[i], item, outputs)
             found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
         self._run_until_done([entry for entry in found if isinstance(entry, Future)])
         return [
@@ -123,12 +127,12 @@ class VisionService:
                 for key in keys
             )
 
-    def _submit(self, key: str, pixel_values: Tensor, outputs: frozenset[str]) -> Future[TowerOutput]:
+    def _submit(self, key: str, item: Item, outputs: frozenset[str]) -> Future[TowerOutput]:
         with self._lock:
             job = self._in_flight.get(key)
             if job is not None and outputs <= job.outputs:
                 return job.future
-            job = _Job(key, pixel_values, outputs, Future())
+            job = _Job(key, item, outputs, Future())
             self._in_flight[key] = job
             self._waiting.append(job)
             self._tell_waiting(1)
@@ -143,11 +147,10 @@ class VisionService:
                 if all(f.done() for f in futures):
                     return
                 self._running = True
-                count = min(self._max_batch, len(self._waiting))
-                batch = [self._waiting.popleft() for _ in range(count)]
+                batch = self._next_batch()
             try:
-                self._tell_waiting(-count)
-                with _torch_threads(self._threads_for(len(batch))):
+                self._tell_waiting(-len(batch))
+                with _torch_threads(self._threads_for(batch)):
                     self._run_batch(batch)
             finally:
                 with self._pass_done:
@@ -158,16 +161,28 @@ class VisionService:
         if self.waiting_observer is not None:
             self.waiting_observer(change)
 
-    def _threads_for(self, images: int) -> int:
+    def _next_batch(self) -> list[_Job]:
+        """The images that wait longest, up to `max_batch`; each thousand patches count as one more."""
+        batch = [self._waiting.popleft()]
+        size = self._size(batch[0])
+        while self._waiting and size + self._size(self._waiting[0]) <= self._max_batch:
+            batch.append(self._waiting.popleft())
+            size += self._size(batch[-1])
+        return batch
+
+    def _size(self, job: _Job) -> int:
+        return -(-self.encoder.patches(job.item) // _PATCHES_PER_IMAGE)
+
+    def _threads_for(self, batch: list[_Job]) -> int:
         if self._threads:
             return self._threads
-        return _TORCH_THREADS if images * self.encoder.work_per_image >= _WORK_FOR_THREADS else 1
+        return _TORCH_THREADS if sum(self.encoder.work(j.item) for j in batch) >= _WORK_FOR_THREADS else 1
 
     def _run_batch(self, batch: list[_Job]) -> None:
         started = time.perf_counter()
         try:
             wanted = frozenset[str]().union(*(job.outputs for job in batch))
-            results = self.encoder.encode(torch.stack([job.pixel_values for job in batch]), wanted)
+            results = self.encoder.encode([job.item for job in batch], wanted)
         except BaseException as error:
             self._finish(batch)
             for job in batch:
@@ -212,7 +227,7 @@ def vision_service(model_config: ModelConfig) -> VisionService:
 
     Raises:
         CheckpointError: tower or projector cannot be loaded from the checkpoint.
-        ValueError: `encoder_device` or `encoder_dtype` names none torch knows.
+        PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
     """
     context = plugin_context(model_config)
     policy = context.policy
@@ -231,7 +246,7 @@ def vision_service(model_config: ModelConfig) -> VisionService:
         service = _services.get(key)
         if service is None:
             encoder = VisionEncoder.load(
-                cast(LlavaConfig, model_config.hf_config),
+                model_config.hf_config,
                 model_config.model,
                 device=device,
                 dtype=dtype,
@@ -248,18 +263,38 @@ def vision_service(model_config: ModelConfig) -> VisionService:
         return service
 
 
+def check_encoder(policy: PrunePolicy) -> None:
+    """Refuse, before an engine starts, what `vision_service` would refuse after it.
+
+    Raises:
+        PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
+    """
+    _device(policy.encoder_device)
+    _dtype(policy.encoder_dtype, torch.float32)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"encoder_device is {name!r}: use auto, cpu, or a device such as cuda:0.") from error
+        device = torch.device(name)
+        if device.type == "cuda":
+            # asked of the driver, without a context of CUDA's in a process that is yet to fork
+            there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.empty(0, device=device).device.type == device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PolicyError(
+            f"encoder_device is {name!r}: use auto, cpu, or a device such as cuda:0."
+        ) from error
+    if not there:
+        raise PolicyError(f"encoder_device is {name!r}, which this machine does not have: use auto or cpu.")
+    return device
 
 
 def _dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     if name == "auto":
         return model_dtype
     if name not in _DTYPES:
-        raise ValueError(f"encoder_dtype is {name!r}: use auto, {', '.join(_DTYPES)}.")
+        raise PolicyError(f"encoder_dtype is {name!r}: use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]

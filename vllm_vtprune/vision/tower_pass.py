@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass of the CLIP tower, with each layer's query and key projections where somebody wants them.
+"""One pass of a CLIP or SigLIP tower, with each layer's query and key projections where somebody wants them.
 
 On the CPU the pass is traced (`torch.jit.trace`): it then runs from end to end without the interpreter. Run
 as Python it takes the global lock again after each of some hundred operations, while the front end's event
@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionModel
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 TowerPass = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def tower_pass(tower: CLIPVisionModel, example: Tensor, *, projections: bool) -> TowerPass:
+def tower_pass(tower: nn.Module, example: Tensor, *, projections: bool) -> TowerPass:
     """The tower as a function of pixel values [B, 3, H, W], any B.
 
     Args:

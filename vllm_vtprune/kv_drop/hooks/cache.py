@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV-cache specs and block managers: layers above the prune layer hold blocks for kept tokens only.
+"""KV-cache specs and block managers: layers above a prune layer hold blocks for kept tokens only.
 
 Hooks, all of vLLM 0.32: `KVCacheSpecRegistry.register` (made for out-of-tree specs), and of
 `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` the methods `get_num_blocks_to_allocate`,
-`allocate_new_blocks` and `cache_blocks`. Both specs are full attention to all of vLLM; they only refuse to
-merge with each other, so that vLLM (`get_kv_cache_groups`) puts the two halves of the decoder into groups of
-their own.
+`allocate_new_blocks` and `cache_blocks`. All specs are full attention to all of vLLM; those of different
+bands only refuse to merge with each other, so that vLLM (`get_kv_cache_groups`) puts each band of the decoder
+into groups of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -26,26 +26,35 @@ from vllm_vtprune.kv_drop.plan import PromptPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HalfSpec(FullAttentionSpec):
+class _BandSpec(FullAttentionSpec):
+    """Cache of a layer of one band.
+
+    Attributes:
+        band: how many prune layers are below the layer.
+    """
+
+    band: int = 0
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """`FullAttentionSpec.merge`, for layers of the same half alone.
+        """`FullAttentionSpec.merge`, for layers of the same band alone.
 
         Raises:
-            AssertionError: the layers are of both halves; vLLM's grouping asks by catching this.
+            AssertionError: the layers are of several bands; vLLM's grouping asks by catching this.
         """
-        if not all(type(spec) is cls for spec in specs):
-            raise AssertionError("Layers below and above the prune layer share no KV-cache group.")
-        return super().merge(specs)
+        if not all(type(spec) is cls and spec.band == specs[0].band for spec in specs):
+            raise AssertionError("Layers below and above a prune layer share no KV-cache group.")
+        # vLLM rebuilds the spec from the fields it knows
+        return replace(super().merge(specs), band=specs[0].band)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BelowPruneLayerSpec(_HalfSpec):
+class BelowPruneLayerSpec(_BandSpec):
     """Cache of a layer that sees every prompt token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbovePruneLayerSpec(_HalfSpec):
+class AbovePruneLayerSpec(_BandSpec):
     """Cache of a layer that sees kept tokens only."""
 
 
@@ -93,15 +102,15 @@ class AbovePruneLayerManager(PlannedBlocksManager):
                 f"Request {request_id} was scheduled for {num_tokens} of its {plan.tokens} prompt tokens, "
                 "but a pruned prompt cannot be split."
             )
-        return num_tokens - plan.dropped
+        return num_tokens - plan.tokens + plan.kept_by_layer[self.kv_cache_spec.band - 1]
 
 
-def split_specs(specs: Mapping[str, KVCacheSpec], prune_layer: int) -> dict[str, KVCacheSpec]:
-    """Give the layers of each half of the decoder the half's spec.
+def split_specs(specs: Mapping[str, KVCacheSpec], *prune_layers: int) -> dict[str, KVCacheSpec]:
+    """Give the layers of each band of the decoder the band's spec.
 
     Args:
         specs: layer name -> spec, as vLLM's model runner reports them.
-        prune_layer: K; layers of index K and more are above.
+        *prune_layers: each K; layers of index K and more are above it.
 
     Raises:
         ValueError: a layer that is not full attention.
@@ -113,14 +122,14 @@ def split_specs(specs: Mapping[str, KVCacheSpec], prune_layer: int) -> dict[str,
                 f"vtprune's second stage needs full-attention layers, and {name} has {type(spec).__name__}: "
                 "leave prune_layer out."
             )
-        half = BelowPruneLayerSpec if extract_layer_index(name) < prune_layer else AbovePruneLayerSpec
-        split[name] = replace_as(spec, half)
+        band = sum(extract_layer_index(name) >= layer for layer in prune_layers)
+        split[name] = replace_as(spec, AbovePruneLayerSpec if band else BelowPruneLayerSpec, band=band)
     return split
 
 
-def groups_above(specs: Sequence[KVCacheSpec]) -> list[int]:
-    """Indices of the KV-cache groups above the prune layer."""
-    return [i for i, spec in enumerate(specs) if isinstance(spec, AbovePruneLayerSpec)]
+def groups_above(specs: Sequence[KVCacheSpec]) -> list[tuple[int, int]]:
+    """The KV-cache groups above a prune layer: index of the group, and of the prune layer next below."""
+    return [(i, spec.band - 1) for i, spec in enumerate(specs) if isinstance(spec, AbovePruneLayerSpec)]
 
 
 # At import: vLLM's engine-core process gets the specs pickled from the workers, which imports this module

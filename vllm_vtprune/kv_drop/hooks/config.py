@@ -6,6 +6,7 @@ Without a prune layer none of this runs and vLLM is as it ships.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -13,46 +14,78 @@ from vllm_vtprune.context import plugin_context
 from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.hooks.request_check import install_request_check
 from vllm_vtprune.kv_drop.plan import KVDropConfig
+from vllm_vtprune.kv_drop.schedule import ScheduleError, band_groups, band_sizes, resolve
+from vllm_vtprune.policy import PrunePolicy
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-    from vllm_vtprune.policy import PrunePolicy
+logger = logging.getLogger(__name__)
 
 _SCHEDULER = "vllm_vtprune.kv_drop.hooks.scheduler.build_scheduler"
 _WORKER = "vllm_vtprune.kv_drop.hooks.worker.KVDropWorker"
-#: `model_type` of the decoders whose layers the plugin can run in two halves.
-DECODERS = ("llama",)
+#: `model_type` of the decoders whose layers the plugin can run in bands: full attention in every layer.
+DECODERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
 
 
 def recommended_prune_layer(layers: int) -> int:
-    """The documented recommendation: about a quarter of the depth, dividing it.
+    """The documented recommendation: about a quarter of the depth, dividing it, and no earlier than 3.
 
     vLLM cuts the decoder into KV-cache groups as large as the smaller half. A K that divides the depth leaves
     no group partly empty, and one near a quarter makes four groups, each of which costs a block table and a
-    metadata build per step.
+    metadata build per step. At layers 1 and 2 the ratings were worse than chance where it was measured
+    (docs/evaluation.md).
 
     Args:
         layers: decoder layers, at least 2.
     """
-    divisors = [k for k in range(1, layers // 2 + 1) if layers % k == 0]
+    divisors = [k for k in range(3, layers // 2 + 1) if layers % k == 0]
+    if not divisors:
+        return min(max(3, round(layers / 4)), layers - 1)
     return min(divisors, key=lambda k: (abs(k - layers / 4), -k))
 
 
 def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     """Check the configuration and have vLLM build our scheduler and worker.
 
-    Called by the configuration hook (`LlavaPruneConfig`), before vLLM resolves which scheduler and worker it
-    wants. Idempotent.
+    Called by the configuration hook (`PruneConfig`) with a policy that `with_schedule` resolved, before vLLM
+    resolves which scheduler and worker it wants. Idempotent.
 
     Raises:
         UnsupportedConfigError: a bad prune layer, or a feature stage 2 does not work with.
     """
-    layers, layer = vllm_config.model_config.hf_text_config.num_hidden_layers, policy.prune_layer or 0
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    layer, *above = [prune_layer.layer for prune_layer in policy.schedule]
     if not 1 <= layer < layers:
         raise UnsupportedConfigError(
             f"vtprune: prune_layer must be 1 to {layers - 1} for this model's {layers} decoder layers, "
             f"not {layer}; {recommended_prune_layer(layers)} is recommended."
+        )
+    levels = deepstack_levels(vllm_config.model_config)
+    if layer < levels:
+        raise UnsupportedConfigError(
+            f"vtprune: prune_layer must be at least {levels} for this model, which adds visual features "
+            f"after each of its first {levels} decoder layers, not {layer}."
+        )
+    groups, empty = band_groups(band_sizes(layers, [layer, *above]))
+    if empty > 0:
+        logger.warning(
+            "vtprune: prune layers %s of %d cut the KV cache into %d groups of layers, of which %.0f %% stay "
+            "empty. Prune layers at multiples of one number that divides %d waste nothing.",
+            ", ".join(map(str, [layer, *above])),
+            layers,
+            sum(groups),
+            100 * empty / (1 + empty),
+            layers,
         )
     problem = _problem(vllm_config, policy)
     if problem is not None:
@@ -62,6 +95,33 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     vllm_config.parallel_config.worker_cls = _WORKER
     install_request_check()
+
+
+def with_schedule(policy: PrunePolicy, model_config: ModelConfig) -> PrunePolicy:
+    """The policy with its prune layers written out, where it names a schedule or a file.
+
+    What is compiled is filed under the configuration's text, so it has to say all of it.
+
+    Raises:
+        UnsupportedConfigError: a schedule that cannot be read, or cannot work with this model.
+    """
+    if not policy.prune_layers:
+        return policy
+    try:
+        schedule = resolve(policy.prune_layers, model_config.hf_text_config.num_hidden_layers)
+    except ScheduleError as error:
+        raise UnsupportedConfigError(f"vtprune: prune_layers: {error}.") from error
+    relevance = policy.relevance
+    if schedule.relevance is not None and relevance == PrunePolicy.model_fields["relevance"].default:
+        relevance = ",".join(schedule.relevance)
+    if schedule.deviation:
+        logger.info(
+            "vtprune: the schedule %s is %s here, within %.2f of the published curve.",
+            policy.prune_layers,
+            schedule,
+            schedule.deviation,
+        )
+    return PrunePolicy(**{**policy.model_dump(), "prune_layers": str(schedule), "relevance": relevance})
 
 
 def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
@@ -78,13 +138,19 @@ def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
             "prune_layer; leave --scheduler-cls and --worker-cls to the plugin."
         )
     return KVDropConfig(
-        prune_layer=policy.prune_layer,
+        schedule=policy.schedule,
         window=policy.window,
         longest_prompt=longest_whole_prompt(vllm_config),
         special_ids=context.special_ids,
         default=policy.default_settings.kv,
-        relevance=policy.relevance,
+        relevance=policy.relevances,
     )
+
+
+def deepstack_levels(model_config: ModelConfig) -> int:
+    """After how many of the first decoder layers visual features are added (Qwen3-VL); 0 for most models."""
+    vision = getattr(model_config.hf_config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def longest_whole_prompt(vllm_config: VllmConfig) -> int:
@@ -102,7 +168,7 @@ def longest_whole_prompt(vllm_config: VllmConfig) -> int:
 
 
 def special_token_ids(model_config: ModelConfig) -> frozenset[int]:
-    """The tokenizer's special tokens, the image placeholder aside; the config's own without a tokenizer."""
+    """The tokenizer's special tokens, the placeholders aside; the config's own without a tokenizer."""
     hf_config, text = model_config.hf_config, model_config.hf_text_config
     if model_config.skip_tokenizer_init:
         named = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
@@ -111,7 +177,9 @@ def special_token_ids(model_config: ModelConfig) -> frozenset[int]:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         ids = set(cached_tokenizer_from_config(model_config).all_special_ids)
-    return frozenset(ids - {hf_config.image_token_index})
+    # the name of old LLaVA configurations, and the one of all others
+    names = ("image_token_index", "image_token_id", "video_token_id")
+    return frozenset(ids - {getattr(hf_config, name, None) for name in names})
 
 
 def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:

@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 if TYPE_CHECKING:
-    from vllm_vtprune.kv_drop.step import KVDropState
+    from vllm_vtprune.kv_drop.bands import KVDropBands
 
 _ATTRIBUTE = "kv_drop_failed"
 
 
-def report_failures(output: Any, state: KVDropState) -> None:
+def report_failures(output: Any, state: KVDropBands) -> None:
     """Note in a step's output which of its requests held too few blocks.
 
     Args:
-        output: what the model runner's `sample_tokens` returned for the present step.
-        state: the present step.
+        output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
+        state: the present step; told once.
     """
-    if not state.overrun:
+    overrun = state.take_overrun()
+    if not overrun or output is None:
         return
     if not isinstance(output, ModelRunnerOutput):
         output = getattr(output, "model_runner_output", None) or output._model_runner_output
-    setattr(output, _ATTRIBUTE, [output.req_ids[row] for row in sorted(state.overrun)])
+    setattr(output, _ATTRIBUTE, [output.req_ids[row] for row in overrun])
 
 
 def failed_requests(output: ModelRunnerOutput) -> Collection[str]:

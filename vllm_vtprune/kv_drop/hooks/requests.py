@@ -1,24 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From vLLM's requests to plans: what scheduler and worker hand to `budget`."""
+"""From vLLM's requests to plans: what scheduler and worker hand to `plan`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt, protected_positions, settings_of
+from vllm_vtprune.kv_drop.plan import (
+    KVDropConfig,
+    PromptPlan,
+    plan_prompt,
+    protected_positions,
+    scope_of,
+    settings_of,
+    shares_of,
+)
+from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.step import RequestDrop
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.sampling_params import SamplingParams
 
 
 def placeholder_ranges(mm_features: Sequence[MultiModalFeatureSpec]) -> list[tuple[int, int]]:
-    """(offset, length) of each image's tokens, from `Request.mm_features` or `NewRequestData.mm_features`."""
-    return [
-        (f.mm_position.offset, f.mm_position.length) for f in mm_features if f.modality != "prompt_embeds"
-    ]
+    """(offset, length) of the visual tokens, from `Request.mm_features` or `NewRequestData.mm_features`."""
+    return embedded_ranges(f.mm_position for f in mm_features if f.modality != "prompt_embeds")
+
+
+def embedded_ranges(placeholders: Iterable[PlaceholderRange]) -> list[tuple[int, int]]:
+    """(offset, length) of the tokens that stand for embeddings.
+
+    What else lies in an image's range, as row breaks, tags and start and end tokens do, is text.
+    """
+    spans = (span for placeholder in placeholders for span in placeholder.extract_embeds_range())
+    return [(start, end - start + 1) for start, end in spans]
 
 
 def prompt_logprobs_of(params: Any) -> int | None:
@@ -64,13 +80,40 @@ def request_drop(
     mm_features: Sequence[MultiModalFeatureSpec],
     sampling_params: SamplingParams | None,
     config: KVDropConfig,
-) -> RequestDrop | None:
-    """What a worker keeps of a request; None where nothing is dropped."""
+) -> tuple[RequestDrop, ...] | None:
+    """What a worker keeps of a request, per prune layer; None where nothing is dropped."""
     plan = plan_request(token_ids, mm_features, sampling_params, config)
     if plan.dropped == 0 or token_ids is None or sampling_params is None:
         return None
     settings, _ = settings_of(sampling_params.extra_args, config.default)
+    scope = scope_of(settings, shares_of(settings, config.schedule))
     protected = protected_positions(
-        token_ids, placeholder_ranges(mm_features), config.special_ids, settings, config.window
+        token_ids, placeholder_ranges(mm_features), config.special_ids, scope, config.window
     )
-    return RequestDrop(plan.tokens, plan.dropped, protected)
+    reaching = (plan.tokens, *plan.kept_by_layer[:-1])
+    # what stays has to be chosen where more than the protected tokens go on, and not all do
+    chosen = [int(protected.sum()) < kept < n for n, kept in zip(reaching, plan.kept_by_layer, strict=True)]
+    drops = []
+    for index, (below, kept) in enumerate(zip(reaching, plan.kept_by_layer, strict=True)):
+        drops.append(
+            RequestDrop(
+                plan.tokens,
+                plan.tokens - kept,
+                protected,
+                lost=plan.tokens - below,
+                rated=chosen[index] or _inherited(index, chosen, config),
+            )
+        )
+    return tuple(drops)
+
+
+def _inherited(index: int, chosen: Sequence[bool], config: KVDropConfig) -> bool:
+    """Whether a prune layer above needs the ratings of the one of this index."""
+    if RELEVANCE[config.relevance_at(index)].inherits:
+        return False
+    for above in range(index + 1, len(chosen)):
+        if not RELEVANCE[config.relevance_at(above)].inherits:
+            return False
+        if chosen[above]:
+            return True
+    return False

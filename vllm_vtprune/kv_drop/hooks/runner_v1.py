@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.cache import groups_above
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.hooks.requests import request_drop
-from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop
+from vllm_vtprune.kv_drop.step import RequestDrop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +32,11 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
     class KVDropModelRunner(base):  # type: ignore[misc, valid-type]
         """The platform's model runner; what it adds is in four overrides."""
 
-        _drops: dict[str, RequestDrop | None]
+        _drops: dict[str, tuple[RequestDrop, ...] | None]
 
         @property
-        def _kv_drop(self) -> KVDropState:
-            state: KVDropState = self.get_model().kv_drop
+        def _kv_drop(self) -> KVDropBands:
+            state: KVDropBands = self.get_model().kv_drop
             return state
 
         def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
@@ -45,7 +46,7 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
             self._kv_drop.begin(drops, num_scheduled_tokens, batch.num_computed_tokens_cpu[: len(drops)])
             return prepared
 
-        def _drop(self, request_id: str) -> RequestDrop | None:
+        def _drop(self, request_id: str) -> tuple[RequestDrop, ...] | None:
             if request_id not in self._drops:
                 request = self.requests[request_id]
                 self._drops[request_id] = request_drop(
@@ -61,12 +62,13 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
         ) -> tuple[dict[int, Tensor] | None, dict[str, Tensor] | list[dict[str, Tensor]] | None]:
             by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
             if by_group is not None:
-                for group_id in groups_above([g.kv_cache_spec for g in self.kv_cache_config.kv_cache_groups]):
+                specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+                for group_id, border in groups_above(specs):
                     table = self.input_batch.block_table[group_id]
                     rows = table.get_device_tensor(self.input_batch.num_reqs)
                     held = table.num_blocks_per_row[: len(rows)]
                     # the tensors by layer are the same
-                    self._kv_drop.write_slots(rows, table.block_size, by_group[group_id], held)
+                    self._kv_drop.bands[border].write_slots(rows, table.block_size, by_group[group_id], held)
             return by_group, by_layer
 
         def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_vtprune.kv_drop.step import KVDropState
+    from vllm_vtprune.kv_drop.bands import KVDropBands
 
 
 class KVDropModelState(DefaultModelState):
@@ -39,8 +39,8 @@ class KVDropModelState(DefaultModelState):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = kv_drop_config(self.vllm_config)
-        self._drops: dict[str, RequestDrop | None] = {}
-        self._preempted: dict[str, RequestDrop | None] = {}
+        self._drops: dict[str, tuple[RequestDrop, ...] | None] = {}
+        self._preempted: dict[str, tuple[RequestDrop, ...] | None] = {}
         self._leaving: frozenset[str] = frozenset()
         self._blocks: NDArray[np.int32] | None = None
 
@@ -107,12 +107,12 @@ class KVDropModelState(DefaultModelState):
 
         Dummy requests are not known and lose nothing.
         """
-        state = cast("KVDropState", self.model.kv_drop)
+        state = cast("KVDropBands", self.model.kv_drop)
         drops = [self._drops.get(request_id) for request_id in input_batch.req_ids]
         state.begin(drops, input_batch.num_scheduled_tokens, input_batch.num_computed_tokens_np)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        for group_id in groups_above(specs):
-            state.write_slots(
+        for group_id, border in groups_above(specs):
+            state.bands[border].write_slots(
                 block_tables[group_id],
                 specs[group_id].block_size,
                 slot_mappings[group_id],

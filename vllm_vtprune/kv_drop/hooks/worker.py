@@ -53,5 +53,5 @@ class KVDropWorker(_Worker):
         return output
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The layers' specs, those below and above the prune layer apart."""
-        return split_specs(super().get_kv_cache_spec(), kv_drop_config(self.vllm_config).prune_layer)
+        """The layers' specs, those of each band apart."""
+        return split_specs(super().get_kv_cache_spec(), *kv_drop_config(self.vllm_config).prune_layers)

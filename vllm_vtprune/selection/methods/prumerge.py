@@ -32,6 +32,7 @@ class PruMerge(SelectionMethod):
 
     name = "prumerge"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attention", "keys"})
+    adds_tokens = True
 
     # Tokens kept for every outlier.
     density: ClassVar[int] = 1

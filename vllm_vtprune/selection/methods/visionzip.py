@@ -26,6 +26,7 @@ class VisionZip(SelectionMethod):
 
     name = "visionzip"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attention", "keys"})
+    adds_tokens = True
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """Dominant tokens as anchors, contextual tokens as summaries."""

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints of the families, of true structure: what vLLM and transformers load like any other.
+
+    python -m tests.helpers.family_checkpoints OUT [NAME ...]
+
+One token per byte and the special tokens. The weights are larger than usual, so that attention is far from
+uniform and a wrong position or row shows in the tokens; head sizes of tower and decoder differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+QWEN_TOKENS = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_IDS = {
+    "vision_start_token_id": 1,
+    "vision_end_token_id": 2,
+    "image_token_id": 3,
+    "video_token_id": 4,
+}
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | upper }}: "
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
+    "{% endfor %}ASSISTANT:"
+)
+
+
+def tokenizer(special: tuple[str, ...], image: str, **attributes: str) -> PreTrainedTokenizerFast:
+    """One token per byte behind the special ones; a chat template with `image` for each picture."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_ = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_,
+        eos_token=special[0],
+        pad_token=special[0],
+        additional_special_tokens=list(special[1:]),
+        chat_template=_TEMPLATE.replace("IMAGE", image),
+        **attributes,
+    )
+
+
+def text_config(special: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(special) + 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **more,
+    }
+
+
+def mrope(section: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, **more}
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or "ln_q" in name:
+                parameter.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
+            elif "embed_tokens" in name or "pos_embed" in name or "position_embedding" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+                parameter.copy_(1.3 * noise / fan_in**0.5)
+
+
+def save(folder: Path, model: Any, processor: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    randomise(model)
+    model.float().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    """Windows of 4x4 patches, one layer with full attention."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "window_size": 56,
+            "fullatt_block_indexes": [1, 3],
+        },
+        text_config=text_config(QWEN_TOKENS, rope_parameters=mrope([4, 6, 6])),
+        dtype="float32",
+        **QWEN_IDS,
+    )
+    sizes = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 100}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(patch_size=14, size=sizes),
+        _qwen_tokenizer(),
+        Qwen2VLVideoProcessor(patch_size=14, size=sizes),
+    )
+    return save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+
+
+def qwen3_vl(folder: Path) -> Path:
+    """Two deepstack levels, interleaved M-RoPE."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = text_config(QWEN_TOKENS, rope_parameters=mrope([6, 5, 5], mrope_interleaved=True), head_dim=32)
+    config = Qwen3VLConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
+    return save(folder, Qwen3VLForConditionalGeneration(config), _qwen3_processor())
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    """As `qwen3_vl`, with four experts of which two answer."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = text_config(
+        QWEN_TOKENS,
+        rope_parameters=mrope([6, 5, 5], mrope_interleaved=True),
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        tie_word_embeddings=False,
+    )
+    config = Qwen3VLMoeConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
+    return save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+
+
+def llava_next(folder: Path) -> Path:
+    """A CLIP tower; tiles with padding on either side."""
+    from transformers import (
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    pinpoints = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=LlamaConfig(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=pinpoints,
+        dtype="float32",
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    return public(save(folder, LlavaNextForConditionalGeneration(config), processor))
+
+
+def llava_onevision(folder: Path) -> Path:
+    """A SigLIP tower; pictures of more than nine tiles are shrunk."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+    )
+
+    pinpoints = [[56 * rows, 56 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    config = LlavaOnevisionConfig(
+        vision_config=_siglip(),
+        text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        video_token_id=2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=pinpoints,
+        dtype="float32",
+    )
+    size = {"height": 56, "width": 56}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        video_token="<video>",
+    )
+    return public(save(folder, LlavaOnevisionForConditionalGeneration(config), processor))
+
+
+def llava_siglip(folder: Path) -> Path:
+    """LLaVA-1.5's layout on a SigLIP tower and a Qwen2 decoder."""
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2Config,
+        SiglipImageProcessor,
+    )
+
+    config = LlavaConfig(
+        vision_config=_siglip(),
+        text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
+        image_token_id=1,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full",
+        dtype="float32",
+    )
+    processor = LlavaProcessor(
+        SiglipImageProcessor(size={"height": 56, "width": 56}),
+        tokenizer(LLAVA_TOKENS, "<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        num_additional_image_tokens=0,
+    )
+    return public(save(folder, LlavaForConditionalGeneration(config), processor))
+
+
+LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
+_TILE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def _clip() -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**_TILE, projection_dim=32)
+
+
+def _siglip() -> Any:
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**_TILE, vision_use_head=False)
+
+
+def public(folder: Path) -> Path:
+    """Name the weights as public LLaVA checkpoints and vLLM 0.32 do; transformers 5 writes other names."""
+    file = folder / "model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        name = name.removeprefix("model.")
+        for old, new in (
+            ("vision_tower.vision_model.", "vision_tower.vision_model."),
+            ("vision_tower.", "vision_tower.vision_model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("language_model.model.", "language_model.model."),
+            ("language_model.lm_head.", "language_model.lm_head."),
+            ("language_model.", "language_model.model."),
+        ):
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        renamed[name] = tensor
+    save_file(renamed, file, metadata={"format": "pt"})
+    return folder
+
+
+_QWEN3_VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "patch_size": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "num_position_embeddings": 64,
+}
+
+
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer(QWEN_TOKENS, "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def _qwen3_processor() -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    sizes = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 100}
+    # equal means, since vLLM alone normalises videos by the image processor's
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16, size=sizes, **means),
+        _qwen_tokenizer(),
+        Qwen3VLVideoProcessor(patch_size=16, size=sizes, **means),
+        chat_template=_qwen_tokenizer().chat_template,
+    )
+
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "llava_siglip": llava_siglip,
+}
+
+if __name__ == "__main__":
+    for chosen in sys.argv[2:] or CHECKPOINTS:
+        print(CHECKPOINTS[chosen](Path(sys.argv[1]) / chosen))

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stage 1 must answer, family by family, written plainly on transformers' own models.
+
+The whole prompt's embeddings and positions are computed as for the unpruned prompt, then the dropped rows are
+cut out of both. Nothing is cached or batched, and nothing is shared with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.vision_utils import get_vision_window_index
+
+#: A view's grid and the attention [rows, columns] its units receive.
+Received = list[tuple[tuple[int, int], Tensor]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with one ``{}`` per picture, and stage 1's settings."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    keep_ratio: float | None = None
+    aggressiveness: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The prompt's length, the best token after each prefix of the answer, and its log-probability."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class Oracle:
+    """One checkpoint, in float32."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        self.family = _FAMILIES[self.model.config.model_type](self.model, self.processor)
+
+    @torch.inference_mode()
+    def embeddings(self, image: Image.Image) -> Tensor:
+        """[T, E] of the unpruned image, deepstack levels side by side."""
+        return self.family.embeddings(self.family.preprocess([image]))[0]
+
+    @torch.inference_mode()
+    def received(self, image: Image.Image) -> Received:
+        """Per view, attention received in the last layer that compares all of its units."""
+        return self.family.received(self.family.preprocess([image]), 0)
+
+    @torch.inference_mode()
+    def judge(self, request: Request, answer: Sequence[int]) -> Judged:
+        """The greedy answer is `answer` exactly if `token_ids` are, by induction over the tokens."""
+        embeddings, positions, visual, levels, after = self.family.prompt(request)
+        n = embeddings.shape[0]
+        new = torch.tensor(answer[:-1], dtype=torch.long)
+        embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(new)])
+        tail = (after + torch.arange(len(new))).expand(*positions.shape[:-1], -1)
+        positions = torch.cat([positions, tail], -1)
+        extra = {}
+        if levels:
+            mask = torch.cat([visual, torch.zeros(len(new), dtype=torch.bool)])
+            extra = {"visual_pos_masks": mask[None], "deepstack_visual_embeds": levels}
+        positions = positions[:, None] if positions.dim() == 2 else positions[None]
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings[None], position_ids=positions, **extra
+        ).last_hidden_state[0, n - 1 :]
+        best = self.model.lm_head(hidden).float().log_softmax(-1).max(-1)
+        return Judged(n, best.indices.tolist(), best.values.tolist())
+
+
+class Family:
+    """Base: how a family's prompt is built."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.whole, self.model, self.config, self.processor = model, model.model, model.config, processor
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Any:
+        return self.processor(text=[self.placeholder * len(images)], images=list(images), return_tensors="pt")
+
+    placeholder: str
+    #: Modalities beside images, which the tests allow none of.
+    other_modalities: tuple[str, ...] = ()
+
+    def embeddings(self, inputs: Any) -> list[Tensor]:
+        raise NotImplementedError
+
+    def received(self, inputs: Any, image: int) -> Received:
+        raise NotImplementedError
+
+    def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
+        """Per view the places [N] of its units among the image's, and the places of what always stays."""
+        raise NotImplementedError
+
+    def stays(self, inputs: Any, image: int, request: Request) -> Tensor:
+        """Bool [T]."""
+        units, fixed = self.places(inputs, image)
+        mask = torch.zeros(sum(len(u) for u in units) + len(fixed), dtype=torch.bool)
+        mask[fixed] = True
+        for (_, scores), places in zip(self.received(inputs, image), units, strict=True):
+            flat = scores.flatten()
+            kept = flat.sort(descending=True, stable=True).indices[: count(flat, request)]
+            mask[places[kept]] = True
+        return mask
+
+    def prompt(self, request: Request) -> tuple[Any, ...]:
+        text = request.text.format(*[self.placeholder] * len(request.images))
+        inputs = self.processor(text=[text], images=list(request.images) or None, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        embeddings = self.whole.get_input_embeddings()(ids)
+        visual = (
+            ids == self.config.image_token_id if request.images else torch.zeros_like(ids, dtype=torch.bool)
+        )
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        levels: list[Tensor] = []
+        if request.images:
+            rows = torch.cat(self.embeddings(inputs))
+            width = embeddings.shape[-1]
+            embeddings[visual] = rows[:, :width]
+            kept = torch.cat([self.stays(inputs, i, request) for i in range(len(request.images))])
+            stays[visual] = kept
+            levels = (
+                [level[kept] for level in rows[:, width:].split(width, -1)] if rows.shape[1] > width else []
+            )
+        positions, after = self.positions(inputs, ids, stays)
+        return embeddings[stays], positions, visual[stays], levels, after
+
+    def positions(self, inputs: Any, ids: Tensor, stays: Tensor) -> tuple[Tensor, int]:
+        """Contiguous."""
+        n = int(stays.sum())
+        return torch.arange(n), n
+
+
+class Qwen(Family):
+    """Both generations: units of 2x2 patches in raster order; true three-dimensional positions."""
+
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    other_modalities = ("video",)
+
+    def embeddings(self, inputs: Any) -> list[Tensor]:
+        grid = inputs["image_grid_thw"]
+        features = self.model.get_image_features(inputs["pixel_values"], grid)
+        levels = [torch.cat(list(level)) for level in getattr(features, "deepstack_features", None) or ()]
+        rows = torch.cat([torch.cat(list(features.pooler_output)), *levels], -1)
+        return list(rows.split((grid.prod(-1) // 4).tolist()))
+
+    def received(self, inputs: Any, image: int) -> Received:
+        grid = inputs["image_grid_thw"]
+        pixels = inputs["pixel_values"].split(grid.prod(-1).tolist())[image]
+        grid = grid[image : image + 1]
+        tower, seen = self.model.visual, {}
+        hook = tower.blocks[-1].attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(kwargs, hidden_states=args[0]), with_kwargs=True
+        )
+        tower(pixels, grid_thw=grid)
+        hook.remove()
+        attention = tower.blocks[-1].attn
+        q, k, _ = (
+            attention.qkv(seen["hidden_states"])
+            .double()
+            .view(len(pixels), 3, attention.num_heads, -1)
+            .unbind(1)
+        )
+        cos, sin = (t.double()[:, None] for t in seen["position_embeddings"])
+
+        def rotate(x: Tensor) -> Tensor:
+            half = x.shape[-1] // 2
+            return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k)) * q.shape[-1] ** -0.5
+        units = scores.softmax(-1).mean((0, 1)).view(-1, 4).mean(1)
+        if hasattr(self.config.vision_config, "fullatt_block_indexes"):
+            window = get_vision_window_index(
+                grid, spatial_merge_size=2, window_size=tower.window_size, patch_size=tower.patch_size
+            )[0]
+            units = torch.empty_like(units).index_copy(0, window, units)
+        rows, columns = (int(side) // 2 for side in grid[0, 1:])
+        return [((rows, columns), units.view(rows, columns))]
+
+    def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
+        units = int(inputs["image_grid_thw"][image].prod()) // 4
+        return [torch.arange(units)], torch.arange(0)
+
+    def positions(self, inputs: Any, ids: Tensor, stays: Tensor) -> tuple[Tensor, int]:
+        if "image_grid_thw" not in inputs:
+            return torch.arange(len(ids)).expand(3, -1), len(ids)
+        positions, _ = self.model.get_rope_index(
+            ids[None], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+        )
+        return positions[:, 0, stays], int(positions.max()) + 1
+
+
+class Llava(Family):
+    """One picture, or a small whole one and tiles: rows of the large picture end in a newline that stays."""
+
+    placeholder = "<image>"
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        self.tiled = hasattr(self.config, "image_grid_pinpoints")
+        if self.config.model_type == "llava_onevision":
+            self.other_modalities = ("video",)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
+        return [self.processor.image_processor([image], return_tensors="pt") for image in images]
+
+    def embeddings(self, inputs: list[Any]) -> list[Tensor]:
+        sizes = ({"image_sizes": one["image_sizes"]} if self.tiled else {} for one in inputs)
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        ratio = {"vision_aspect_ratio": "anyres_max_9"} if self.other_modalities else {}
+        return [
+            self.model.get_image_features(
+                one["pixel_values"],
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+                **size,
+                **ratio,
+            ).pooler_output[0]
+            for one, size in zip(inputs, sizes, strict=True)
+        ]
+
+    def scores(self, one: Any) -> Tensor:
+        """[tiles, P] attention received in the feature layer, CLS aside."""
+        pixels = one["pixel_values"].flatten(0, -4)
+        attentions = self.model.vision_tower(pixels, output_attentions=True).attentions
+        received = attentions[self.config.vision_feature_layer].double().mean((1, 2))
+        return received[:, received.shape[1] - self.side**2 :]
+
+    def pack(self, one: Any, values: Tensor) -> Tensor:
+        """[T] of values [tiles, P], newlines as -1."""
+        arguments = ["default"] if self.config.model_type == "llava_next" else []
+        (packed,), _ = self.model.pack_image_features(
+            [values.float()[..., None]], one["image_sizes"], *arguments, image_newline=torch.tensor([-1.0])
+        )
+        return packed[:, 0]
+
+    def units(self, one: Any) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
+        """Per view its grid, its units' scores and their places."""
+        scores, patches = self.scores(one), self.side**2
+        views = [((self.side, self.side), scores[0].view(self.side, self.side), torch.arange(patches))]
+        if not self.tiled:
+            return views
+        packed = self.pack(one, scores)[patches:]
+        columns = int((packed == -1).nonzero()[0]) if len(packed) else 0
+        large = packed.view(-1, columns + 1)[:, :-1]
+        places = patches + torch.arange(len(packed)).view(-1, columns + 1)[:, :-1]
+        # which tile the middle of each unit is in, by LLaVA-NeXT's packing of the patches' numbers
+        numbers = torch.arange(scores.numel(), dtype=torch.float64).view(scores.shape)
+        (whole,), _ = LlavaNextModel.pack_image_features(
+            SimpleNamespace(config=self.config),
+            [numbers[..., None]],
+            one["image_sizes"],
+            "default",
+            torch.tensor([-1.0], dtype=torch.float64),
+        )
+        whole = whole[patches:, 0]
+        wide = int((whole == -1).nonzero()[0])
+        whole = whole.view(-1, wide + 1)[:, :-1]
+        rows = ((torch.arange(large.shape[0]) + 0.5) * whole.shape[0] / large.shape[0]).long()
+        across = ((torch.arange(columns) + 0.5) * wide / columns).long()
+        owner = whole[rows][:, across].long() // patches
+        for tile in sorted(set(owner.flatten().tolist())):
+            mine = owner == tile
+            grid = (int(mine.any(1).sum()), int(mine.any(0).sum()))
+            views.append((grid, large[mine].view(grid), places[mine]))
+        return views
+
+    def received(self, inputs: list[Any], image: int) -> Received:
+        return [(grid, scores.double()) for grid, scores, _ in self.units(inputs[image])]
+
+    def places(self, inputs: list[Any], image: int) -> tuple[list[Tensor], Tensor]:
+        units = [places for _, _, places in self.units(inputs[image])]
+        total = len(self.embeddings(inputs)[image])
+        taken = torch.cat(units)
+        return units, torch.tensor(
+            [p for p in range(total) if p not in set(taken.tolist())], dtype=torch.long
+        )
+
+    def prompt(self, request: Request) -> tuple[Any, ...]:
+        text = request.text.format(*[self.placeholder] * len(request.images))
+        inputs = self.preprocess(request.images)
+        rows = self.embeddings(inputs)
+        kept = [r[self.stays(inputs, i, request)] for i, r in enumerate(rows)]
+        token, images = self.config.image_token_id, iter(kept)
+        parts = [
+            next(images) if i == token else self.whole.get_input_embeddings()(torch.tensor([i]))
+            for i in self.processor.tokenizer(text).input_ids
+        ]
+        embeddings = torch.cat(parts)
+        n = len(embeddings)
+        return embeddings, torch.arange(n), torch.zeros(n, dtype=torch.bool), [], n
+
+
+_FAMILIES: dict[str, type[Family]] = {
+    "qwen2_5_vl": Qwen,
+    "qwen3_vl": Qwen,
+    "qwen3_vl_moe": Qwen,
+    "llava": Llava,
+    "llava_next": Llava,
+    "llava_onevision": Llava,
+}
+
+
+def count(scores: Tensor, request: Request) -> int:
+    """How many of a view's units stay."""
+    n = len(scores)
+    if request.keep_ratio is not None:
+        return max(1, math.ceil(Decimal(str(request.keep_ratio)) * n))
+    if request.aggressiveness == 0:
+        return n
+    curve = scores.sort(descending=True).values.double()
+    y = (curve - curve[-1]) / (curve[0] - curve[-1])
+    x = torch.arange(n, dtype=torch.float64) / (n - 1)
+    slope = request.aggressiveness / (1 - request.aggressiveness)
+    cut = int((y + min(slope, 1) * x).argmin()) + 1
+    return math.ceil(round(cut / max(slope, 1), 6))

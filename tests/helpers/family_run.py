@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers the families' cases with vLLM's `LLM`, alone and then with the plugin, and writes what came out.
+
+    python -m tests.helpers.family_run CHECKPOINT OUT PLACEHOLDER [MODALITY ...]
+
+Both engines run in this process, one after the other. vLLM remembers the class it found for a path, so the
+second engine is given the checkpoint by another path.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_PLUGINS"] = ""  # the plugin is registered by hand, once vLLM alone has answered
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.helpers.family_cases import PRUNED, UNPRUNED
+from tests.helpers.family_oracle import Request
+from vllm_vtprune import request_kwargs
+
+STEPS = 16
+_PARAMS = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
+
+
+def engine(checkpoint: str, **options: Any) -> LLM:
+    limits = {"image": 4, **({"video": 0} if "video" in options.pop("modalities", ()) else {})}
+    return LLM(
+        checkpoint,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=352,
+        max_num_seqs=8,
+        block_size=32,
+        limit_mm_per_prompt=limits,
+        seed=0,
+        **options,
+    )
+
+
+def ask(llm: LLM, requests: list[Request], placeholder: str, *, pruning: bool) -> list[dict[str, Any]]:
+    prompts: list[Any] = []
+    for request in requests:
+        prompt: dict[str, Any] = {"prompt": request.text.format(*[placeholder] * len(request.images))}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            if pruning:
+                amount = {"keep_ratio": request.keep_ratio, "aggressiveness": request.aggressiveness or None}
+                kwargs, _ = request_kwargs(**({} if request in UNPRUNED else amount))
+                prompt["mm_processor_kwargs"] = kwargs
+        prompts.append(prompt)
+    return [answer(output) for output in llm.generate(prompts, _PARAMS, use_tqdm=False)]
+
+
+def answer(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached": output.num_cached_tokens,
+        "tokens": tokens,
+        "logprobs": [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)],
+    }
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Run on the engine's model."""
+    vision = ("visual", "vision", "projector", "mlp1")
+    return {
+        "class": type(model).__name__,
+        "tower_parameters": [n for n, _ in model.named_parameters() if any(v in n for v in vision)],
+        "deepstack": getattr(model, "use_deepstack", None),
+    }
+
+
+def main() -> None:
+    checkpoint, out, placeholder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    modalities = sys.argv[4:]
+    found: dict[str, Any] = {}
+    llm = engine(str(checkpoint), modalities=modalities)
+    found["alone"] = ask(llm, UNPRUNED, placeholder, pruning=False)
+    del llm
+    gc.collect()
+
+    import vllm_vtprune
+
+    vllm_vtprune.register()
+    link = Path(out).parent / "checkpoint"
+    link.symlink_to(checkpoint, target_is_directory=True)
+    # few blocks and short steps: requests are preempted, and prompts are prefilled in chunks
+    llm = engine(
+        str(link),
+        modalities=modalities,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=12,
+        disable_log_stats=False,
+    )
+    from tests.helpers import family_run as importable
+
+    found["model"] = llm.apply_model(importable.describe)[0]
+    everything = [*PRUNED, *UNPRUNED]
+    found["mixed"] = ask(llm, everything, placeholder, pruning=True)
+    # each twice in a row: the second time its prompt lies in the prefix cache
+    pairs = [
+        ask(llm, [request], placeholder, pruning=True) + ask(llm, [request], placeholder, pruning=True)
+        for request in everything
+    ]
+    found["again"] = [second for _, second in pairs]
+    found["preemptions"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")  # type: ignore[attr-defined]
+    torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main()

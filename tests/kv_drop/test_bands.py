@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several prune layers on the real engine, beside the plain reference; each scenario on another decoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers.kv_cases import BANDS, band_cases, band_crowd
+from tests.helpers.kv_matrix import CHECKPOINT, ON, Runs, Verdicts
+from tests.reference import PruneLayer, Reference
+from vllm_vtprune.kv_drop.schedule import parse
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+PROMPT = 189  # tokens of a question with one image of 144
+
+
+def on(scenario: str) -> Any:
+    """Runs a test on every runner that the scenario runs on."""
+    return pytest.mark.parametrize("runner", ON[scenario])
+
+
+def method(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...], str]:
+    """Prune layers, ratings and checkpoint of a scenario."""
+    prune_layers = tuple((p.layer, p.share, p.of) for p in parse(BANDS[scenario]["prune_layers"]))
+    return prune_layers, tuple(BANDS[scenario]["relevance"].split(",")), CHECKPOINT[scenario]
+
+
+def check(
+    verdicts: Verdicts, scenario: str, runner: str, requests: Any, answers: Any, name: str = ""
+) -> None:
+    """The answers are the reference's."""
+    prune_layers, relevance, checkpoint = method(scenario)
+    verdicts.check(name or scenario, runner, prune_layers, requests, answers, relevance, checkpoint)
+
+
+@on("bands")
+def test_a_mixed_batch_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    check(verdicts, "bands", runner, band_cases(), runs("bands", runner)["batch"])
+
+
+@on("bands")
+def test_a_request_alone_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    alone = runs("bands", runner)["single"]
+    check(verdicts, "bands", runner, band_cases()[:6], alone, "bands, one at a time")
+
+
+@on("bands_preemption")
+def test_preempted_requests_lose_the_same_tokens(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("bands_preemption", runner)
+    assert found["preemptions"] >= 2
+    assert found["blocks_lost"] == 0
+    check(verdicts, "bands_preemption", runner, band_crowd(), found["answers"])
+
+
+@on("bands_compiled")
+def test_compiled_bands_and_other_ratings_answer_as_the_reference(
+    runs: Runs, runner: str, verdicts: Verdicts
+) -> None:
+    check(verdicts, "bands_compiled", runner, band_cases(), runs("bands_compiled", runner)["batch"])
+
+
+def test_each_prune_layer_changes_answers(runs: Runs, verdicts: Verdicts) -> None:
+    """Otherwise the comparisons would prove little: without the higher ones other answers are right."""
+    prune_layers, relevance, checkpoint = method("bands")
+    lowest_alone: Reference = verdicts.reference(prune_layers[:1], relevance, checkpoint)
+    wrong = 0
+    for request, mine in zip(band_cases(), runs("bands", ON["bands"][0])["batch"], strict=True):
+        # a share of almost one takes the schedule's, of which the lowest has none
+        same = replace(request, kv_keep=1.0) if request.kv_keep == 0.999 else request
+        wrong += lowest_alone.judge(same, mine["tokens"]).token_ids != mine["tokens"]
+    assert wrong >= 5
+
+
+@pytest.mark.parametrize(
+    ("scenario", "decoder", "layers"),
+    [
+        ("bands", "Qwen3Model", [2, 1, 2, 1]),
+        ("bands_preemption", "MistralModel", [2, 2, 2]),
+        ("bands_compiled", "Qwen2Model", [2, 1, 1, 1, 1]),
+    ],
+)
+def test_the_decoder_is_vllms_own_in_bands(
+    runs: Runs, scenario: str, decoder: str, layers: list[int]
+) -> None:
+    compiled = scenario == "bands_compiled"
+    bands = [(f"Band{index}", count, compiled) for index, count in enumerate(layers)]
+    assert runs(scenario, ON[scenario][0])["decoder"] == (decoder, bands)
+
+
+@on("bands")
+def test_blocks_are_those_of_each_bands_count_and_all_return(runs: Runs, runner: str) -> None:
+    pool = runs("bands", runner)["pool"]
+    size = pool["block_size"]
+    # with an exit all text stays: half of the prompt, a quarter, and the text alone
+    kept = [PROMPT, 95, 48, 45]
+    for held in pool["held"]:
+        for band, blocks in zip(pool["bands"], held, strict=True):
+            # up to 8 tokens were generated on top
+            assert -(-kept[band] // size) <= blocks <= -(-(kept[band] + 8) // size)
+    # bands of 2, 1, 2 and 1 layers, in groups of one
+    assert sorted(pool["bands"]) == [0, 0, 1, 2, 2, 3]
+    assert pool["before"] - pool["during"] == sum(map(sum, pool["held"]))
+    assert pool["after"] == pool["before"]
+    assert runs("bands", runner)["blocks_lost"] == 0

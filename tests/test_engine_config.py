@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start-up check on vLLM's real configuration, before any engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import DEMO_MODEL
+from tests.helpers.kv_config import config
+
+
+@pytest.mark.parametrize(
+    "policy,sentence",
+    [
+        ({"encoder_device": "cuda:99"}, "encoder_device is 'cuda:99', which this machine does not have"),
+        ({"encoder_device": "gpu"}, "encoder_device is 'gpu': use auto, cpu"),
+        ({"encoder_device": "xpu"}, "encoder_device is 'xpu'"),
+        ({"encoder_dtype": "int7"}, "encoder_dtype is 'int7': use auto, float32"),
+    ],
+)
+def test_an_encoder_that_cannot_run_is_refused(policy: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        config(DEMO_MODEL, policy=policy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="'cuda', which this machine does not have: use auto or cpu"):
+        config(DEMO_MODEL, policy={"encoder_device": "cuda"})
+
+
+@pytest.mark.parametrize("least,said", [(143, False), (144, True), (500, True)])
+def test_a_minimum_above_an_images_tokens_is_told(
+    least: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm_vtprune"):
+        config(DEMO_MODEL, policy={"min_tokens": least})
+    assert (f"min_tokens is {least}, and an image has 144 vision tokens" in caplog.text) is said

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family tells the rest: its tower, what that computes, and how kept units become embeddings.
+
+A unit is the smallest thing that can be dropped: a patch, or a 2x2 block of patches where the model merges
+them. A view is a part of the picture with a softmax of its own, the whole of it or a tile; scores of
+different views are not comparable, so each is pruned by its own curve.
+
+An image's N units stand view after view, each view's in raster order. The prompt holds T places for its
+embeddings before pruning: T = N where every place is a unit's, more where the model adds embeddings of its
+own, such as a newline after each row of patches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+#: Optional outputs of a tower (fields of `selection.VisionFeatures`) that cost extra work.
+OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
+
+
+#: A crop that is the whole picture.
+WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image as the model's own class would be given it.
+
+    Attributes:
+        inputs: the image processor's outputs: pixel_values, image_grid_thw, image_sizes, ...
+        on_host: those of them that the engine is given too, because it computes positions from them.
+        places: T, embeddings of the unpruned image.
+    """
+
+    inputs: Mapping[str, Tensor]
+    on_host: Mapping[str, Tensor] = field(default_factory=dict)
+    places: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A part of the picture with a softmax of its own.
+
+    Attributes:
+        grid: rows and columns of its units.
+        start: its first unit.
+    """
+
+    grid: tuple[int, int]
+    start: int = 0
+
+    @property
+    def units(self) -> slice:
+        """Its units among the image's."""
+        return slice(self.start, self.start + self.grid[0] * self.grid[1])
+
+
+@dataclass(frozen=True, slots=True)
+class TowerOutput:
+    """What the tower computed for one image, apart from any request's settings.
+
+    Attributes:
+        patches: [N, D] units, what `Family.project` takes.
+        views: the V views, which together hold the N units.
+        cls: [V, D] hidden state of CLS in each view; None for a tower without one.
+        cls_attention: [L, N] head-mean attention from CLS, the last layer is the feature layer.
+        received: [L, N] attention received, mean over heads and queries.
+        keys: [N, Dk] attention keys of the feature layer, heads concatenated.
+        on_host: as in `Item`.
+        places: as in `Item`.
+    """
+
+    patches: Tensor
+    views: tuple[View, ...] = ()
+    cls: Tensor | None = None
+    cls_attention: Tensor | None = None
+    received: Tensor | None = None
+    keys: Tensor | None = None
+    on_host: Mapping[str, Tensor] = field(default_factory=dict)
+    places: int = 0
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """Which optional outputs are there."""
+        return frozenset(name for name in OPTIONAL_OUTPUTS if getattr(self, name) is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = (self.patches, self.cls, self.cls_attention, self.received, self.keys)
+        return sum(t.nbytes for t in (*tensors, *self.on_host.values()) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What stays of one image.
+
+    Attributes:
+        output: the tower's.
+        units: [k] int64, ascending.
+        tokens: [k', D] features of the kept units; k' > k where a method adds tokens that stand for several,
+            after each view's own.
+    """
+
+    output: TowerOutput
+    units: Tensor
+    tokens: Tensor
+
+    @property
+    def added(self) -> int:
+        """Tokens that stand for several units."""
+        return self.tokens.shape[0] - self.units.shape[0]
+
+
+Projected = tuple[Tensor, Tensor]
+"""Embeddings [k', E], and their places [k'], ascending, among the T of the unpruned image."""
+
+
+class Family(ABC):
+    """One model family, made from a checkpoint's configuration.
+
+    Attributes:
+        outputs: the fields of `selection.VisionFeatures` the tower can give, beyond the patches.
+        default_score: what ranks tokens where nobody says.
+        prefixes: prefix of a weight's name in the checkpoint -> prefix in the module of `build`; the first
+            that fits counts, after a leading "model." was taken off.
+        adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
+    """
+
+    outputs: frozenset[str] = frozenset({"received"})
+    default_score: str = "received"
+    prefixes: ClassVar[Mapping[str, str]]
+    adds_tokens: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse at start what cannot be pruned.
+
+        Raises:
+            CheckpointError: the configuration asks for something this adapter does not know.
+        """
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Tower and projector from transformers' own classes, named as `prefixes` says; on the CPU."""
+
+    @abstractmethod
+    def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
+        """Run the tower over some images, their tensors on its device; each result in memory of its own."""
+
+    @abstractmethod
+    def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
+        """Embeddings of what stays, all images in one pass where the tower allows it."""
+
+    @abstractmethod
+    def patches(self, item: Item) -> int:
+        """Patches that the tower sees of an image: what a pass costs grows with them."""
+
+    @abstractmethod
+    def unpruned_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of every image's units; None where they depend on the image."""
+
+    def places(self) -> int | None:
+        """T of every image; None where it depends on the image."""
+        return None
+
+    def warm_up(self, modules: Any, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """What need not wait for the first image."""
+
+    def embed_width(self) -> int:
+        """E, what the engine is given per place."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def bounded(self, image: Image.Image, image_processor: Any) -> Image.Image:
+        """The picture, without parts that are never looked at but cost gigabytes to resize.
+
+        Raises:
+            ValueError: the picture is too long and narrow.
+        """
+        return image
+
+    def advance(self, on_host: Mapping[str, Tensor]) -> int | None:
+        """Positions that an image takes in the rotary embedding; None: as many as it has tokens."""
+        return None
+
+    def table(self, max_model_len: int) -> int | None:
+        """Positions that the engine's rotary table holds; None: no prompt can exceed it."""
+        return None
+
+    def crops(
+        self, size: tuple[int, int], image_processor: Any, output: TowerOutput
+    ) -> list[dict[str, float]]:
+        """Which part of the picture each view covers, as `vision.crop.crop_of` gives it.
+
+        Args:
+            size: width and height of the picture in pixels.
+            image_processor: the checkpoint's.
+            output: the tower's for this picture.
+        """
+        return [WHOLE]
+
+    def rename(self, key: str) -> str | None:
+        """A weight's name in the module of `build`; None: not one of its weights."""
+        name = key.removeprefix("model.")
+        for prefix, new in self.prefixes.items():
+            if name.startswith(prefix):
+                return new + name.removeprefix(prefix)
+        return None

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-VL and Qwen3-VL, dense and mixture of experts: pictures of any size, units of 2x2 patches, no CLS.
+
+A unit's score is the mean of its patches' received attention, read in layers whose attention spans the whole
+picture: in a windowed layer every window's columns sum to its own queries, so windows do not compare.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.vision_utils import get_vision_window_index
+
+from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
+from vllm_vtprune.vision.attention import READABLE, reading
+
+
+class QwenVL(Family):
+    """What both generations share."""
+
+    prefixes: ClassVar[Mapping[str, str]] = {"visual.": ""}
+
+    def check(self) -> None:
+        """Every configuration of these classes works."""
+
+    @abstractmethod
+    def scored_layers(self) -> Sequence[int]:
+        """Layers whose received attention is read, the last one's is the score."""
+
+    @abstractmethod
+    def units(self, modules: Any, output: Any) -> Tensor:
+        """[all units, D] out of what the tower returns, in the tower's order."""
+
+    def prompt_order(self, grid: Tensor) -> Tensor:
+        """[all units]: where in the tower's order each unit of the prompt's is."""
+        return torch.arange(int(grid.prod(-1).sum()) // self._merge**2, device=grid.device)
+
+    @property
+    def _vision(self) -> Any:
+        return self.config.vision_config
+
+    @property
+    def _merge(self) -> int:
+        return int(self._vision.spatial_merge_size)
+
+    def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
+        """All images in one pass, each attending to itself."""
+        grid = torch.stack([item.inputs["image_grid_thw"] for item in items])  # [B, 3]
+        pixels = torch.cat([item.inputs["pixel_values"] for item in items])
+        layers = self.scored_layers() if "received" in outputs else ()
+        with reading(modules.blocks[layer].attn for layer in layers) as seen:
+            result = modules(pixels, grid_thw=grid)
+        order = self.prompt_order(grid)
+        sizes = (grid.prod(-1) // self._merge**2).tolist()
+        units = self.units(modules, result)[order].split(sizes)
+        received: Sequence[Tensor | None] = [None] * len(items)
+        if layers:
+            # one call a layer and image: [1, patches]
+            scores = torch.stack([torch.cat([call[0] for call in calls]) for calls in seen])
+            received = scores.view(len(layers), -1, self._merge**2).mean(-1)[:, order].split(sizes, dim=1)
+        return [
+            TowerOutput(
+                patches=rows.clone(),
+                views=(View(self._grid_of(item.inputs)),),
+                received=None if attention is None else attention.clone(),
+            )
+            for item, rows, attention in zip(items, units, received, strict=True)
+        ]
+
+    def patches(self, item: Item) -> int:
+        """As many as the picture has."""
+        return int(item.inputs["image_grid_thw"].prod())
+
+    def unpruned_grid(self) -> None:
+        """It depends on the picture."""
+
+    def advance(self, on_host: Mapping[str, Tensor]) -> int:
+        """The longer side: the text behind a picture goes on there (M-RoPE)."""
+        return max(self._grid_of(on_host))
+
+    def table(self, max_model_len: int) -> int:
+        """Four times the longest prompt that the configuration names, as vLLM's `MRotaryEmbedding` has it."""
+        return 4 * int(self.config.get_text_config().max_position_embeddings)
+
+    def _grid_of(self, fields: Mapping[str, Tensor]) -> tuple[int, int]:
+        _, rows, columns = fields["image_grid_thw"].tolist()
+        return rows // self._merge, columns // self._merge
+
+
+class Qwen2_5VL(QwenVL):
+    """A unit is what the merger takes, [4 * hidden]; only kept ones are merged."""
+
+    def build(self) -> nn.Module:
+        """The tower with its merger."""
+        tower: nn.Module = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            self._vision, attn_implementation=READABLE
+        )
+        return tower
+
+    def scored_layers(self) -> Sequence[int]:
+        """The layers that attend over the whole picture."""
+        return sorted(self._vision.fullatt_block_indexes)
+
+    def units(self, modules: Any, output: Any) -> Tensor:
+        """Before the merger, whose result is in the prompt's order already, and thrown away."""
+        rows: Tensor = output.last_hidden_state
+        return rows.view(-1, self._merge**2 * rows.shape[-1])
+
+    def prompt_order(self, grid: Tensor) -> Tensor:
+        """Inside the tower the units stand window by window."""
+        windows, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=self._merge,
+            window_size=self._vision.window_size,
+            patch_size=self._vision.patch_size,
+        )
+        return windows.argsort()
+
+    def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
+        """Merge what stays."""
+        rows = torch.cat([kept.tokens for kept in images])
+        merged = modules.merger(rows.view(-1, self._vision.hidden_size))
+        embeddings = merged.split([kept.tokens.shape[0] for kept in images])
+        return [(e, kept.units) for e, kept in zip(embeddings, images, strict=True)]
+
+
+class Qwen3VL(QwenVL):
+    """A unit is a final embedding and its deepstack levels, [hidden * (1 + levels)].
+
+    That is smaller than the states before the mergers, which are a tenth of the tower.
+    """
+
+    def build(self) -> nn.Module:
+        """The tower with its mergers."""
+        tower: nn.Module = Qwen3VLVisionModel._from_config(self._vision, attn_implementation=READABLE)
+        return tower
+
+    def scored_layers(self) -> Sequence[int]:
+        """Four, evenly over the depth; all attend over the whole picture."""
+        depth = int(self._vision.depth)
+        return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+
+    def units(self, modules: Any, output: Any) -> Tensor:
+        """As `Qwen3VLModel.get_image_features` gives them, side by side."""
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+
+    def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
+        """They are projected already."""
+        return [(kept.tokens, kept.units) for kept in images]
+
+    def table(self, max_model_len: int) -> int:
+        """As `models.qwen_vl` sizes it."""
+        longest = int(self.config.get_text_config().max_position_embeddings)
+        return longest * self.table_factor(max_model_len, longest)
+
+    @staticmethod
+    def table_factor(max_model_len: int, max_position_embeddings: int) -> int:
+        """Rotary table in longest prompts: the larger one only where the smaller leaves no room for gaps."""
+        return 1 if 2 * max_model_len <= max_position_embeddings else 4
+
+    def embed_width(self) -> int:
+        """The embedding and its levels, which vLLM takes apart again."""
+        return super().embed_width() * (1 + len(self._vision.deepstack_visual_indexes))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the attention that patches receive out of any vision tower of transformers, without slowing it down.
+
+Hook: `transformers.AttentionInterface`, through which the towers call their attention with queries and keys
+after rotary embedding and normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+#: The attention implementation to build a tower with.
+READABLE = "vtprune_readable"
+_SEEN = "vtprune_seen"
+#: Elements of an attention matrix held at once, over all heads: 256 MB in float32.
+_ELEMENTS = 2**26
+
+
+def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """[B, N]: attention each of the N tokens receives, mean over heads and queries, in float32.
+
+    Args:
+        query: [B, heads, N, head].
+        key: [B, heads, N, head].
+        scaling: of their products.
+    """
+    batch, heads, tokens, _ = query.shape
+    received = torch.zeros((batch, tokens), dtype=torch.float32, device=query.device)
+    keys = key.float().transpose(-1, -2)
+    # a large picture's whole matrix would take gigabytes
+    for rows in query.split(max(1, _ELEMENTS // (batch * heads * tokens)), dim=2):
+        received += (rows.float() @ keys * scaling).softmax(-1).sum((1, 2))
+    return received / (heads * tokens)
+
+
+@contextmanager
+def reading(attentions: Iterable[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """Per attention module, what its calls inside the context let each patch receive: [B, N] a call."""
+    modules = list(attentions)
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    for module, calls in zip(modules, seen, strict=True):
+        setattr(module, _SEEN, calls)
+    try:
+        yield seen
+    finally:
+        for module in modules:
+            delattr(module, _SEEN)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    calls: list[Tensor] | None = getattr(module, _SEEN, None)
+    if calls is not None:
+        calls.append(received_attention(query, key, kwargs["scaling"]))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(READABLE, _attention)
+AttentionMaskInterface.register(READABLE, sdpa_mask)
