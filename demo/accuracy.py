@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from demo.packing import answer_logits, pack
-from vtprune_eval.scene_questions import KINDS, ask_each
-from vtprune_eval.scenes import Scene
+from vtprune_eval.drawn import ALL_KINDS, Drawn, questions_each
 
 Keep = Callable[[int, Tensor], Tensor]
 """Patch choice: scene number and the tower's states [1 + P, width] to kept patch indices in raster order."""
@@ -43,25 +42,25 @@ class Accuracy:
     @property
     def by_kind(self) -> dict[str, float]:
         """Share answered right of each kind that was asked."""
-        return {kind: self.right[kind] / self.asked[kind] for kind in KINDS if self.asked[kind]}
+        return {kind: self.right[kind] / self.asked[kind] for kind in ALL_KINDS if self.asked[kind]}
 
 
 @torch.inference_mode()
 def measure(
     model: LlavaForConditionalGeneration,
-    scenes: list[Scene],
+    scenes: list[Drawn],
     states: Tensor,
     keep: Keep | None = None,
     seed: int = 0,
 ) -> Accuracy:
-    """Ask every scene one question of each kind; its word and the end after it must both be right.
+    """Ask every picture one question of each kind; its word and the end after it must both be right.
 
     `states` [N, 1 + P, width] are the feature layer's, CLS first; without `keep` all patches are shown.
     """
     accuracy, batch = Accuracy(), 20 if keep is None else 1  # kept counts differ, all patches do not
     for first in range(0, len(scenes), batch):
         group = scenes[first : first + batch]
-        asked = [ask_each(scene, random.Random(f"{seed} {scene.index}")) for scene in group]
+        asked = [questions_each(scene, random.Random(f"{seed} {scene.index}")) for scene in group]
         patches = states[first : first + batch, 1:]
         if keep is not None:
             patches = patches[:, keep(first, states[first])]

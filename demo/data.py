@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of scenes with their labels, drawn in a background process in a fixed order."""
+"""Batches of scenes and pages with their labels, drawn in a background process in a fixed order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from demo.model import IGNORE
-from vtprune_eval.scenes import COLOURS, PRINTED, SHAPES, Scene, make_scene
+from vtprune_eval.documents import Page, Printed
+from vtprune_eval.drawn import Drawn, draw
+from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, Text
 
 ATTRIBUTES = {
     "colour": 1 + len(COLOURS),
@@ -22,11 +24,12 @@ ATTRIBUTES = {
     "cell": 10,
 }
 """What one object is labelled with, and the number of classes; class 0 means none."""
-MAX_OBJECTS = 7
-"""Six shapes and one text."""
+MAX_OBJECTS = 19
+"""Six shapes and one text; a table's four rows and three columns with their heads."""
 _COLOUR_NUMBER = {name: 1 + number for number, name in enumerate(COLOURS)}
 _SHAPE_NUMBER = {name: 1 + number for number, name in enumerate(SHAPES)}
 _WORD_NUMBER = {name: 1 + number for number, name in enumerate(PRINTED)}
+_CELL_NUMBER = {place: 1 + number for number, place in enumerate(place for row in PLACES for place in row)}
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,28 @@ class Batch:
     labels: Tensor
 
 
-def objects_of(scene: Scene) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """The scene's objects as rows of classes, shape [MAX_OBJECTS, attributes]; the text comes last."""
+def objects_of(drawn: Drawn) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """A picture's objects as rows of classes, shape [MAX_OBJECTS, attributes].
+
+    A scene's shapes, then its text; everything printed on a page, a bar being the digit it stands for.
+    """
     table = np.zeros((MAX_OBJECTS, len(ATTRIBUTES)), np.int64)
-    for row, shape in enumerate(scene.shapes):
-        cell = 1 + 3 * shape.row + shape.column
-        table[row] = (_COLOUR_NUMBER[shape.colour], _SHAPE_NUMBER[shape.shape], 1 + shape.size, 0, cell)
-    if scene.text is not None:
-        table[len(scene.shapes)] = (
-            0,
-            0,
-            0,
-            _WORD_NUMBER[scene.text.word],
-            1 + 3 * scene.text.row + scene.text.column,
-        )
+    shapes = drawn.shapes if isinstance(drawn, Scene) else ()
+    for row, shape in enumerate(shapes):
+        names = _COLOUR_NUMBER[shape.colour], _SHAPE_NUMBER[shape.shape]
+        table[row] = (*names, 1 + shape.size, 0, _CELL_NUMBER[shape.place])
+    texts: list[Printed | Text] = []
+    if isinstance(drawn, Page):
+        texts += drawn.printed
+    elif drawn.text is not None:
+        texts.append(drawn.text)
+    for row, text in enumerate(texts, start=len(shapes)):
+        table[row] = (0, 0, 0, _WORD_NUMBER[text.word], _CELL_NUMBER[text.place])
     return table
 
 
-def collate(scenes: list[Scene]) -> Batch:
-    """Stack scenes into one batch."""
+def collate(scenes: list[Drawn]) -> Batch:
+    """Stack pictures into one batch."""
     owner = np.stack([scene.owner for scene in scenes])
     objects = np.stack([objects_of(scene) for scene in scenes])
     labels = np.take_along_axis(objects, np.maximum(owner, 0)[..., None], axis=1)
@@ -81,12 +87,12 @@ class _Drawing(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         index = self.first
         while True:
-            yield collate([make_scene(self.split, index + k, self.size) for k in range(self.batch)])
+            yield collate([draw(self.split, index + k, self.size) for k in range(self.batch)])
             index += self.batch
 
 
 def batches(split: str, first: int, batch: int, size: int) -> Iterator[Batch]:
-    """Endless batches of consecutive scenes from index `first` on, drawn by one background process."""
+    """Endless batches of consecutive pictures from index `first` on, drawn by one background process."""
     return iter(
         DataLoader(_Drawing(split, first, batch, size), batch_size=None, num_workers=1, prefetch_factor=8)
     )

@@ -28,8 +28,9 @@ from demo.model import IGNORE, VOCABULARY, Size
 from demo.optim import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
 from demo.packing import answer_logits, pack
 from demo.tower import encode, normalise
-from vtprune_eval.scene_questions import EVENLY, ask_many
-from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES, Scene, make_scene
+from vtprune_eval.drawn import Drawn, draw, questions_many
+from vtprune_eval.scene_questions import EVENLY
+from vtprune_eval.scenes import COLOURS, PLACES, PRINTED, SHAPES
 
 # These ask about two things at once and are learnt last.
 _HARD = {"yes_no": 2.0, "compare": 2.0, "count": 4.0}
@@ -59,7 +60,7 @@ class LanguageSettings:
 
 @dataclass
 class Features:
-    """Scenes of a split without their pixels, and the frozen tower's output on them.
+    """Pictures of a split without their pixels, and the frozen tower's output on them.
 
     `states` float16 [capacity, 1 + P, width], CLS first; rows from `len(scenes)` on are not filled yet.
     """
@@ -67,7 +68,7 @@ class Features:
     tower: CLIPVisionModel
     split: str
     size: Size
-    scenes: list[Scene]
+    scenes: list[Drawn]
     states: Tensor
 
     @classmethod
@@ -78,19 +79,19 @@ class Features:
 
     @torch.inference_mode()
     def grow(self, count: int, batch: int = 25) -> Features:
-        """Draw the next `count` scenes, as far as there is room, and run the tower on them."""
+        """Draw the next `count` pictures, as far as there is room, and run the tower on them."""
         device = next(self.tower.parameters()).device
         wanted = min(len(self.states), len(self.scenes) + count)
         while (first := len(self.scenes)) < wanted:
             indices = range(first, min(wanted, first + batch))
-            drawn = [make_scene(self.split, index, self.size.image) for index in indices]
+            drawn = [draw(self.split, index, self.size.image) for index in indices]
             states, _ = encode(self.tower, normalise(collate(drawn).pixels.to(device)))
             self.states[first : first + len(drawn)] = states.half().cpu()
             self.scenes += [replace(scene, pixels=np.empty((0, 0, 3), np.uint8)) for scene in drawn]
         return self
 
 
-def patch_words(scenes: list[Scene]) -> Tensor:
+def patch_words(scenes: list[Drawn]) -> Tensor:
     """The words that each patch shows, as token ids padded with `IGNORE`: int64 [B, P, 4].
 
     Colour, shape, printed word and place: what the projected patch should be near in the space of word
@@ -164,7 +165,7 @@ def keep_some(shown: Tensor, least: float, rng: random.Random) -> Tensor:
     return order.masked_fill(~stays.gather(1, order), -1)
 
 
-def keep_objects(scenes: list[Scene]) -> Keep:
+def keep_objects(scenes: list[Drawn]) -> Keep:
     """For `measure`: the patches that show an object, and no background."""
     return lambda number, _: torch.from_numpy(scenes[number].object_patches.reshape(-1)).nonzero()[:, 0]
 
@@ -222,7 +223,7 @@ class Trainer:
         if self.step <= settings.align_steps:
             self.optimiser.step(named, schedule(self.step, settings.align_steps, warmup=20))
             return {"words": named.item()}
-        questions = [ask_many(scene, settings.questions, rng, settings.kinds) for scene in scenes]
+        questions = [questions_many(scene, settings.questions, rng, settings.kinds) for scene in scenes]
         packed = pack(questions, (keep >= 0).sum(1), device)
         logits = answer_logits(self.model, projected, packed)
         answer = F.cross_entropy(logits, packed.targets)

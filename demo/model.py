@@ -24,11 +24,21 @@ _QUESTION_WORDS = (
     *("where", "text", "a", "an", "yes", "no", "does", "say", "read", "word"),
     *("which", "larger", "higher", "or", "?", ".", ","),
 )
+# Behind all others, so that their numbers stay those of the shipped checkpoint.
+_PAGE_WORDS = (
+    *("first", "second", "third", "fourth", "last", "line", "of", "after", "before", "value", "in"),
+    *("largest", "smallest"),
+)
 _PLACE_WORDS = tuple(place for row in PLACES for place in row)
 VOCABULARY: dict[str, int] = {
     word: number
     for number, word in enumerate(
-        dict.fromkeys((*SPECIALS, *_QUESTION_WORDS, *COLOURS, *SHAPES, *_PLACE_WORDS, *WORDS, *DIGITS))
+        dict.fromkeys(
+            (
+                *(*SPECIALS, *_QUESTION_WORDS, *COLOURS, *SHAPES, *_PLACE_WORDS, *WORDS, *DIGITS),
+                *_PAGE_WORDS,
+            )
+        )
     )
 }
 TOKEN_PATTERN = r"[a-z0-9]+(-[a-z]+)?|[^\sa-z0-9]"

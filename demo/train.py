@@ -22,19 +22,27 @@ from demo.model import Size, build
 from demo.optim import Log, load
 from demo.tower import TowerSettings, pretrain
 from vllm_vtprune.settings import VisionSettings
+from vtprune_eval.drawn import DOMAINS
 from vtprune_eval.measure import evaluate
 from vtprune_eval.scenes import BASE_SIZE
 from vtprune_eval.setting import Setting
-from vtprune_eval.tasks import scene_questions
+from vtprune_eval.tasks import drawn_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 
 def report(folder: Path, scenes: int, device: str) -> dict[str, object]:
-    """What the exported model in `folder` answers on the test split, unpruned and pruned to three depths."""
+    """What the exported model in `folder` answers on the test split, unpruned and pruned to three depths.
+
+    By domain: the drawn scenes, and the pages.
+    """
     settings = [Setting(VisionSettings(aggressiveness=a)) for a in (0.3, 0.5, 0.7)]
     model = LocalModel(str(folder), device)
-    questions = scene_questions("test", scenes, model.image_size)
-    return evaluate(LocalRunner(model, questions, frozenset()), settings, print, ("random",))
+    result: dict[str, object] = {}
+    for domain in DOMAINS:
+        questions = drawn_questions("test", scenes, model.image_size, domain)
+        runner = LocalRunner(model, questions, frozenset())
+        result[domain] = evaluate(runner, settings, print, ("random",))
+    return result
 
 
 def main() -> None:

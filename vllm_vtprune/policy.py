@@ -243,14 +243,16 @@ class PrunePolicy(OperatorModel):
             raise SettingsError(
                 f"{name} must be one of {', '.join(self.methods)}, not {str(method)[:60]!r}.", name
             )
+        aggressiveness = controls.get("aggressiveness")
+        of_preset = keep_ratio is None and aggressiveness is None
         vision = VisionSettings(
             method=method,
-            aggressiveness=None
-            if keep_ratio is not None
-            else controls.get("aggressiveness", preset.aggressiveness),
+            aggressiveness=preset.aggressiveness if of_preset else aggressiveness,
             keep_ratio=keep_ratio,
             min_tokens=self.min_tokens,
             score=self.score,
+            # who says how much is to stay means it
+            max_share=preset.max_share if of_preset else 1.0,
         )
         kv = self._resolve_kv(controls, preset.kv_keep)
         return PruneSettings(preset_name, vision, kv)

@@ -34,6 +34,8 @@ class VisionSettings:
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
         min_tokens: tokens every image keeps at least.
         score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
+        max_share: in (0, 1]; of each image no more than this share stays (but `min_tokens`), whatever the
+            curve says.
 
     Raises:
         ValueError: a value is out of its range.
@@ -44,6 +46,7 @@ class VisionSettings:
     keep_ratio: float | None = None
     min_tokens: int = 1
     score: str = "cosine"
+    max_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.aggressiveness is not None and not 0.0 <= self.aggressiveness <= 1.0:
@@ -52,6 +55,8 @@ class VisionSettings:
             raise ValueError(f"keep_ratio must be above 0 and at most 1, not {self.keep_ratio}")
         if self.min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
+        if not 0.0 < self.max_share <= 1.0:
+            raise ValueError(f"max_share must be above 0 and at most 1, not {self.max_share}")
 
     @property
     def keeps_all(self) -> bool:
@@ -72,6 +77,8 @@ class VisionSettings:
             if self.keep_ratio is not None
             else {"aggressiveness": float(self.aggressiveness or 0.0)}
         )
+        if self.max_share < 1.0:
+            amount["max_share"] = float(self.max_share)
         fields = {"method": self.method, "min_tokens": self.min_tokens, "score": self.score, **amount}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 

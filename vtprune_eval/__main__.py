@@ -39,7 +39,7 @@ from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.setting import Setting
 from vtprune_eval.study import StudySize, run_study
 from vtprune_eval.tables import by_kind, content, summary
-from vtprune_eval.tasks import DataError, Questions, file_questions, scene_questions
+from vtprune_eval.tasks import DataError, Questions, drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 from vtprune_loadtest.command import command, make_folder
 from vtprune_loadtest.errors import LoadTestError
@@ -125,7 +125,7 @@ def _model(options: argparse.Namespace) -> LocalModel:
 def _questions(options: argparse.Namespace, size: int) -> Questions:
     if options.questions is not None:
         return file_questions(options.questions, options.suffix)
-    return scene_questions(options.split, options.scenes, size)
+    return drawn_questions(options.split, options.scenes, size, options.domain)
 
 
 def _progress(line: str) -> None:

@@ -12,6 +12,7 @@ from vllm_vtprune.contract import FIELDS, PRESETS
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
 from vtprune_eval.decoder import RATINGS
+from vtprune_eval.drawn import DOMAINS
 from vtprune_eval.scenes import SPLITS
 from vtprune_eval.setting import DOWNSCALE
 from vtprune_loadtest.command import SentenceParser
@@ -29,7 +30,8 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
     what.add_argument("--suffix", default="", help="text added to each question of the file")
     what.add_argument("--split", choices=tuple(SPLITS), default="test", help="default: %(default)s")
-    what.add_argument("--scenes", type=_count, default=300, help="drawn scenes; default: %(default)s")
+    what.add_argument("--scenes", type=_count, default=300, help="drawn pictures; default: %(default)s")
+    what.add_argument("--domain", choices=DOMAINS, default="scenes", help="of them; default: %(default)s")
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
     how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])

@@ -128,7 +128,7 @@ def _by_kind(asked: Questions, right: Floats) -> dict[str, Any]:
     groups = {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
     held_out = np.array([question.held_out for question in asked.asked])
     if held_out.any():
-        groups["held-out pairs"] = held_out
+        groups["held out"] = held_out
     result = {}
     for kind, members in groups.items():
         owners = asked.picture_of[members]

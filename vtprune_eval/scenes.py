@@ -158,10 +158,19 @@ def scene_seed(split: str, index: int) -> int:
     return SPLITS[split] * SCENES_PER_SPLIT + index
 
 
-def make_scene(split: str, index: int, size: int = BASE_SIZE) -> Scene:
-    """Draw scene `index` of a split as a `size` x `size` picture (a multiple of `PATCH`)."""
+def check_size(size: int) -> None:
+    """Refuse the side of a picture that patches do not fill.
+
+    Raises:
+        ValueError: it is no positive multiple of `PATCH`.
+    """
     if size <= 0 or size % PATCH:
         raise ValueError(f"Image size {size} must be a positive multiple of the patch size {PATCH}.")
+
+
+def make_scene(split: str, index: int, size: int = BASE_SIZE) -> Scene:
+    """Draw scene `index` of a split as a `size` x `size` picture (a multiple of `PATCH`)."""
+    check_size(size)
     rng = random.Random(scene_seed(split, index))
     scale = size / BASE_SIZE
     image = Image.fromarray(_background(rng, size))
@@ -181,7 +190,7 @@ def make_scene(split: str, index: int, size: int = BASE_SIZE) -> Scene:
         text = Text(rng.choice(WORDS if rng.random() < 0.6 else DIGITS), *cells[-1])
         _draw_text(draw, mark, rng, text, len(shapes) + 1, scale)
     pixels = np.asarray(image)
-    return Scene(split, index, pixels, *_patch_owner(np.asarray(owner), len(shapes) + 1), shapes, text)
+    return Scene(split, index, pixels, *patch_owner(np.asarray(owner), len(shapes) + 1), shapes, text)
 
 
 def _place(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int], scale: float) -> Shape:
@@ -190,7 +199,7 @@ def _place(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int], sca
     return Shape(*pair, size, *cell, x * scale, y * scale, rng.uniform(*RADII[size]) * scale)
 
 
-def _patch_owner(
+def patch_owner(
     marks: npt.NDArray[np.uint8], numbers: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """`Scene.owner` and `Scene.prominence` from a picture of object numbers, 0 for the background."""
@@ -233,16 +242,17 @@ def _draw_text(
     number: int,
     scale: float,
 ) -> None:
-    font = _font(round((22 if text.word in WORDS else 34) * scale))
+    letters = font(round((22 if text.word in WORDS else 34) * scale))
     at = tuple((28 + 56 * cell + rng.uniform(-4, 4)) * scale for cell in (text.column, text.row))
     shade = rng.choice(((250, 250, 250), (10, 10, 10)))
-    draw.text((at[0], at[1]), text.word, fill=shade, font=font, anchor="mm")
+    draw.text((at[0], at[1]), text.word, fill=shade, font=letters, anchor="mm")
     mark.fontmode = "1"  # no smoothing: the mark is a number, not a shade
-    mark.text((at[0], at[1]), text.word, fill=number, font=font, anchor="mm")
+    mark.text((at[0], at[1]), text.word, fill=number, font=letters, anchor="mm")
 
 
 @lru_cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, the same on every machine."""
     return ImageFont.load_default(pixels)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from vllm_vtprune.contract import HEADERS
+from vllm_vtprune.contract import HEADERS, PRESETS
+from vllm_vtprune.settings import VisionSettings
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.setting import BASELINES, DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions
@@ -130,6 +131,14 @@ class RemoteRunner:
             fields = [{**common, "keep_ratio": share} for share in shares]
         elif vision.keep_ratio is not None:
             fields = [{**common, "keep_ratio": f"{vision.keep_ratio!r}"}] * len(self.questions.asked)
+        elif vision.max_share < 1:
+            # a ceiling is a preset's alone
+            preset = next(
+                (n for n, p in PRESETS.items() if (p.aggressiveness, p.max_share) == _amount(vision)), None
+            )
+            if preset is None:
+                raise RunnerError("A server takes max_share as part of a preset only: ask for a preset.")
+            fields = [{**common, "preset": preset}] * len(self.questions.asked)
         else:
             amount = f"{vision.aggressiveness or 0.0!r}"
             fields = [{**common, "aggressiveness": amount}] * len(self.questions.asked)
@@ -208,6 +217,10 @@ def _refusal(response: httpx.Response) -> str:
     except (ValueError, LookupError, TypeError):
         message = response.text[:200]
     return f"answered {response.status_code}: {message}"
+
+
+def _amount(vision: VisionSettings) -> tuple[float | None, float]:
+    return vision.aggressiveness, vision.max_share
 
 
 def _smaller(picture: Image.Image, share: float) -> Image.Image:

@@ -50,7 +50,9 @@ class Setting:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[name]
         return Setting(
-            VisionSettings(aggressiveness=preset.aggressiveness), KVSettings(preset.kv_keep), prune_layer
+            VisionSettings(aggressiveness=preset.aggressiveness, max_share=preset.max_share),
+            KVSettings(preset.kv_keep),
+            prune_layer,
         )
 
     def baseline(self, name: str, draw: int = 0) -> Setting:
@@ -86,6 +88,7 @@ class Setting:
             )
             parts = [self.vision.method, amount]
             parts += [self.vision.score] if self.vision.score != "cosine" else []
+            parts += [f"max_share={self.vision.max_share:g}"] if self.vision.max_share < 1 else []
         if self.kv.drops:
             parts += [f"kv_keep={self.kv.keep:g}", f"scope={self.kv.scope}"]
             if self.prune_layer is not None:
@@ -99,6 +102,7 @@ class Setting:
             "aggressiveness": self.vision.aggressiveness,
             "keep_ratio": self.vision.keep_ratio,
             "score": self.vision.score,
+            "max_share": self.vision.max_share,
             "kv_keep": self.kv.keep,
             "kv_scope": self.kv.scope,
             "prune_layer": self.prune_layer if self.kv.drops else None,

@@ -29,7 +29,7 @@ from vtprune_eval.measure import Progress, evaluate
 from vtprune_eval.plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
 from vtprune_eval.report import dump, write_page
 from vtprune_eval.setting import DOWNSCALE, Setting
-from vtprune_eval.tasks import Questions, scene_questions
+from vtprune_eval.tasks import Questions, drawn_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 #: Mean shares of the vision tokens at which methods are compared, and which the presets are calibrated to.
@@ -65,7 +65,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     progress(f"prune layer {layer}")
     rating = evaluate(held_out, _rating_grid(layer, balanced), progress, baselines=())
 
-    runner = LocalRunner(model, scene_questions("test", size.test, model.image_size), everything)
+    runner = LocalRunner(model, drawn_questions("test", size.test, model.image_size), everything)
     fixed = [_fixed(name, share) for share, name in product(SHARES.values(), (*names, DOWNSCALE))]
     adaptive = [
         VisionSettings(method=name, aggressiveness=amount)
@@ -108,7 +108,7 @@ def choose_prune_layer(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _validation(model: LocalModel, scenes: int) -> LocalRunner:
-    return LocalRunner(model, scene_questions("validation", scenes, model.image_size), frozenset())
+    return LocalRunner(model, drawn_questions("validation", scenes, model.image_size), frozenset())
 
 
 def _fixed(method: str, share: float) -> VisionSettings:

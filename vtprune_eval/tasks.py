@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked: the drawn scenes of a split, or a user's own pictures and questions."""
+"""What is asked: the drawn scenes or pages of a split, or a user's own pictures and questions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vllm_vtprune.errors import VTPruneError
-from vtprune_eval.scene_questions import ask_each
-from vtprune_eval.scenes import HELD_OUT_PAIRS, make_scene
+from vtprune_eval.documents import Page
+from vtprune_eval.drawn import is_held_out, make, questions_each
 
 #: Kind of a question whose file names none.
 OTHER = "other"
@@ -34,7 +34,7 @@ class Question:
         kind: what is asked about.
         text: the question.
         answers: the answers that count as right.
-        held_out: it is about a colour-shape pair that no training scene shows.
+        held_out: it is about a colour-shape pair or a layout of a page that training never shows.
     """
 
     picture: int
@@ -74,31 +74,32 @@ class Questions:
         return None if self.owner is None else self.owner >= 0
 
 
-def scene_questions(split: str, count: int, size: int) -> Questions:
-    """One question of every kind about each of the first `count` scenes of a split, as in training's reports.
+def drawn_questions(split: str, count: int, size: int, domain: str = "scenes") -> Questions:
+    """One question of every kind about each of the first `count` pictures of a split, as training reports.
 
     Args:
         split: train, validation or test.
         count: pictures.
         size: side of a picture in pixels, the model's own so that nothing is resized.
+        domain: scenes or documents.
     """
-    scenes = [make_scene(split, index, size) for index in range(count)]
+    scenes = [make(domain, split, index, size) for index in range(count)]
     asked = [
         Question(
             number,
             question.kind,
             question.text,
             (question.answer,),
-            bool(HELD_OUT_PAIRS.intersection(question.pairs)),
+            is_held_out(scene, question),
         )
         for number, scene in enumerate(scenes)
-        for question in ask_each(scene, random.Random(f"0 {scene.index}"))
+        for question in questions_each(scene, random.Random(f"0 {scene.index}"))
     ]
     return Questions(
-        f"{split} split, {count} scenes",
+        f"{split} split, {count} {domain}",
         [Image.fromarray(scene.pixels) for scene in scenes],
         asked,
-        shapes=np.array([len(scene.shapes) for scene in scenes]),
+        shapes=np.array([0 if isinstance(scene, Page) else len(scene.shapes) for scene in scenes]),
         owner=np.stack([scene.owner for scene in scenes]),
     )
 

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from demo.data import collate
 from demo.export import export, processor, tokenizer
-from demo.language import keep_some
-from demo.model import END, IMAGE, START, VOCABULARY, Size, build, words_of
+from demo.language import keep_some, patch_words
+from demo.model import END, IMAGE, START, UNKNOWN, VOCABULARY, VOCABULARY_SIZE, Size, build, words_of
 from demo.optim import schedule
 from demo.packing import answer_logits, pack
 from demo.tower import encode, normalise
@@ -23,12 +24,14 @@ from vllm_vtprune import demo_model
 from vllm_vtprune.selection import VisionFeatures, get_score
 from vllm_vtprune.settings import VisionSettings
 from vtprune_eval.calibrate import objects_kept
+from vtprune_eval.documents import Page
+from vtprune_eval.drawn import draw, questions_many
 from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.scene_questions import ask_each, ask_many
-from vtprune_eval.scenes import make_scene
+from vtprune_eval.scenes import PRINTED, make_scene
 from vtprune_eval.setting import Setting
 from vtprune_eval.statistics import correlation
-from vtprune_eval.tasks import is_right, scene_questions
+from vtprune_eval.tasks import drawn_questions, is_right
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 SIZE = Size()
@@ -236,7 +239,7 @@ def test_the_cut_falls_where_the_curve_bends() -> None:
 
 
 def test_a_perfect_cls_token_finds_every_object_patch() -> None:
-    questions = scene_questions("test", 12, 168)
+    questions = drawn_questions("test", 12, 168)
     assert questions.objects is not None and questions.owner is not None
     shown = torch.from_numpy(questions.objects).float()
     noise = 0.05 * torch.rand(shown.shape, generator=torch.Generator().manual_seed(0))
@@ -253,7 +256,7 @@ def test_a_perfect_cls_token_finds_every_object_patch() -> None:
 def test_the_evaluation_answers_as_transformers_generates() -> None:
     """The embedded model through its processor, chat template and `generate`, all questions in one batch."""
     model = LocalModel(str(demo_model.FOLDER))
-    questions = scene_questions("test", 3, model.image_size)
+    questions = drawn_questions("test", 3, model.image_size)
     prepare = AutoProcessor.from_pretrained(demo_model.FOLDER)
     prompts = [
         prepare.apply_chat_template(
@@ -283,3 +286,25 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert shares[0] == pytest.approx(0.02)
     assert max(shares) == shares[300] == shares[600] == 1
     assert shares[-1] == pytest.approx(0.02)
+
+
+def test_training_sees_scenes_and_pages_and_the_labels_are_theirs() -> None:
+    drawn = [draw("train", index) for index in range(30)]
+    pages = [picture for picture in drawn if isinstance(picture, Page)]
+    assert len(pages) == 10
+    batch = collate(drawn)
+    for number, picture in enumerate(drawn):
+        texts = picture.printed if isinstance(picture, Page) else [t for t in [picture.text] if t is not None]
+        first = 0 if isinstance(picture, Page) else len(picture.shapes)
+        for row, text in enumerate(texts, start=first):
+            assert batch.objects[number, row, 3] == 1 + PRINTED.index(text.word)
+            assert 1 <= batch.objects[number, row, 4] <= 9
+            patches = torch.from_numpy(picture.owner == row)
+            assert (batch.labels[number][patches] == batch.objects[number, row]).all()
+    words = patch_words(drawn)
+    assert words.shape == (30, 144, 4)
+    questions = [questions_many(picture, 4, random.Random(0)) for picture in drawn]
+    packed = pack(questions, torch.full((30,), 5), torch.device("cpu"))
+    assert len(packed.targets) == 2 * 4 * 30
+    assert UNKNOWN not in packed.tokens
+    assert len(VOCABULARY) <= VOCABULARY_SIZE

@@ -18,7 +18,7 @@ from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.setting import Setting
-from vtprune_eval.tasks import scene_questions
+from vtprune_eval.tasks import drawn_questions
 from vtprune_eval.transformers_backend import LocalModel
 
 N = 100
@@ -84,7 +84,7 @@ def test_objects_kept() -> None:
 
 def test_the_plot_shows_a_merging_method_too(tmp_path: Path) -> None:
     model = LocalModel(str(random_llava(tmp_path / "llava", layers=2)))
-    image = scene_questions("test", 1, model.image_size).pictures[0]
+    image = drawn_questions("test", 1, model.image_size).pictures[0]
     setting = Setting(VisionSettings(method="prumerge", aggressiveness=0.5))
     sentence = draw_kept(model, image, setting, tmp_path / "plot.png")
     assert "prumerge" in sentence

@@ -14,7 +14,7 @@ from vllm_vtprune import demo_model
 from vtprune_eval.__main__ import main
 from vtprune_eval.arguments import make_parser
 from vtprune_eval.study import choose_prune_layer
-from vtprune_eval.tasks import scene_questions
+from vtprune_eval.tasks import drawn_questions
 from vtprune_eval.transformers_backend import LocalModel
 from vtprune_loadtest.command import CANNOT_RUN
 
@@ -64,7 +64,7 @@ def test_the_demo_model_drops_at_its_own_prune_layer(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scene_questions("test", 1, 168).pictures[0].resize((300, 200)).save(tmp_path / "wide.png")
+    drawn_questions("test", 1, 168).pictures[0].resize((300, 200)).save(tmp_path / "wide.png")
     assert (
         main(["--draw", str(tmp_path / "wide.png"), "--aggressiveness", "0.5", "--out", str(tmp_path)]) == 0
     )

@@ -23,10 +23,10 @@ from vtprune_eval.tasks import (
     DataError,
     Question,
     Questions,
+    drawn_questions,
     file_questions,
     is_right,
     normalised,
-    scene_questions,
 )
 
 PICTURES, N = 40, 100
@@ -88,7 +88,7 @@ def test_accuracy_agreement_and_margins() -> None:
     assert row["versus"]["unpruned"]["difference"]["value"] == -0.025
     assert row["by_kind"]["colour"]["value"] == 30 / 40
     assert row["by_kind"]["count"]["value"] == 1
-    assert row["by_kind"]["held-out pairs"] == {**row["by_kind"]["held-out pairs"], "value": 0.75, "asked": 4}
+    assert row["by_kind"]["held out"] == {**row["by_kind"]["held out"], "value": 0.75, "asked": 4}
 
 
 def test_shares_and_content() -> None:
@@ -147,12 +147,12 @@ def test_settings_have_labels_of_their_own() -> None:
 
 
 def test_scenes_are_asked_about_once_per_kind() -> None:
-    questions = scene_questions("test", 20, 168)
+    questions = drawn_questions("test", 20, 168)
     pairs = [(question.picture, question.kind) for question in questions.asked]
     assert len(set(pairs)) == len(pairs)
     assert {kind for _, kind in pairs} == set(KINDS)
     assert any(question.held_out for question in questions.asked)
-    assert not any(question.held_out for question in scene_questions("validation", 20, 168).asked)
+    assert not any(question.held_out for question in drawn_questions("validation", 20, 168).asked)
     assert questions.objects is not None
     assert questions.objects.shape == (20, 144)
 

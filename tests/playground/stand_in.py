@@ -99,7 +99,11 @@ class StandIn:
         self.at_once = max(self.at_once, self._open)
         await asyncio.sleep(self.explain_seconds)
         self._open -= 1
-        aggressiveness, method = settings.get("aggressiveness", 0.0), settings.get("method", "inflection")
+        of_preset = self._config()["presets"][settings.get("preset", "off")]["aggressiveness"]
+        aggressiveness, method = (
+            settings.get("aggressiveness", of_preset),
+            settings.get("method", "inflection"),
+        )
         kept = kept_at(aggressiveness)
         # `random` keeps the last ranks, `merging` one patch less and a summary token in its place
         stay = {"random": range(TOKENS - kept, TOKENS), "merging": range(kept - 1)}.get(method, range(kept))

@@ -148,10 +148,9 @@ def test_an_image_of_one_patch_keeps_it(name: str, budget: VisionSettings) -> No
     assert_keeps_all(get_method(name).select(image(3, (1, 1)), budget)[0], 1)
 
 
-@every_method
-@pytest.mark.parametrize("aggressiveness", [0.2, 0.5, 1.0])
-def test_an_image_whose_patches_are_all_alike_stays_whole(name: str, aggressiveness: float) -> None:
-    plain = VisionFeatures(
+def _plain() -> VisionFeatures:
+    """An image whose patches are all alike."""
+    return VisionFeatures(
         patches=torch.ones(1, TOKENS, 8),
         cls=torch.arange(8.0)[None],
         grid=GRID,
@@ -160,6 +159,28 @@ def test_an_image_whose_patches_are_all_alike_stays_whole(name: str, aggressiven
         received=torch.full((1, 6, TOKENS), 1 / TOKENS),
         keys=torch.ones(1, TOKENS, 8),
     )
+
+
+@every_method
+@pytest.mark.parametrize(("most", "least"), [(0.5, 1), (0.165, 1), (0.1, 9), (0.001, 1)])
+def test_no_more_than_the_ceiling_stays_though_the_curve_has_no_knee(
+    name: str, most: float, least: int
+) -> None:
+    free = VisionSettings(aggressiveness=0.2, min_tokens=least)
+    bounded = dataclasses.replace(free, max_share=most)
+    ceiling = share_count(most, TOKENS, least)
+    assert get_method(name).select(_plain(), bounded)[0].count == ceiling
+    features = batch([image(1), image(2)])
+    for selection, unbounded in zip(
+        get_method(name).select(features, bounded), get_method(name).select(features, free), strict=True
+    ):
+        assert selection.count == min(unbounded.count, ceiling)
+
+
+@every_method
+@pytest.mark.parametrize("aggressiveness", [0.2, 0.5, 1.0])
+def test_an_image_whose_patches_are_all_alike_stays_whole(name: str, aggressiveness: float) -> None:
+    plain = _plain()
     assert_keeps_all(get_method(name).select(plain, VisionSettings(aggressiveness=aggressiveness))[0], TOKENS)
     # Beside an image that is pruned, too.
     assert_keeps_all(

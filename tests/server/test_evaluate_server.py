@@ -10,7 +10,7 @@ from tests.conftest import DEMO_MODEL
 from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.setting import Setting
-from vtprune_eval.tasks import scene_questions
+from vtprune_eval.tasks import drawn_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
 SETTINGS = [
@@ -25,7 +25,7 @@ SETTINGS = [
 @pytest.mark.engine
 def test_the_server_answers_as_transformers_does(server: str) -> None:
     model = LocalModel(str(DEMO_MODEL))
-    questions = scene_questions("test", 4, model.image_size)
+    questions = drawn_questions("test", 4, model.image_size)
     local, remote = LocalRunner(model, questions, frozenset()), RemoteRunner(server, questions)
     config = httpx.get(f"{server}/vtprune/config", timeout=60).json()
     layer = config["policy"]["prune_layer"]

@@ -50,10 +50,28 @@ def test_a_preset_is_a_whole_set_of_settings(name: str) -> None:
     assert by_header(PrunePolicy(), preset=name).kv.keep == 1.0
 
 
+@pytest.mark.parametrize("share", [0.0, 1.01, math.nan])
+def test_a_ceiling_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="max_share must be above 0 and at most 1"):
+        VisionSettings(max_share=share)
+
+
+def test_a_presets_ceiling_holds_until_a_request_says_how_much_is_to_stay() -> None:
+    for name, preset in PRESETS.items():
+        assert by_header(preset=name).vision.max_share == preset.max_share
+        assert by_header(preset=name, method="topk", kv_keep=0.5).vision.max_share == preset.max_share
+        for asked in ({"aggressiveness": 0.1}, {"keep_ratio": 0.9}):
+            assert by_header(preset=name, **asked).vision.max_share == 1
+    bounded, free = by_header(preset="light").vision, by_header(aggressiveness=0.23).vision
+    assert bounded.canonical() != free.canonical(), "the two keep different tokens and share no cache entry"
+    assert VisionSettings.from_canonical(bounded.canonical()) == bounded
+
+
 def test_presets_grow_more_aggressive() -> None:
     order = [PRESETS[name] for name in ("off", "light", "balanced", "aggressive")]
     assert [p.aggressiveness for p in order] == sorted({p.aggressiveness for p in order})
     assert [p.kv_keep for p in order] == sorted([p.kv_keep for p in order], reverse=True)
+    assert [p.max_share for p in order] == sorted({p.max_share for p in order}, reverse=True)
     assert by_header(preset="off").vision.keeps_all and not by_header(preset="off").kv.drops
 
 

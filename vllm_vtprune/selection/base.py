@@ -102,7 +102,8 @@ class SelectionMethod(ABC):
                 f"the method {self.name!r} needs {', '.join(missing)}, which this encoder does not give"
             )
         pruning = Pruning(features, settings)
-        counts = read_counts(self.counts(pruning), pruning.checked(self))
+        most = share_count(settings.max_share, tokens, settings.min_tokens)
+        counts = read_counts(self.counts(pruning).clamp(max=most), pruning.checked(self))
         if min(counts) == tokens:
             return [keep_all(features) for _ in counts]
         chosen = self.choose(pruning, counts)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_vtprune.selection.base import Selection, SelectionMethod
+from vllm_vtprune.selection.base import Selection, SelectionMethod, share_count
 from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
@@ -123,6 +123,8 @@ def _view(
     follows_curve = type(method).counts is SelectionMethod.counts and settings.keep_ratio is None
     if follows_curve and settings.aggressiveness and not constant:
         cut = int(inflection_counts(scores, settings.aggressiveness, settings.min_tokens)[0])
+        if cut > share_count(settings.max_share, features.tokens, settings.min_tokens):
+            cut = None  # the ceiling decides, and not the curve
     kept = [False] * features.tokens
     for index in selection.indices.tolist():
         kept[index] = True

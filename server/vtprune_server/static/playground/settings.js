@@ -43,7 +43,10 @@ export class SettingsPanel {
   /** The settings under the contract's names; only those that this server lets a client choose. */
   get values() {
     if (!this.clientControls) return {};
-    const vision = { method: id("method").value, aggressiveness: Number(id("aggressiveness").value) };
+    // a preset is more than its numbers: it bounds what stays of a picture
+    const preset = Object.keys(this.presets).find((name) => this.#isChosen(this.presets[name]));
+    const amount = preset ? { preset } : { aggressiveness: Number(id("aggressiveness").value) };
+    const vision = { method: id("method").value, ...amount };
     if (this.pruneLayer === null) return vision;
     return { ...vision, kv_keep: Number(id("kv-keep").value), kv_scope: id("kv-scope").value };
   }
@@ -51,9 +54,10 @@ export class SettingsPanel {
   /** One line that names the settings. */
   get summary() {
     if (!this.clientControls) return "the operator's settings";
-    const { method, aggressiveness, kv_keep: kvKeep, kv_scope: kvScope } = this.values;
+    const { method, preset, kv_keep: kvKeep, kv_scope: kvScope } = this.values;
     const scope = kvScope === "vision" ? " of the visual tokens" : "";
-    return `${method}, aggressiveness ${share(aggressiveness)}${kvKeep ? `, KV kept ${share(kvKeep)}${scope}` : ""}`;
+    const amount = `aggressiveness ${share(id("aggressiveness").value)}`;
+    return `${method}, ${preset ? `${preset} (${amount})` : amount}${kvKeep ? `, KV kept ${share(kvKeep)}${scope}` : ""}`;
   }
 
   #methods(names) {
@@ -90,6 +94,11 @@ export class SettingsPanel {
     this.#update(true);
   }
 
+  #isChosen({ aggressiveness, kv_keep: kvKeep }) {
+    const same = aggressiveness === Number(id("aggressiveness").value);
+    return same && (this.pruneLayer === null || kvKeep === Number(id("kv-keep").value));
+  }
+
   #showValues() {
     for (const name of ["aggressiveness", "kv-keep"]) {
       const { value, min, max, style } = id(name);
@@ -101,11 +110,8 @@ export class SettingsPanel {
   #update(vision) {
     this.#showValues();
     this.onChange();
-    const chosen = [Number(id("aggressiveness").value), Number(id("kv-keep").value)];
     for (const button of id("presets").children) {
-      const { aggressiveness, kv_keep: kvKeep } = this.presets[button.dataset.preset];
-      const same = aggressiveness === chosen[0] && (this.pruneLayer === null || kvKeep === chosen[1]);
-      button.setAttribute("aria-pressed", String(same));
+      button.setAttribute("aria-pressed", String(this.#isChosen(this.presets[button.dataset.preset])));
     }
     if (vision) this.onVision();
   }

@@ -26,7 +26,7 @@ export function curveNote(explanation) {
   if (count === null) {
     if (settings.keep_ratio) return "A fixed share was asked for, so the curve cuts nothing.";
     if (!settings.aggressiveness) return "Aggressiveness 0 keeps everything, so the curve cuts nothing.";
-    return `Not cut here: ${method} counts by a rule of its own, or all scores are equal. ${kept} tokens stay.`;
+    return `Not cut here: the preset lets no more stay, ${method} counts by a rule of its own, or all scores are equal. ${kept} tokens stay.`;
   }
   const past = inflection !== null && inflection.index + 1 > count;
   const share = past ? `Past the knee the count is a share of the knee's ${inflection.index + 1}. ` : "";
