@@ -15,11 +15,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import hypothesis
 import pytest
 
 from benchmarks.processes import ServerProcess as LiveServer
 from vllm_vtprune import demo_model
 from vllm_vtprune.error_text import withhold_everywhere
+
+# how fast the machine is decides no test
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = demo_model.FOLDER

@@ -74,12 +74,12 @@ class PruneConfig(VerifyAndUpdateConfig):
             special_ids=special_ids,
         )
         attach_context(model_config, context)
-        tokens = family.places()
-        if tokens is not None and policy.min_tokens >= tokens:
+        places = family.places()
+        if places is not None and policy.min_tokens >= places:
             logger.warning(
                 "vtprune: min_tokens is %d, and an image has %d vision tokens: none will be pruned.",
                 policy.min_tokens,
-                tokens,
+                places,
             )
 
     @classmethod

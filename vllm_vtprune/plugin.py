@@ -27,10 +27,12 @@ def register_with_vllm() -> None:
         from vllm import ModelRegistry
 
         from vllm_vtprune.engine_config import register_check
-        from vllm_vtprune.families.registry import ARCHITECTURES
+        from vllm_vtprune.families.registry import ARCHITECTURES, REFUSED
 
         for architecture, entry in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, f"vllm_vtprune.models.{entry.model}")
+            register_check(architecture)
+        for architecture in REFUSED:
             register_check(architecture)
     except Exception:
         logger.exception("vtprune could not be registered with vLLM")

@@ -218,6 +218,15 @@ class PrunePolicy(OperatorModel):
         return self._resolve(controls)
 
     def _resolve(self, controls: Controls) -> PruneSettings:
+        settings = self._combine(controls)
+        self._check_caps(controls, settings.vision, settings.kv)
+        if controls.fields.keys() <= {"preset"}:
+            return settings
+        # what was named besides the preset must not be counted under the preset's name
+        alone = self._combine(Controls({"preset": (settings.preset, "preset")}))
+        return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
+
+    def _combine(self, controls: Controls) -> PruneSettings:
         keep_ratio = controls.get("keep_ratio")
         if keep_ratio is not None and controls.get("aggressiveness") is not None:
             name = controls.name("keep_ratio")
@@ -246,13 +255,7 @@ class PrunePolicy(OperatorModel):
             max_share=preset.max_share if of_preset else 1.0,
         )
         kv = self._resolve_kv(controls, preset.kv_keep)
-        self._check_caps(controls, vision, kv)
-        settings = PruneSettings(preset_name, vision, kv)
-        if controls.fields.keys() <= {"preset"}:
-            return settings
-        # named besides the preset: what that changed must not be counted under its name
-        alone = self._resolve(Controls({"preset": (preset_name, "preset")}))
-        return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
+        return PruneSettings(preset_name, vision, kv)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")

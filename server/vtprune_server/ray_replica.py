@@ -45,10 +45,11 @@ class VTPruneReplica:
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
 
-        from vllm_vtprune.compat import check_front_end, check_vllm_version
+        from vllm_vtprune.compat import check_cpu_kernels, check_front_end, check_vllm_version
 
         check_vllm_version()
         check_front_end()
+        check_cpu_kernels()
         args = parse(flags)
         if args.model_tag is not None:  # as `vllm.entrypoints.cli.serve.ServeSubcommand.cmd`
             args.model = args.model_tag

@@ -89,6 +89,9 @@ class PrunedOnlineRenderer(OnlineRenderer):
         try:
             by_model = self._named_by_model(context.model or getattr(request, "model", None))
             controls = context.headers.over(Controls.from_mapping(body)).over(by_model)
+            if controls.fields and not self.vtprune_context.prunes:
+                name = controls.name(next(iter(controls.fields)))
+                raise SettingsError(f"{name} cannot be set: this server's model is not pruned.", name)
             context.settings = self.vtprune_context.policy.resolve(controls)
         except SettingsError as error:
             raise refusal(error) from error

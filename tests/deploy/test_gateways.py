@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 import socket
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -202,3 +205,51 @@ def test_without_any_server_the_answer_says_when_to_come_back(name: str, tmp_pat
         refused = post(url, chat_body())
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
     assert refused.json()["error"]["code"] == 503
+
+
+class Dying(socketserver.BaseRequestHandler):
+    """A server that is lost under every chat request: before its answer, or in the middle of a stream."""
+
+    seen: ClassVar[list[bytes]] = []
+
+    def handle(self) -> None:
+        """Answer one request of a connection."""
+        request = self.request.recv(65536)
+        if request.startswith((b"GET", b"OPTIONS")):
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
+        self.seen.append(request)
+        if b'"stream": true' in request or b'"stream":true' in request:
+            event = b'data: {"choices": []}\n\n'
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.request.sendall(head + f"{len(event):x}\r\n".encode() + event + b"\r\n")
+            time.sleep(0.3)
+
+
+@pytest.fixture
+def dying() -> Iterator[list[str]]:
+    """The URLs of two of them."""
+    Dying.seen.clear()
+    with ExitStack() as stack:
+        urls = []
+        for _ in range(2):
+            server = stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dying))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            urls.append(f"http://127.0.0.1:{server.server_address[1]}")
+        yield urls
+
+
+def test_a_request_whose_server_is_lost_is_an_error_and_is_not_sent_again(
+    name: str, tmp_path: Path, dying: list[str]
+) -> None:
+    with gateway(name, tmp_path, dying) as url:
+        lost = post(url, chat_body())
+        assert lost.status_code in (502, 503) and int(lost.headers["Retry-After"]) > 0
+        assert lost.json()["error"]["code"] == lost.status_code
+        assert len(Dying.seen) == 1
+        # the end of a chunked body is missing: nobody takes it for a whole one
+        with pytest.raises(httpx.RemoteProtocolError):
+            post(url, chat_body(stream=True))

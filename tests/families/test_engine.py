@@ -43,7 +43,13 @@ def run(
         process = subprocess.run(
             [
                 *(sys.executable, "-m", "tests.helpers.family_run"),
-                *(str(checkpoint(name)), str(out), family.placeholder, *family.other_modalities),
+                *(
+                    str(checkpoint(name)),
+                    str(out),
+                    family.placeholder,
+                    str(family.room),
+                    *family.other_modalities,
+                ),
             ],
             # so small a model gains nothing from threads, which spin where cores are shared
             env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},

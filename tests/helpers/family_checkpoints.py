@@ -35,7 +35,7 @@ _TEMPLATE = (
 )
 
 
-def tokenizer(special: tuple[str, ...], image: str, **attributes: str) -> PreTrainedTokenizerFast:
+def tokenizer(special: tuple[str, ...], image: str, **attributes: Any) -> PreTrainedTokenizerFast:
     """One token per byte behind the special ones; a chat template with `image` for each picture."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
@@ -45,9 +45,8 @@ def tokenizer(special: tuple[str, ...], image: str, **attributes: str) -> PreTra
         tokenizer_object=bytes_,
         eos_token=special[0],
         pad_token=special[0],
-        additional_special_tokens=list(special[1:]),
         chat_template=_TEMPLATE.replace("IMAGE", image),
-        **attributes,
+        **({"additional_special_tokens": list(special[1:])} | attributes),
     )
 
 
@@ -146,11 +145,19 @@ def qwen3_vl_moe(folder: Path) -> Path:
         head_dim=32,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=64,
+        moe_intermediate_size=96,  # twice it is not the hidden size: a wrong layout shows
         tie_word_embeddings=False,
     )
     config = Qwen3VLMoeConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
-    return save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+    save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+    # public checkpoints, which vLLM reads, hold the experts' weights the other way round
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if ".mlp.experts." in name:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def llava_next(folder: Path) -> Path:
@@ -252,6 +259,41 @@ def llava_siglip(folder: Path) -> Path:
     return public(save(folder, LlavaForConditionalGeneration(config), processor))
 
 
+def internvl(folder: Path) -> Path:
+    """Tiles of 4x4 patches, halved; a thumbnail behind them."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        Qwen2Config,
+    )
+
+    special = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    config = InternVLConfig(
+        vision_config={**_TILE, "image_size": [56, 56], "patch_size": [14, 14]},
+        text_config=Qwen2Config(**text_config(special)),
+        image_token_id=3,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        dtype="float32",
+    )
+    size = {"height": 56, "width": 56}
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tokens = tokenizer(
+        special, "<IMG_CONTEXT>", extra_special_tokens=dict(zip(names, special[1:], strict=True))
+    )
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6),
+        tokens,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=tokens.chat_template,
+    )
+    return save(folder, InternVLForConditionalGeneration(config), processor)
+
+
 LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
 _TILE = {
     "hidden_size": 32,
@@ -334,6 +376,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "llava_siglip": llava_siglip,
+    "internvl": internvl,
 }
 
 if __name__ == "__main__":

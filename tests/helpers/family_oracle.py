@@ -98,6 +98,8 @@ class Family:
     placeholder: str
     #: Modalities beside images, which the tests allow none of.
     other_modalities: tuple[str, ...] = ()
+    #: Tokens of the tests' longest prompt with its answer: the context, and what the KV cache holds.
+    room = 352
 
     def embeddings(self, inputs: Any) -> list[Tensor]:
         raise NotImplementedError
@@ -217,7 +219,7 @@ class Llava(Family):
         self.side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         self.tiled = hasattr(self.config, "image_grid_pinpoints")
         if self.config.model_type == "llava_onevision":
-            self.other_modalities = ("video",)
+            self.other_modalities, self.room = ("video",), 512
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
         return [self.processor.image_processor([image], return_tensors="pt") for image in images]
@@ -294,6 +296,10 @@ class Llava(Family):
             [p for p in range(total) if p not in set(taken.tolist())], dtype=torch.long
         )
 
+    def around(self, rows: Tensor) -> Tensor:
+        """The image's embeddings and whatever text stands around them."""
+        return rows
+
     def prompt(self, request: Request) -> tuple[Any, ...]:
         text = request.text.format(*[self.placeholder] * len(request.images))
         inputs = self.preprocess(request.images)
@@ -301,12 +307,45 @@ class Llava(Family):
         kept = [r[self.stays(inputs, i, request)] for i, r in enumerate(rows)]
         token, images = self.config.image_token_id, iter(kept)
         parts = [
-            next(images) if i == token else self.whole.get_input_embeddings()(torch.tensor([i]))
+            self.around(next(images)) if i == token else self.whole.get_input_embeddings()(torch.tensor([i]))
             for i in self.processor.tokenizer(text).input_ids
         ]
         embeddings = torch.cat(parts)
         n = len(embeddings)
         return embeddings, torch.arange(n), torch.zeros(n, dtype=torch.bool), [], n
+
+
+class InternVL(Llava):
+    """Tiles, then a thumbnail, each of 2x2 units, between two tokens that stay."""
+
+    placeholder = "<IMG_CONTEXT>"
+    other_modalities = ("video",)
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        Family.__init__(self, model, processor)
+        vision = self.config.vision_config
+        self.side, self.tiled = vision.image_size[0] // vision.patch_size[0], False
+
+    def embeddings(self, inputs: list[Any]) -> list[Tensor]:
+        return [
+            self.model.get_image_features(
+                one["pixel_values"], vision_feature_layer=-1, vision_feature_select_strategy="default"
+            ).pooler_output.flatten(0, 1)
+            for one in inputs
+        ]
+
+    def units(self, one: Any) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
+        attentions = self.model.vision_tower(one["pixel_values"], output_attentions=True).attentions
+        received = attentions[-1].double().mean((1, 2))[:, 1:].view(-1, 1, self.side, self.side)
+        units = torch.nn.functional.avg_pool2d(received, 2)[:, 0]
+        grid = (self.side // 2, self.side // 2)
+        count = grid[0] * grid[1]
+        return [(grid, scores, tile * count + torch.arange(count)) for tile, scores in enumerate(units)]
+
+    def around(self, rows: Tensor) -> Tensor:
+        start, end = self.processor.start_image_token_id, self.processor.end_image_token_id
+        edges = self.whole.get_input_embeddings()(torch.tensor([start, end]))
+        return torch.cat([edges[:1], rows, edges[1:]])
 
 
 _FAMILIES: dict[str, type[Family]] = {
@@ -316,6 +355,7 @@ _FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
     "llava_next": Llava,
     "llava_onevision": Llava,
+    "internvl": InternVL,
 }
 
 

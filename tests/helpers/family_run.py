@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers the families' cases with vLLM's `LLM`, alone and then with the plugin, and writes what came out.
 
-    python -m tests.helpers.family_run CHECKPOINT OUT PLACEHOLDER [MODALITY ...]
+    python -m tests.helpers.family_run CHECKPOINT OUT PLACEHOLDER ROOM [MODALITY ...]
 
 Both engines run in this process, one after the other. vLLM remembers the class it found for a path, so the
 second engine is given the checkpoint by another path.
@@ -35,7 +35,6 @@ def engine(checkpoint: str, **options: Any) -> LLM:
         checkpoint,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=352,
         max_num_seqs=8,
         block_size=32,
         limit_mm_per_prompt=limits,
@@ -80,10 +79,10 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    checkpoint, out, placeholder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    modalities = sys.argv[4:]
+    checkpoint, out, placeholder, room = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    modalities = sys.argv[5:]
     found: dict[str, Any] = {}
-    llm = engine(str(checkpoint), modalities=modalities)
+    llm = engine(str(checkpoint), modalities=modalities, max_model_len=room)
     found["alone"] = ask(llm, UNPRUNED, placeholder, pruning=False)
     del llm
     gc.collect()
@@ -98,7 +97,8 @@ def main() -> None:
         str(link),
         modalities=modalities,
         max_num_batched_tokens=64,
-        num_gpu_blocks_override=12,
+        max_model_len=room,
+        num_gpu_blocks_override=room // 32 + 1,
         disable_log_stats=False,
     )
     from tests.helpers import family_run as importable

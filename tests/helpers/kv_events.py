@@ -146,7 +146,8 @@ def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:
 
 def tensors_of(state: Any) -> Iterator[torch.Tensor]:
     """Every tensor of the plugin's own that an object holds, whatever it is registered as."""
-    for value in [*vars(state).values(), *getattr(state, "_buffers", {}).values()]:
+    registered = [*getattr(state, "_buffers", {}).values(), *getattr(state, "_modules", {}).values()]
+    for value in [*vars(state).values(), *registered]:
         for one in value if isinstance(value, list | tuple | torch.nn.ModuleList) else (value,):
             if isinstance(one, torch.Tensor):
                 yield one

@@ -21,6 +21,7 @@ from tests.helpers.kv_cases import (
     grid,
     replayed,
     resettable,
+    texts,
     unpruned,
 )
 from tests.helpers.kv_matrix import ON, Runs, Verdicts
@@ -205,6 +206,13 @@ def test_unpruned_text_is_bit_equal_to_vllm_without_the_plugin(runs: Runs, runne
             assert mine["logprobs"] == theirs["logprobs"]
 
 
+@on("text_only")
+def test_text_alone_is_embedded_where_graphs_read(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("text_only", runner)
+    assert found["addresses"] == 1
+    verdicts.check("text only", runner, 2, texts(), found["answers"])
+
+
 @on("no_layer")
 def test_without_a_layer_nothing_of_stage_2_is_loaded(runs: Runs, runner: str) -> None:
     found = runs("no_layer", runner)
@@ -235,7 +243,8 @@ def test_as_many_requests_run_at_once_as_the_counts_predict(runs: Runs, runner: 
     for keep, running in found["running"].items():
         kept = -(-SHORTER * keep // 1)
         per_request = -(-SHORTER // 32) + 2 * -(-kept // 32)
-        assert running == found["free"] // per_request, keep
+        # a whole prompt may be split, and begun in what is left
+        assert 0 <= running - found["free"] // per_request <= (keep == 1.0), keep
 
 
 @on("grid")

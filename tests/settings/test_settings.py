@@ -263,6 +263,12 @@ def test_beyond_a_cap_is_refused_and_the_cap_named(
     assert error.value.param == HEADERS[field]
 
 
+def test_a_preset_beyond_a_cap_may_be_named_where_the_rest_brings_it_within() -> None:
+    policy = PrunePolicy(max_aggressiveness=0.4, min_kv_keep=0.6, prune_layer=1)
+    settings = by_header(policy, preset="balanced", aggressiveness=0.3, kv_keep=0.7)
+    assert (settings.preset, settings.vision.aggressiveness, settings.kv.keep) == ("custom", 0.3, 0.7)
+
+
 def test_controls_can_be_switched_off() -> None:
     policy = PrunePolicy(client_controls=False, default_preset="balanced")
     assert policy.resolve(Controls()).preset == "balanced"

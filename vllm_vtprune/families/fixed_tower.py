@@ -33,8 +33,8 @@ def tower_config(config: Any) -> CLIPVisionConfig | SiglipVisionConfig:
         )
     if isinstance(vision, SiglipVisionConfig) and config.vision_feature_select_strategy != "full":
         raise CheckpointError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}: a SigLIP tower has "
-            "no CLS token to leave out, so it must be 'full'."
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; it must be 'full' "
+            "for a SigLIP tower, which has no CLS token to leave out."
         )
     return vision
 
@@ -135,7 +135,7 @@ class FixedTower:
     def _attentions(self, queries: list[Tensor], keys: list[Tensor], *, cls_only: bool) -> Tensor:
         """[B, L, N]: attention each patch gets in each layer.
 
-        Recomputed in float32 from each layer's projections, [B, N, D] and CLS: flash and SDPA kernels return no
+        Recomputed in float32 from each layer's projections, [B, N, D] and CLS: flash and SDPA kernels give no
         weights, and one extra softmax row per head is cheap.
         """
         layers = zip(queries, keys, strict=True)

@@ -36,6 +36,20 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen_vl:Qwen2_5VL", "qwen_vl:PrunedQwen2_5VL"),
     "Qwen3VLForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VLMoe"),
+    "InternVLForConditionalGeneration": Entry("internvl:InternVL", "internvl:PrunedInternVL"),
+}
+
+
+#: What is served by vLLM alone, as every other architecture is, and why.
+REFUSED: dict[str, str] = {
+    "Gemma3ForConditionalGeneration": "its 256 tokens a picture attend both ways in some layers",
+    "Gemma4ForConditionalGeneration": "its 280 tokens a picture attend both ways in some layers",
+    "PixtralForConditionalGeneration": "prompts in Mistral's own format come with their placeholders; serve "
+    "the checkpoint's Hugging Face format",
+    "Mistral3ForConditionalGeneration": "no adapter reads its tower yet",
+    "InternVLChatModel": "serve the checkpoint's Hugging Face format, whose name ends in -hf",
+    "Qwen3_5ForConditionalGeneration": "no adapter was tried with its decoder yet",
+    "Qwen3_5MoeForConditionalGeneration": "no adapter was tried with its decoder yet",
 }
 
 
@@ -48,10 +62,9 @@ def family_of(config: Any) -> Family:
     names = list(getattr(config, "architectures", None) or ())
     entry = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
     if entry is None:
-        raise CheckpointError(
-            f"vtprune prunes no {names[0] if names else 'model without an architecture'}; it prunes "
-            f"{', '.join(ARCHITECTURES)}."
-        )
+        name = names[0] if names else "model without an architecture"
+        why = f" ({REFUSED[name]})" if name in REFUSED else ""
+        raise CheckpointError(f"vtprune prunes no {name}{why}; it prunes {', '.join(ARCHITECTURES)}.")
     family = entry.load_family()(config)
     family.check()
     return family

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both stages in families whose positions have three dimensions, on the real engine, beside the reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.families.conftest import Checkpoint
+from tests.helpers.family_stage2 import CASES, BothStagesOracle
+from tests.helpers.model_runner_v2 import environment
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+#: Family and model runner.
+RUNS = [("qwen2_5_vl", "v1"), ("qwen3_vl", "v2")]
+Run = Callable[[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What the engine answers; a process each."""
+
+    @cache
+    def found(name: str, runner: str) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp(name) / "out.pt"
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.helpers.family_stage2", str(checkpoint(name)), str(out)],
+            env={
+                **os.environ,
+                **environment(runner),
+                "VLLM_PLUGINS": "vtprune",
+                # compiled with torch's eager backend: traced like any other, without inductor
+                "VLLM_CPU_CI_ENV": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            },
+            cwd=REPOSITORY,
+            capture_output=True,
+            timeout=850,
+        )
+        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
+        result: dict[str, Any] = torch.load(out, weights_only=False)
+        return result
+
+    return found
+
+
+@pytest.mark.parametrize(("name", "runner"), RUNS)
+def test_both_stages_answer_as_the_reference(
+    name: str, runner: str, run: Run, checkpoint: Checkpoint
+) -> None:
+    oracle = BothStagesOracle(checkpoint(name))
+    for request, mine in zip(CASES, run(name, runner)["answers"], strict=True):
+        theirs = oracle.judge(request, mine["tokens"])
+        assert mine["prompt_tokens"] == theirs.prompt_tokens, request
+        assert mine["tokens"] == theirs.token_ids, request
+        assert mine["logprobs"] == pytest.approx(theirs.logprobs, abs=1e-4), request
+
+
+@pytest.mark.parametrize(("name", "runner"), RUNS)
+def test_the_second_stage_changes_answers(name: str, runner: str, run: Run) -> None:
+    """Otherwise the comparison would prove little: the same prompt, whole and pruned."""
+    whole, pruned, *_ = run(name, runner)["answers"]
+    assert whole["tokens"] != pruned["tokens"]
+
+
+@pytest.mark.parametrize(("name", "runner"), RUNS)
+def test_the_bands_are_compiled(name: str, runner: str, run: Run) -> None:
+    assert run(name, runner)["bands"] == [("Band0", 2, True), ("Band1", 1, True), ("Band2", 1, True)]

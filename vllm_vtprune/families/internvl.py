@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL 3 and 3.5 in Hugging Face format: tiles and a thumbnail, units of 2x2 patches by pixel shuffle.
+
+Its CLS token is dropped before the projector and the tower is trained with mean pooling, so nothing taught it
+to say what matters: the score is the attention that units receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.internvl.modeling_internvl import (
+    InternVLModel,
+    InternVLMultiModalProjector,
+    InternVLVisionModel,
+)
+
+from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
+from vllm_vtprune.families.llava import with_added
+from vllm_vtprune.vision.attention import READABLE, reading
+
+
+class InternVL(Family):
+    """A unit is what the projector takes, [4 * hidden]; only kept ones are projected."""
+
+    prefixes: ClassVar[Mapping[str, str]] = {
+        "vision_tower.": "tower.",
+        "multi_modal_projector.": "projector.",
+    }
+    adds_tokens = True
+
+    def check(self) -> None:
+        """Square tiles, halved by pixel shuffle, and the last layer, all that vLLM's own class knows."""
+        vision = self.config.vision_config
+        rows, columns = (
+            size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)
+        )
+        factor = round(1 / self.config.downsample_ratio)
+        if rows != columns or rows % factor:
+            raise CheckpointError(
+                f"tiles of {rows}x{columns} patches do not divide into squares of {factor}x{factor}."
+            )
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        if layer != -1 or strategy != "default":
+            raise CheckpointError(
+                f"vision_feature_layer {layer} and vision_feature_select_strategy {strategy!r}: vtprune "
+                "supports InternVL with -1 and 'default', as it is published."
+            )
+        self._side, self._factor = rows, factor
+
+    def build(self) -> nn.Module:
+        """`tower` and `projector`."""
+        tower = InternVLVisionModel._from_config(self.config.vision_config, attn_implementation=READABLE)
+        return nn.ModuleDict({"tower": tower, "projector": InternVLMultiModalProjector(self.config)})
+
+    def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
+        """All tiles of all images in one pass."""
+        counts = [item.inputs["pixel_values"].shape[0] for item in items]
+        tower = modules["tower"]
+        depth = len(tower.encoder.layer)
+        layers = sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+        wanted = layers if "received" in outputs else []
+        with reading(tower.encoder.layer[layer].attention for layer in wanted) as seen:
+            hidden = tower(torch.cat([item.inputs["pixel_values"] for item in items])).last_hidden_state
+        units = self._shuffled(hidden[:, 1:])
+        received: Tensor | None = None
+        if wanted:
+            scores = torch.stack([calls[0][:, 1:] for calls in seen], dim=-1)  # [tiles, P, L]
+            received = self._shuffled(scores).unflatten(-1, (-1, len(wanted))).mean(-2)  # [tiles, units, L]
+        side, start, found = self._side // self._factor, 0, []
+        for count in counts:
+            tiles = slice(start, start + count)
+            start += count
+            found.append(
+                TowerOutput(
+                    patches=units[tiles].flatten(0, 1).clone(),
+                    views=tuple(View((side, side), tile * side**2) for tile in range(count)),
+                    received=None if received is None else received[tiles].flatten(0, 1).T.contiguous(),
+                )
+            )
+        return found
+
+    def _shuffled(self, values: Tensor) -> Tensor:
+        """[tiles, units, factor^2 * C] of values [tiles, P, C], by transformers' own pixel shuffle."""
+        square: Tensor = values.unflatten(1, (self._side, self._side))
+        shuffle: Any = InternVLModel.pixel_shuffle  # which reads nothing of its model
+        shuffled: Tensor = shuffle(None, square, scale_factor=1 / self._factor)
+        return shuffled.flatten(1, 2)
+
+    def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
+        """Only the kept units; every place of a picture is alike."""
+        rows = [kept.tokens for kept in images]
+        embeddings = modules["projector"](torch.cat(rows)).split([r.shape[0] for r in rows])
+        return [(e, with_added(kept)) for e, kept in zip(embeddings, images, strict=True)]
+
+    def patches(self, item: Item) -> int:
+        """Those of all tiles."""
+        return int(item.inputs["pixel_values"].shape[0]) * (1 + self._side**2)
+
+    def unpruned_grid(self) -> None:
+        """It depends on the picture."""
+
+    def crops(
+        self, size: tuple[int, int], image_processor: Any, output: TowerOutput
+    ) -> list[dict[str, float]]:
+        """Each tile's part of the picture, then the thumbnail's, which is the whole."""
+        if len(output.views) == 1:
+            return [WHOLE]
+        width, height = size
+        tile = image_processor.size
+        columns, rows = get_optimal_tiled_canvas(
+            (height, width),
+            (tile["height"], tile["width"]),
+            image_processor.min_patches,
+            image_processor.max_patches,
+        )
+        tiles = [
+            {"left": c / columns, "top": r / rows, "width": 1 / columns, "height": 1 / rows}
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        return [*tiles, WHOLE][: len(output.views)]
