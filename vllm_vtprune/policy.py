@@ -244,7 +244,7 @@ class PrunePolicy(OperatorModel):
                 f"{name} must be one of {', '.join(self.methods)}, not {str(method)[:60]!r}.", name
             )
         aggressiveness = controls.get("aggressiveness")
-        of_preset = keep_ratio is None and aggressiveness is None
+        of_preset = keep_ratio is None and aggressiveness in (None, preset.aggressiveness)
         vision = VisionSettings(
             method=method,
             aggressiveness=preset.aggressiveness if of_preset else aggressiveness,
