@@ -57,4 +57,4 @@ async def _shows_its_policy(client: ChatClient) -> bool:
         shown = await client.get_json(_CONFIG_PATH)
     except LoadTestError:
         return False
-    return True
+    return isinstance(shown, dict) and "policy" in shown
