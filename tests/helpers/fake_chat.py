@@ -27,6 +27,7 @@ class FakeChat:
         prunes: it is a vtprune server, with its usage, headers and `/vtprune/config`.
         usage: there is a usage chunk.
         hides_config: `/vtprune/config` is a 404, as behind a proxy.
+        answers_everything: `/vtprune/config` is a page of its own, as on a server with one for every path.
         counts_caches: it keeps the pictures it has met, and counts them as vLLM does.
         owner: `owned_by` of the model; a server of vLLM says "vllm".
         prefill_s, token_s: seconds before the first token and between tokens.
@@ -49,7 +50,7 @@ class FakeChat:
     def reset(self) -> None:
         """Forget the requests and behave well again."""
         self.prunes = self.usage = True
-        self.hides_config = self.counts_caches = False
+        self.hides_config = self.answers_everything = self.counts_caches = False
         self.pictures: set[str] = set()
         self.owner = "vllm"
         self.prefill_s = self.token_s = 0.0
@@ -149,6 +150,8 @@ def _app(fake: FakeChat) -> FastAPI:
 
     @app.get("/vtprune/config")
     async def config() -> Response:
+        if fake.answers_everything:
+            return JSONResponse({"message": "welcome"})
         if not fake.prunes or fake.hides_config:
             return JSONResponse({"detail": "Not Found"}, 404)
         return JSONResponse({"policy": {}})

@@ -104,6 +104,14 @@ def test_a_sweep_against_a_server_that_does_not_prune_stops(
     assert not any(pictures(body) for body in fake.bodies if isinstance(body["messages"][0]["content"], list))
 
 
+def test_a_page_for_every_path_is_no_vtprune_server(
+    fake: FakeChat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.prunes, fake.answers_everything = False, True
+    assert run(fake, "--sweep", "off,balanced") == 2
+    assert "is not a vtprune server" in capsys.readouterr().err
+
+
 def test_a_vtprune_server_behind_a_proxy_is_known_by_its_answers(fake: FakeChat) -> None:
     fake.hides_config = True
     assert run(fake, "--sweep", "off,balanced") == 0
