@@ -142,6 +142,14 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             for model in ("llama:LlamaModel", "qwen2:Qwen2Model", "qwen3_moe:Qwen3MoeModel")
         ),
     ],
+    "vllm_vtprune/vision/processor.py": [
+        (_PROCESSOR + "_cached_apply_hf_processor", "order", "uses the cache unless an item passes through"),
+        (
+            "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached_item",
+            "order",
+            "what it says holds until the prompt's items are merged",
+        ),
+    ],
     "vtprune_server/plugin.py": [
         (
             "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware",
