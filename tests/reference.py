@@ -107,9 +107,10 @@ class Reference:
 
     @torch.inference_mode()
     def prompt_logprobs(self, request: Request) -> Tensor:
-        """Log-probabilities after each token of the whole prompt, nothing dropped, [n, vocabulary]."""
-        prompt_ids, embeddings, _ = self._prompt(request)
-        return self._logprobs(embeddings, len(prompt_ids), list(range(len(prompt_ids))))
+        """Log-probabilities after each token of a prompt of which nothing is dropped, [n, vocabulary]."""
+        prompt_ids, embeddings, is_image = self._prompt(request)
+        kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
+        return self._logprobs(embeddings, kept)
 
     @torch.inference_mode()
     def is_tie(self, request: Request, token_ids: Sequence[int], tolerance: float) -> bool:

@@ -107,6 +107,11 @@ def replayed() -> list[Request]:
     return [*grid()[6:8], *grid()[10:14], *brief_crowd()]
 
 
+def texts() -> list[Request]:
+    """Requests without a picture."""
+    return [Request(TEXT, kv_keep=keep, max_tokens=12) for keep in (1.0, 0.4, 0.001)]
+
+
 def unpruned() -> list[Request]:
     """Requests that every engine must answer alike."""
     texts = [Request(TEXT.replace("story", word)) for word in ("story", "tale", "poem")]

@@ -37,8 +37,11 @@ def capacity(engine: Engine) -> dict[float, int]:
     running = {}
     for number, keep in enumerate((1.0, 0.5, 0.25)):
         for i in range(18):
-            request = Request(QUESTION, (noise(100 + 18 * number + i),), kv_keep=keep, max_tokens=8)
-            engine.add(request, f"{keep}-{i}")
+            # 165 tokens: eight more need no other block, and six prompts are a step
+            image = noise(100 + 18 * number + i)
+            engine.add(
+                Request(QUESTION, (image,), keep_ratio=0.83, kv_keep=keep, max_tokens=8), f"{keep}-{i}"
+            )
         running[keep] = max(len(engine.scheduler.running) for _ in engine.steps())
     return running
 
@@ -102,6 +105,8 @@ def dummy_runs_between(engine: Engine) -> dict[str, Any]:
         from vllm.v1.worker.gpu.warmup import warmup_kernels
 
         warmup_kernels(engine.runner, worker.execute_model, worker.sample_tokens)
+        # at an engine's start no block holds anything yet
+        engine.llm.reset_prefix_cache()
 
     def dummy_run(step: int) -> None:
         if step in (2, 5, 9):
@@ -141,7 +146,8 @@ def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:
 
 def tensors_of(state: Any) -> Iterator[torch.Tensor]:
     """Every tensor of the plugin's own that an object holds, whatever it is registered as."""
-    for value in [*vars(state).values(), *getattr(state, "_buffers", {}).values()]:
+    registered = [*getattr(state, "_buffers", {}).values(), *getattr(state, "_modules", {}).values()]
+    for value in [*vars(state).values(), *registered]:
         for one in value if isinstance(value, list | tuple | torch.nn.ModuleList) else (value,):
             if isinstance(one, torch.Tensor):
                 yield one

@@ -34,6 +34,7 @@ _IN_CI: dict[str, tuple[str, ...]] = {
     "tensor_parallel": ("v1", "v2"),
     "preemption": ("v1",),
     "capacity": ("v1",),
+    "text_only": ("v2",),
     "no_layer": ("v1",),
     "plain": ("v1",),
     "bands": ("v1", "v2"),

@@ -25,6 +25,7 @@ from tests.helpers.kv_cases import (
     corners,
     crowd,
     grid,
+    texts,
     unpruned,
 )
 from tests.helpers.kv_engine import Engine, answer, refusal
@@ -207,6 +208,25 @@ def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
     return {"batch": engine.run(band_cases()), "decoder": engine.llm.apply_model(_bands)[0]}
 
 
+def scenario_text_only(checkpoint: str) -> dict[str, Any]:
+    """A server that takes no pictures: vLLM gives the decoder token ids, and it embeds them itself.
+
+    It is told that there are CUDA graphs, which read the embeddings at the address they were captured with.
+    """
+    engine = Engine(checkpoint, prune_layer=2, limit_mm_per_prompt={"image": 0})
+    decoder = engine.runner.get_model().language_model.model
+    decoder.buffers._graphs = True
+    lowest, *others = decoder.bands
+    addresses = set()
+
+    def looked_at(positions: torch.Tensor, embeddings: torch.Tensor, *args: Any) -> Any:
+        addresses.add(embeddings.data_ptr())
+        return lowest(positions, embeddings, *args)
+
+    decoder.bands = (looked_at, *others)
+    return {"answers": engine.run(texts()), "addresses": len(addresses)}
+
+
 def scenario_no_layer(checkpoint: str) -> dict[str, Any]:
     """The plugin without a prune layer."""
     engine = Engine(checkpoint)
@@ -260,6 +280,7 @@ SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "bands": scenario_bands,
     "bands_preemption": scenario_bands_preemption,
     "bands_compiled": scenario_bands_compiled,
+    "text_only": scenario_text_only,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,
 }

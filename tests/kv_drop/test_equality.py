@@ -21,6 +21,7 @@ from tests.helpers.kv_cases import (
     grid,
     replayed,
     resettable,
+    texts,
     unpruned,
 )
 from tests.helpers.kv_matrix import ON, Runs, Verdicts
@@ -31,6 +32,7 @@ from tests.reference import Request
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 PROMPT = 189  # tokens of QUESTION with one image of 144
+SHORTER = 165  # with 120 of them
 
 
 def on(scenario: str) -> Any:
@@ -204,6 +206,13 @@ def test_unpruned_text_is_bit_equal_to_vllm_without_the_plugin(runs: Runs, runne
             assert mine["logprobs"] == theirs["logprobs"]
 
 
+@on("text_only")
+def test_text_alone_is_embedded_where_graphs_read(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("text_only", runner)
+    assert found["addresses"] == 1
+    verdicts.check("text only", runner, 2, texts(), found["answers"])
+
+
 @on("no_layer")
 def test_without_a_layer_nothing_of_stage_2_is_loaded(runs: Runs, runner: str) -> None:
     found = runs("no_layer", runner)
@@ -232,9 +241,10 @@ def test_blocks_are_those_of_the_budget_and_all_return(runs: Runs, runner: str) 
 def test_as_many_requests_run_at_once_as_the_counts_predict(runs: Runs, runner: str) -> None:
     found = runs("grid", runner)
     for keep, running in found["running"].items():
-        kept = -(-PROMPT * keep // 1)
-        per_request = -(-PROMPT // 32) + 2 * -(-kept // 32)
-        assert running == found["free"] // per_request, keep
+        kept = -(-SHORTER * keep // 1)
+        per_request = -(-SHORTER // 32) + 2 * -(-kept // 32)
+        # a whole prompt may be split, and begun in what is left
+        assert 0 <= running - found["free"] // per_request <= (keep == 1.0), keep
 
 
 @on("grid")

@@ -83,6 +83,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         (_V1 + "_prepare_inputs", "replace", "the runner's class is ours after `init_device`"),
         *((_V1 + name, "read", "") for name in ("input_batch", "requests", "kv_cache_config", "get_model")),
         *((_BATCH_V1 + name, "read", "") for name in ("req_ids", "num_computed_tokens_cpu", "block_table")),
+        (
+            "vllm.v1.worker.block_table:BlockTable.num_blocks_per_row",
+            "read",
+            "the step's own blocks are in it",
+        ),
         *(
             (_REQUEST_V1 + name, "read", "")
             for name in ("prompt_token_ids", "mm_features", "sampling_params")
@@ -93,13 +98,30 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         (_V2 + "finish_requests", "order", "removes preempted requests as it does finished ones"),
         *(
             (_BATCH_V2 + name, "read", "")
-            for name in ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
+            for name in ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np", "idx_mapping_np")
         ),
     ],
-    "vllm_vtprune/kv_drop/hooks/worker.py": [(_V2 + "model_state", "read", "")],
+    "vllm_vtprune/kv_drop/hooks/worker.py": [
+        (_V2 + "model_state", "read", ""),
+        (_V2 + "block_tables", "read", ""),
+        ("vllm.v1.worker.gpu.block_table:BlockTables.num_blocks", "read", "the step's own blocks are in it"),
+    ],
+    "vllm_vtprune/kv_drop/hooks/failures.py": [
+        ("vllm.v1.outputs:ModelRunnerOutput", "replace", "an attribute of ours survives pickling"),
+        ("vllm.v1.worker.gpu.async_utils:AsyncOutput.model_runner_output", "read", ""),
+        ("vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput._model_runner_output", "read", ""),
+    ],
+    "vllm_vtprune/kv_drop/hooks/config.py": [
+        (
+            "vllm.config.vllm:VllmConfig._maybe_enable_breakable_cudagraph",
+            "order",
+            "runs after the start-up check, and reads the environment",
+        ),
+    ],
     "vllm_vtprune/kv_drop/hooks/scheduler.py": [
         (_SCHEDULER + "schedule", "order", "what follows when `_reserve_prefill_lookahead` says 0"),
         (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
+        (_SCHEDULER + "encoder_cache_mismatch_reqs", "replace", "`update_from_output` fails whom it names"),
         ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
     ],
     "vllm_vtprune/models/pruned.py": [
@@ -118,6 +140,14 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         *(
             (f"vllm.model_executor.models.{model}.forward", "replace", "the decoder's class is ours")
             for model in ("llama:LlamaModel", "qwen2:Qwen2Model", "qwen3_moe:Qwen3MoeModel")
+        ),
+    ],
+    "vllm_vtprune/vision/processor.py": [
+        (_PROCESSOR + "_cached_apply_hf_processor", "order", "uses the cache unless an item passes through"),
+        (
+            "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached_item",
+            "order",
+            "what it says holds until the prompt's items are merged",
         ),
     ],
     "vtprune_server/plugin.py": [

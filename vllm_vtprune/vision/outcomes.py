@@ -13,9 +13,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vllm_vtprune.families.base import Kept
 
 
 def outcome_of(units: Tensor, tokens: int) -> str:
@@ -27,6 +30,37 @@ def outcome_of(units: Tensor, tokens: int) -> str:
     """
     kept = units.to("cpu", torch.int64).numpy().tobytes()
     return hashlib.blake2b(kept, digest_size=8, salt=tokens.to_bytes(8, "little")).hexdigest()
+
+
+@dataclass
+class Decided:
+    """An image on its way through the processor.
+
+    Attributes:
+        key: from its content and its preprocessing.
+        outcome: what stays of it; None where that is not known yet, or nothing is to be dropped.
+        kept: the same, with the tokens; None where vLLM's cache holds them.
+    """
+
+    key: str
+    outcome: str | None = None
+    kept: Kept | None = None
+
+    def decide(self, kept: Kept) -> str:
+        """This is what stays; returns its name."""
+        self.kept = kept
+        self.outcome = outcome_of(kept.units, kept.tokens.shape[0])
+        return self.outcome
+
+    def confirm(self, kept: Kept) -> None:
+        """This is what stays, and the image's identifier says so already.
+
+        Raises:
+            RuntimeError: it says otherwise.
+        """
+        if self.outcome is not None and self.outcome != outcome_of(kept.units, kept.tokens.shape[0]):
+            raise RuntimeError("An image left vLLM's cache while its prompt was prepared: send it again.")
+        self.kept = kept
 
 
 class Outcomes:

@@ -8,7 +8,8 @@ kept tokens must be known. Hooks, all of `vllm.multimodal.processing.BaseMultiMo
 `apply` and `get_dummy_inputs`.
 
 An image's way: content key -> (tower's output, from the cache or by `vision.service`) -> selection ->
-embeddings and the mask of the places that stay -> the base class's placeholder, thinned.
+the item's key (`vision.outcomes`) -> embeddings and the mask of the places that stay -> the base class's
+placeholder, thinned.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.content import content
 from vllm_vtprune.vision.features import for_family, needs_of, select
+from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.service import VisionService, vision_service
 
-#: Content keys of the images at hand, handed from hook to hook inside the processor's keyword arguments.
-_KEYS = "vtprune_content_keys"
+#: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
+_IMAGES = "vtprune_images"
 #: Settings of the dummy images with which vLLM sizes its buffers: they count unpruned and run no tower.
 _DUMMY = "dummy"
 #: Key of a processed prompt: its vision tokens before pruning.
@@ -54,8 +56,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     vLLM's base, or Python would not let an object become one of this class.
 
     The settings arrive as ``mm_processor_kwargs["vtprune"]`` in canonical form; absent, the operator's
-    default applies. The item's key in vLLM's caches is made from the image's content and the settings; the
-    tower's output is cached by content alone.
+    default applies. The item's key in vLLM's caches is made from the image's content, the settings and what
+    they let stay; the tower's output is cached by content alone.
     """
 
     # --- the two entrances -------------------------------------------------------------------------------
@@ -98,7 +100,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         )
         if cache is not None and all(cache.is_cached(self._get_mm_hashes(inputs)["image"])):
             return 0, 0
-        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        keys = [image.key for image in decided]
         needs = needs_of([self._settings(setting)])
         hits = self.vision.available(set(keys), needs)
         self._encode(images, keys, needs, kwargs)
@@ -111,20 +114,50 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         return result
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        return super()._cached_apply_hf_processor(self._prepared(inputs), timing_ctx)
+        inputs = self._prepared(inputs)
+        self._decide(inputs)
+        return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
     def _prepared(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        """The inputs with the setting, and each image's content key, among their keyword arguments."""
+        """The inputs with the setting, and each image's content key, among their keyword arguments.
+
+        What stays of an image is what stayed of it last, where this process knows.
+        """
         kwargs: dict[str, Any] = {KWARG: self._default_setting(), **inputs.hf_processor_mm_kwargs}
-        kwargs[_KEYS] = [] if kwargs[KWARG] == _DUMMY else self._content_keys(inputs)
+        setting = kwargs[KWARG]
+        keys = [] if setting == _DUMMY else self._content_keys(inputs)
+        kwargs[_IMAGES] = [Decided(key, self.vision.outcomes.get(key, setting)) for key in keys]
         return dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
+
+    def _decide(self, inputs: ProcessorInputs) -> None:
+        """Select for every image that vLLM's cache does not hold as it was decided last."""
+        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        if not decided or self._settings(setting).keeps_all:
+            return
+        # as vLLM decides whether to use it (`BaseMultiModalProcessor._cached_apply_hf_processor`)
+        given = any(items.get_passthrough_data() for items in inputs.mm_data_items.values())
+        cache = None if given else inputs.cache
+        images: dict[str, Any] = {}
+        for image, raw in zip(decided, _raw_images(inputs.mm_data_items), strict=True):
+            # a trusted id may stand for an image that is not there
+            held = cache is not None and image.outcome and cache.is_cached_item(self._key(image, setting))
+            if not held and raw is not None:
+                images[image.key] = raw
+        if not images:
+            return
+        kept = dict(
+            zip(images, self._select(list(images.values()), list(images), setting, kwargs), strict=True)
+        )
+        for image in decided:
+            if image.key in kept:
+                self.vision.outcomes.put(image.key, setting, image.decide(kept[image.key]))
 
     # --- keys in vLLM's caches ---------------------------------------------------------------------------
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
-        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         items = inputs.mm_data_items
-        ours = {"image": [self._hash(content=key, settings=setting) for key in keys]} if keys else {}
+        ours = {"image": [self._key(image, setting) for image in decided]} if decided else {}
         others = MultiModalDataItems({m: v for m, v in items.items() if m not in ours})
         if setting == _DUMMY:  # never mistaken for a request's picture of the same content
             kwargs[KWARG] = _DUMMY
@@ -136,11 +169,16 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
-        setting, keys, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         stripped = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
-        missing = [k for k, hit in zip(keys, mm_is_cached.get("image", ()), strict=False) if not hit]
+        missing = [d for d, hit in zip(decided, mm_is_cached.get("image", ()), strict=False) if not hit]
         base = super()._get_cache_missing_processor_kwargs(stripped, mm_is_cached)
-        return {**base, KWARG: setting, _KEYS: missing}
+        return {**base, KWARG: setting, _IMAGES: missing}
+
+    def _key(self, image: Decided, setting: str) -> str:
+        """An item's key in vLLM's caches and its identifier in the engine."""
+        outcome = {"outcome": image.outcome} if image.outcome else {}
+        return self._hash(content=image.key, settings=setting, **outcome)
 
     def _content_keys(self, inputs: ProcessorInputs) -> list[str]:
         """Per image a key made from its content and its preprocessing, apart from the settings.
@@ -172,7 +210,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         # neither key may reach the Hugging Face processor, which warns about or chokes on unknown ones
-        setting, keys, kwargs = _taken(hf_kwargs)
+        setting, decided, kwargs = _taken(hf_kwargs)
         images = _raw_images(mm_items)
         if not images:
             return super()._apply_hf_processor_main(mm_items, kwargs)
@@ -185,10 +223,26 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         if setting == _DUMMY:
             data.update(self._dummy_fields(images, kwargs))
         else:
-            settings = self._settings(setting)
-            outputs = self._encode(images, keys, needs_of([settings]), kwargs)
-            data.update(self._fields(select(outputs, keys, settings)))
+            data.update(self._fields(self._kept(images, decided, setting, kwargs)))
         return data
+
+    def _kept(
+        self, images: list[Any], decided: list[Decided], setting: str, kwargs: Mapping[str, object]
+    ) -> list[Kept]:
+        """What stays of each image, as it was decided."""
+        if all(image.kept is not None for image in decided):
+            return [cast(Kept, image.kept) for image in decided]
+        # nothing is to be dropped, or vLLM's cache let go of one since
+        kept = self._select(images, [image.key for image in decided], setting, kwargs)
+        for image, now in zip(decided, kept, strict=True):
+            image.confirm(now)
+        return kept
+
+    def _select(
+        self, images: list[Any], keys: list[str], setting: str, kwargs: Mapping[str, object]
+    ) -> list[Kept]:
+        settings = self._settings(setting)
+        return select(self._encode(images, keys, needs_of([settings]), kwargs), keys, settings)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -349,10 +403,10 @@ def pruned_processor(base: type[BaseMultiModalProcessor[Any]]) -> type[PrunedPro
     return cast(type[PrunedProcessor], type(f"Pruned{base.__name__}", (PrunedProcessor, base), {}))
 
 
-def _taken(kwargs: Mapping[str, object]) -> tuple[str, list[str], dict[str, Any]]:
-    """Setting, content keys, and the keyword arguments without them."""
+def _taken(kwargs: Mapping[str, object]) -> tuple[str, list[Decided], dict[str, Any]]:
+    """Setting, the images at hand, and the keyword arguments without them."""
     rest: dict[str, Any] = dict(kwargs)
-    return str(rest.pop(KWARG, "off")), rest.pop(_KEYS, []), rest
+    return str(rest.pop(KWARG, "off")), rest.pop(_IMAGES, []), rest
 
 
 def _raw_images(items: MultiModalDataItems) -> list[Any]:

@@ -23,6 +23,7 @@ from vllm_vtprune.context import plugin_context
 from vllm_vtprune.families.base import Item, TowerOutput
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
+from vllm_vtprune.vision.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -55,6 +56,9 @@ class VisionService:
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
             threads that make it; for metrics.
+
+    Attributes:
+        outcomes: what stayed of pictures, by setting.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class VisionService:
     ) -> None:
         self.encoder = encoder
         self.cache = cache
+        self.outcomes = Outcomes()
         self.observer = observer
         self.waiting_observer = waiting_observer
         self._max_batch = max_batch

@@ -49,7 +49,8 @@ class KVDropWorker(_Worker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Let vLLM finish the step, and report the requests that could not be served in it."""
         output = super().sample_tokens(grammar_output)
-        report_failures(output, self.model_runner.get_model().kv_drop)
+        model: Any = self.model_runner.get_model()
+        report_failures(output, model.kv_drop)
         return output
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
