@@ -271,7 +271,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(runs: Runs) -> None:
     logprobs, text, number, unknown = runs("grid", ON["grid"][0])["refused"]
     assert "leave prompt_logprobs out, or kv_keep" in logprobs
     assert "build it with vllm_vtprune.request_kwargs" in text
-    assert "kv_keep must be a number in (0, 1]" in number
+    assert "kv_keep must be a number in [0, 1]" in number
     assert "extra_args.vtprune.x" in unknown
 
 
