@@ -215,7 +215,7 @@ def with_similarity(scores: torch.Tensor) -> EncodedPictures:
         grid=(1, scores.shape[1]),
         seeds=tuple(range(len(scores))),
     )
-    return EncodedPictures(None, [features])  # type: ignore[arg-type]
+    return EncodedPictures(None, [], [features])  # type: ignore[arg-type]
 
 
 def before_the_cut(scores: torch.Tensor, aggressiveness: float = 0.5) -> list[int]:

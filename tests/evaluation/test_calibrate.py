@@ -38,7 +38,7 @@ def pictures(cosines: torch.Tensor) -> EncodedPictures:
         VisionFeatures(rows, torch.tensor([[1.0, 0.0]]).expand(len(rows), -1), (10, 10), (0,) * len(rows))
         for rows in patches.split(3)
     ]
-    return EncodedPictures(NoEncoder(), batches)
+    return EncodedPictures(NoEncoder(), [], batches)
 
 
 @pytest.fixture

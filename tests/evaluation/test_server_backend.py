@@ -129,7 +129,7 @@ def test_a_setting_travels_as_headers(server: FakeServer, questions: Questions) 
     assert [reply.text for reply in replies] == ["right"] * 40
     assert [reply.vision_tokens_kept for reply in replies] == [len(q.text) for q in questions.asked]
     body, fields = server.seen[0]
-    assert fields == {"method": "divprune", "aggressiveness": 0.5, "kv_keep": 0.5, "kv_scope": "vision"}
+    assert fields == {"method": "divprune", "aggressiveness": 0.5, "kv_keep": (0.5,), "kv_scope": "vision"}
     assert body["temperature"] == 0
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
