@@ -79,14 +79,16 @@ class Layout:
     def order(self) -> Tensor:
         """[units of the large picture], view after view: their numbers in raster order."""
         raster = torch.arange(self.grid[0] * self.grid[1]).view(self.grid)
-        return torch.cat([raster[rows, columns].flatten() for _, rows, columns in self.bands])
+        # a picture so narrow that its padding is all there is has rows without units
+        units = [raster[rows, columns].flatten() for _, rows, columns in self.bands]
+        return torch.cat([raster.new_empty(0), *units])
 
     @cached_property
     def places(self) -> Tensor:
         """[N]: the place of each unit, view after view."""
         base = self.side**2
         # a newline behind each row
-        large = base + self.order + self.order // self.grid[1]
+        large = base + self.order + self.order // max(self.grid[1], 1)
         return torch.cat((torch.arange(base), large))
 
     @cached_property
@@ -215,7 +217,8 @@ class AnyRes(Family):
         )
         inside = unpad_image(coordinates, size)
         height, width = inside.shape[1:]
-        window = (int(inside[0, 0, 0]), int(inside[1, 0, 0]), height, width)
+        top, left = inside[:, 0, 0].tolist() if height and width else (0, 0)
+        window = (top, left, height, width)
         grid = height, width
         if self.most_tiles is not None:
             ratio = math.sqrt(height * width / (self.most_tiles * self._side**2))

@@ -82,9 +82,11 @@ class SourceTree:
     def member(self, module: str, name: str, member: str, depth: int = 0) -> tuple[str, ast.AST] | None:
         """(module, node) that defines a class's method or attribute, its base classes followed."""
         found = self.resolve(module, name)
-        if depth > _DEEPEST or found is None or not isinstance(found[1], ast.ClassDef):
+        if depth > _DEEPEST or found is None:
             return None
         where, cls = found
+        if not isinstance(cls, ast.ClassDef):
+            return None
         own = next((n for n in cls.body if member in _targets(n)), None)
         if own is None:
             own = next((n for n in ast.walk(cls) if _sets_on_self(n, member)), None)

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.contract import KVScope
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.kv_drop.schedule import PruneLayer
-from vllm_vtprune.settings import KVScope, KVSettings
+from vllm_vtprune.settings import KVSettings
 from vllm_vtprune.share import share_of
 
 #: Why a prompt that asked for dropping is served whole.

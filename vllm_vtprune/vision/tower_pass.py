@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def tower_pass(tower: nn.Module, example: Tensor, *, projections: bool) -> Tower
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
         if not projections:
             return (tower(pixel_values).last_hidden_state,)
-        attentions = [layer.self_attn for layer in tower.encoder.layers]
+        layers: Any = tower.encoder.layers
+        attentions = [layer.self_attn for layer in layers]
         modules = [getattr(a, name) for a in attentions for name in ("q_proj", "k_proj")]
         captured: dict[int, Tensor] = {}
 
