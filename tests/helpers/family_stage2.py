@@ -20,8 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers import model_runner_v2
 from tests.helpers.family_cases import LANDSCAPE, PORTRAIT, SMALL, SQUARE
 from tests.helpers.family_oracle import Judged, Oracle, Request
+
+# here, since the processes that vLLM starts import this module again
+model_runner_v2.install_from_environment()
 
 #: Of four layers: what attention asks for twice, then all visual tokens leave.
 PRUNE_LAYERS = ((2, 0.8), (3, 0.0))
