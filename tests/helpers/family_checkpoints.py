@@ -146,6 +146,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=96,  # twice it is not the hidden size: a wrong layout shows
+        norm_topk_prob=True,  # vLLM reads it; transformers always does so
         tie_word_embeddings=False,
     )
     config = Qwen3VLMoeConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)

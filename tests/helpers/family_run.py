@@ -10,6 +10,7 @@ second engine is given the checkpoint by another path.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -92,11 +93,13 @@ def main() -> None:
     vllm_vtprune.register()
     link = Path(out).parent / "checkpoint"
     link.symlink_to(checkpoint, target_is_directory=True)
-    # few blocks and short steps: requests are preempted, and prompts are prefilled in chunks
+    # few blocks and short steps: requests are preempted, and prompts are prefilled in chunks. vLLM makes room
+    # for one picture of as many tokens as a step or its estimate has, too low for a small OneVision
+    onevision = json.loads((checkpoint / "config.json").read_text())["model_type"] == "llava_onevision"
     llm = engine(
         str(link),
         modalities=modalities,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=192 if onevision else 64,
         max_model_len=room,
         num_gpu_blocks_override=room // 32 + 1,
         disable_log_stats=False,
