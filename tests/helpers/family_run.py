@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 
 from tests.helpers.family_cases import PRUNED, UNPRUNED
 from tests.helpers.family_oracle import Request
-from vllm_vtprune import request_kwargs
+from vllm_vtprune import engine_kwargs, request_kwargs
 
 STEPS = 16
 _PARAMS = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
@@ -103,6 +103,7 @@ def main() -> None:
         max_model_len=room,
         num_gpu_blocks_override=room // 32 + 1,
         disable_log_stats=False,
+        **engine_kwargs(score="received"),  # the score that the reference has for every family
     )
     from tests.helpers import family_run as importable
 

@@ -22,8 +22,13 @@ from vllm_vtprune.settings import AUTO_SCORE, VisionSettings
 ViewKey = tuple[int, int]
 
 
-def for_family(settings: VisionSettings, family: Family) -> VisionSettings:
-    """The settings with the family's own score where they leave it open.
+def for_family(settings: VisionSettings, family: Family, score: str = AUTO_SCORE) -> VisionSettings:
+    """The settings with a score where they leave it open.
+
+    Args:
+        settings: a request's.
+        family: the model's.
+        score: the operator's, where one was chosen; else the family's own counts.
 
     Raises:
         SettingsError: a score or a method that this family's tower cannot serve.
@@ -31,7 +36,7 @@ def for_family(settings: VisionSettings, family: Family) -> VisionSettings:
     if settings.keeps_all:
         return settings
     if settings.score == AUTO_SCORE:
-        settings = replace(settings, score=family.default_score)
+        settings = replace(settings, score=family.default_score if score == AUTO_SCORE else score)
     if settings.score not in servable_scores(family):
         raise SettingsError(
             f"The score {settings.score!r} needs {', '.join(sorted(SCORE_NEEDS[settings.score]))}, which "

@@ -343,7 +343,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         return plugin_context(self.info.ctx.model_config).policy.default_settings.vision.canonical()
 
     def _settings(self, setting: str) -> VisionSettings:
-        return for_family(VisionSettings.from_canonical(setting), self.family)
+        operators = plugin_context(self.info.ctx.model_config).policy.score
+        return for_family(VisionSettings.from_canonical(setting), self.family, operators)
 
     def _fields(self, images: Sequence[Kept]) -> dict[str, Any]:
         """The images' fields in vLLM's items: what computes positions, embeddings and masks."""
