@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any
 
 from vllm_vtprune.errors import UnsupportedError
@@ -112,9 +113,10 @@ def check_cpu_kernels() -> None:
 def serve_parser() -> tuple[Any, Any]:
     """Give `make_arg_parser` and `cli_env_setup` of vLLM, wherever this release keeps them."""
     try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser
-        from vllm.entrypoints.common.startup import cli_env_setup
+        cli = import_module("vllm.entrypoints.common.cli_args")
+        return cli.make_arg_parser, import_module("vllm.entrypoints.common.startup").cli_env_setup
     except ModuleNotFoundError:  # 0.32
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    return make_arg_parser, cli_env_setup
+
+        return make_arg_parser, cli_env_setup

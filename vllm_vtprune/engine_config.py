@@ -39,7 +39,7 @@ class PruneConfig(VerifyAndUpdateConfig):
     vllms: ClassVar[type[VerifyAndUpdateConfig]] = VerifyAndUpdateConfig
 
     @classmethod
-    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:  # type: ignore[override]
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the configuration and attach the plugin's context.
 
         Raises:
@@ -83,7 +83,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             )
 
     @classmethod
-    def verify_and_update_model_config(cls, model_config: ModelConfig) -> None:  # type: ignore[override]
+    def verify_and_update_model_config(cls, model_config: ModelConfig) -> None:
         """VLLM's own entry's."""
         cls.vllms.verify_and_update_model_config(model_config)
 

@@ -96,7 +96,7 @@ def build_tower(config: Any) -> CLIPVisionModel | SiglipVisionModel:
     siglip._attn_implementation = "sdpa"
     tower = SiglipVisionModel(siglip)
     # the feature layer's states go to the projector as they are
-    tower.post_layernorm = nn.Identity()
+    tower.post_layernorm = nn.Identity()  # type: ignore[assignment]
     return tower
 
 

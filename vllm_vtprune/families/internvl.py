@@ -100,7 +100,8 @@ class InternVL(Family):
 
     def patches(self, item: Item) -> int:
         """Those of all tiles."""
-        return int(item.inputs["pixel_values"].shape[0]) * (1 + self._side**2)
+        tiles: int = item.inputs["pixel_values"].shape[0]
+        return tiles * int(1 + self._side**2)
 
     def unpruned_grid(self) -> None:
         """It depends on the picture."""

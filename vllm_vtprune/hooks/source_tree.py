@@ -87,7 +87,7 @@ class SourceTree:
         where, cls = found
         if not isinstance(cls, ast.ClassDef):
             return None
-        own = next((n for n in cls.body if member in _targets(n)), None)
+        own: ast.AST | None = next((n for n in cls.body if member in _targets(n)), None)
         if own is None:
             own = next((n for n in ast.walk(cls) if _sets_on_self(n, member)), None)
         if own is not None:

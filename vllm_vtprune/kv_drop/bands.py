@@ -53,4 +53,4 @@ class KVDropBands(nn.Module):
             computed: see `step_geometry`.
         """
         for index, band in enumerate(self.bands):
-            band.begin([drop and drop[index] for drop in drops], scheduled, computed)
+            band.begin([None if drop is None else drop[index] for drop in drops], scheduled, computed)

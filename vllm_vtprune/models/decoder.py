@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, cast
 
@@ -24,9 +25,10 @@ from vllm.forward_context import ForwardContext, get_forward_context, override_f
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 
+from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.attention import adopt_layer
-from vllm_vtprune.kv_drop.hooks.config import UnsupportedConfigError, kv_drop_config
+from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, keep, rate
 from vllm_vtprune.models.band import band_class
 from vllm_vtprune.models.recording import Recorder
@@ -158,7 +160,8 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
             if stayed is None:
                 whole: Tensor = x
                 return whole
-            return x.new_zeros(len(inputs_embeds), x.shape[1]).index_copy_(0, stayed, x)
+            spread: Tensor = x.new_zeros(len(inputs_embeds), x.shape[1]).index_copy_(0, stayed, x)
+            return spread
 
     return DroppingDecoder
 
@@ -231,7 +234,7 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     model.kv_drop, model.bands, model.borders = state, tuple(bands), tuple(borders)
     model.buffers = Buffers(max_tokens, device, graphs)
     model.do_not_compile = True
-    model.__class__ = dropping(type(model))
+    model.__class__ = dropping(cast(Hashable, type(model)))
 
 
 def _attention(layer: nn.Module) -> Any:

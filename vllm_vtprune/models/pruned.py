@@ -131,7 +131,7 @@ def pruned(cls: M) -> M:
             processor.__class__ = pruned_processor(type(processor))
         return processor
 
-    register: Callable[[M], M] = MULTIMODAL_REGISTRY.register_processor(  # type: ignore[assignment]
+    register: Callable[[M], M] = MULTIMODAL_REGISTRY.register_processor(
         make, info=base.info, dummy_inputs=base.dummy_inputs
     )
     return register(cls)

@@ -28,7 +28,7 @@ class PrunedQwen3VL(PrunedModel, Qwen3VLForConditionalGeneration):
 
 
 @pruned
-class PrunedQwen3VLMoe(PrunedModel, Qwen3VLMoeForConditionalGeneration):
+class PrunedQwen3VLMoe(PrunedModel, Qwen3VLMoeForConditionalGeneration):  # type: ignore[misc]
     """As the dense one."""
 
 

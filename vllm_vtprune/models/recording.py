@@ -10,8 +10,9 @@ layer changes its class, and a custom operator that says what it writes does the
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,11 @@ class Recorder:
         self.query, self.key = query.view(-1, heads, size), key.view(-1, kv_heads, size)
         if rotary:
             attention.recorded_query, attention.recorded_key = query, key
-            attention.__class__ = _recording_attention(type(attention))
+            attention.__class__ = _recording_attention(cast(Hashable, type(attention)))
         else:
             owner: Any = layer.self_attn
             # vLLM shares one rotary embedding between all layers (`get_rope`)
             own = copy.copy(owner.rotary_emb)
             own.recorded_query, own.recorded_key = query, key
-            own.__class__ = _recording_rotary(type(own))
+            own.__class__ = _recording_rotary(cast(Hashable, type(own)))
             owner.rotary_emb = own

@@ -102,4 +102,5 @@ def _thinned(update: PromptUpdate, out_mm_kwargs: MultiModalKwargsItems, family:
         return thin(details, kept, family.advance(on_host))
 
     field = "insertion" if update.mode is UpdateMode.INSERT else "replacement"
-    return dataclasses.replace(update, **{field: content})
+    changed: dict[str, Any] = {field: content}
+    return dataclasses.replace(update, **changed)

@@ -172,7 +172,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         stripped = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         missing = [d for d, hit in zip(decided, mm_is_cached.get("image", ()), strict=False) if not hit]
-        base = super()._get_cache_missing_processor_kwargs(stripped, mm_is_cached)
+        base = super()._get_cache_missing_processor_kwargs(stripped, dict(mm_is_cached))
         return {**base, KWARG: setting, _IMAGES: missing}
 
     def _key(self, image: Decided, setting: str) -> str:
@@ -248,7 +248,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         _, _, kwargs = _taken(hf_processor_mm_kwargs)
-        config = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
+        config = dict(super()._get_mm_fields_config(hf_inputs, kwargs))  # type: ignore[safe-super]
         if KEPT in hf_inputs:
             config[EMBEDDINGS] = MultiModalFieldConfig.batched("image")
             # on the CPU: it is all the worker is given of an item that the prefix cache covers
@@ -265,7 +265,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """As many places as the item has embeddings: the one place where the two are made equal."""
         _, _, kwargs = _taken(hf_processor_mm_kwargs)
         return thinned(
-            super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs), out_mm_kwargs, self.family
+            super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs),  # type: ignore[safe-super]
+            out_mm_kwargs,
+            self.family,
         )
 
     def _maybe_apply_prompt_updates(self, mm_items: MultiModalDataItems, mm_res: Any) -> Any:
@@ -386,9 +388,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         ]
         mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
         data = super()._apply_hf_processor_main(mm_items, kwargs)
-        fields = super()._get_mm_fields_config(data, kwargs)
+        fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
         base = MultiModalKwargsItems.from_hf_inputs(data, fields)
-        updates = super()._get_prompt_updates(mm_items, kwargs, base)
+        updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
         (update,) = (u for u in updates if u.modality == "image")
         items = []
         for i, item in enumerate(base["image"]):

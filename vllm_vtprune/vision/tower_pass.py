@@ -38,8 +38,8 @@ def tower_pass(tower: nn.Module, example: Tensor, *, projections: bool) -> Tower
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
         if not projections:
             return (tower(pixel_values).last_hidden_state,)
-        layers: Any = tower.encoder.layers
-        attentions = [layer.self_attn for layer in layers]
+        encoder: Any = tower.encoder
+        attentions = [layer.self_attn for layer in encoder.layers]
         modules = [getattr(a, name) for a in attentions for name in ("q_proj", "k_proj")]
         captured: dict[int, Tensor] = {}
 

@@ -102,7 +102,9 @@ class AbovePruneLayerManager(PlannedBlocksManager):
                 f"Request {request_id} was scheduled for {num_tokens} of its {plan.tokens} prompt tokens, "
                 "but a pruned prompt cannot be split."
             )
-        return num_tokens - plan.tokens + plan.kept_by_layer[self.kv_cache_spec.band - 1]
+        spec: Any = self.kv_cache_spec
+        kept: int = plan.kept_by_layer[spec.band - 1]
+        return num_tokens - plan.tokens + kept
 
 
 def split_specs(specs: Mapping[str, KVCacheSpec], *prune_layers: int) -> dict[str, KVCacheSpec]:
