@@ -6,13 +6,11 @@ An environment of its own, so that nothing of Ray's is there where it is not wan
 """
 
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from setup_env import PIP_OPTIONS, ROOT, VENV, fail, step
+from setup_env import PIP_OPTIONS, ROOT, VENV, captured, fail, step
 
 DEPLOY = ROOT / ".venv-deploy"
 PYTHON = DEPLOY / "bin" / "python"
@@ -30,16 +28,7 @@ def fingerprint() -> str:
 
 def run(*command: str | Path) -> str:
     """Run a command that must succeed; what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    done = captured(*command)
     if done.returncode:
         print(f"failed\n{done.stdout[-3000:]}", file=sys.stderr)
         fail(f"{' '.join(map(str, command))} did not succeed; the next run starts over.")

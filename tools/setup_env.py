@@ -75,11 +75,11 @@ def step(text: str) -> Iterator[list[str]]:
     print(", ".join([*notes, f"{time.monotonic() - began:.0f} s"]), flush=True)
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command, its output going to the log and to the result."""
+def captured(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command from the checkout's root, its output going to the result."""
     # Another environment's path must not leak into this one.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
-    done = subprocess.run(
+    return subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
         env=environment,
@@ -88,6 +88,11 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output going to the log and to the result."""
+    done = captured(*command)
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
     return done

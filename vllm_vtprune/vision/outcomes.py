@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from vllm_vtprune.families.base import Kept
@@ -70,25 +70,18 @@ class Outcomes:
     """
 
     def __init__(self, limit: int = 1 << 16) -> None:
-        self._limit = limit
-        self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._known: LRUCache[tuple[str, str], str] = LRUCache(limit)
         self._lock = threading.Lock()
 
     def get(self, key: str, setting: str) -> str | None:
         """The outcome for a picture's content key under a canonical setting; None where there was none."""
         with self._lock:
-            if (key, setting) not in self._known:
-                return None
-            self._known.move_to_end((key, setting))
-            return self._known[key, setting]
+            return self._known.get((key, setting))
 
     def put(self, key: str, setting: str, outcome: str) -> None:
         """Note an outcome."""
         with self._lock:
             self._known[key, setting] = outcome
-            self._known.move_to_end((key, setting))
-            if len(self._known) > self._limit:
-                self._known.popitem(last=False)
 
     def clear(self) -> None:
         """Forget all."""
