@@ -104,10 +104,12 @@ def many_patches(model_dir: Path, patches: int) -> BenchModel:
 def llava_7b(model_dir: Path) -> BenchModel:
     """LLaVA-1.5-7B's architecture with dummy weights, for an accelerator."""
     folder = _once(model_dir / "llava-1.5-7b", lambda path: write_config(path, LLAVA_7B, CLIP_L, "bfloat16"))
-    # two servers share the accelerator's memory
     engine = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-num-seqs", "128")
-    memory = ("--max-model-len", "4096", "--gpu-memory-utilization", "0.42")
-    flags = (*engine, *memory)
+    # two servers share the accelerator: the same cache for both, not what each finds free
+    memory = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "18G", "--gpu-memory-utilization", "0.42")
+    # graphs of few sizes are captured sooner
+    graphs = ("--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}')
+    flags = (*engine, *memory, *graphs)
     return BenchModel("llava-1.5-7b", folder, flags, kv_cache_gb=0, prune_layer=8)
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,9 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> Iterator[list[RunningServer]]:
-    """Start servers on one model, one after another, and stop them at the end.
+    """Start servers on one model and stop them at the end.
 
+    On the CPU they start one after another, for they need its cores; on an accelerator at the same time.
     Engines that have been idle for a second take no processor time, so all stay up while one gets traffic.
 
     Raises:
@@ -68,8 +70,10 @@ def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> It
         # in sessions of their own the servers would outlive a terminated benchmark
         before = signal.signal(signal.SIGTERM, _exit)
         stack.callback(signal.signal, signal.SIGTERM, before)
-        for spec in specs:
-            servers.append(stack.enter_context(_running(spec, model, log_dir)))
+        starting = [_running(spec, model, log_dir) for spec in specs]
+        with ThreadPoolExecutor(1 if model.kv_cache_gb else len(specs)) as pool:
+            for server in [pool.submit(stack.enter_context, each) for each in starting]:
+                servers.append(server.result())
         yield servers
 
 

@@ -4,16 +4,16 @@
     python -m benchmarks.gpu.pack OUT      # writes OUT/a, OUT/b, OUT/c, each with its install.sh
 
 The target has Python 3.12, torch 2.11 with CUDA 13, transformers, Triton and a Hopper GPU; it needs no
-checkout. Copy OUT there and run `bash OUT/run.sh OUT RESULTS`.
+checkout. Copy OUT there and run `bash OUT/run.sh OUT RESULTS`. Run so on an H100 with torch 2.11.0+cu130.
 
     a  the Python packages that vLLM needs and the target lacks (requirements.txt), this project's wheel, and
-       the benchmarks, which are not in the wheel
+       the benchmarks and tests, which are not in the wheel
     b  vLLM's main CUDA extension: torch's stable ABI lets it run with another torch than it was built with
     c  vLLM's Python files and FlashAttention 3
 
 Left out, because a dense LLaVA on Hopper needs none of it: FlashAttention 2, DeepGEMM, FlashMLA, the kernels
-for mixtures of experts, the Rust front end. Not tried on such a machine yet: vLLM 0.32 pins torch 2.13; its
-sources carry switches for older versions, so 2.11 is expected to do.
+for mixtures of experts, the Rust front end, FlashInfer (`run.sh` turns its sampler off). vLLM 0.32 pins torch
+2.13; its sources carry switches for older versions.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def pack(out: Path) -> None:
 
 
 def pack_benchmarks(out: Path) -> None:
-    """Write the folder benchmarks/ into part a, with the commit it is of, and run.sh beside the parts."""
+    """Write benchmarks/ and tests/ into part a, with the commit they are of, and run.sh beside the parts."""
     folder = _HERE.parent
     (out / "a").mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out / "a" / "benchmarks.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted([*folder.rglob("*.py"), *folder.with_name("tests").rglob("*.py")]):
             archive.write(file, file.relative_to(folder.parent))
         archive.writestr(f"{folder.name}/{COMMIT_FILE}", commit_of(folder) or "unknown")
     shutil.copy(_HERE / "run.sh", out)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Compare vLLM and vtprune on LLaVA-1.5-7B's architecture with dummy weights, on a GPU machine without network:
+# On a GPU machine without network: stage 2 beside the reference, then vLLM and vtprune side by side on
+# LLaVA-1.5-7B's architecture with dummy weights.
 #
 #     bash run.sh PARTS RESULTS      # PARTS as written by pack.py; RESULTS is a folder for the JSON files
 #
@@ -18,9 +19,12 @@ for part in a b c; do
   bash "$parts/$part/install.sh"
 done
 export PYTHONPATH=$VTPRUNE_SITE
+# left out of the parts
+export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0
 
 cd "$results"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python3 -m tests.cuda --out "$results/stage2" 2>&1 | tee "$results/stage2.txt"
 compare() {
   python3 -m benchmarks.compare --model llava-1.5-7b --concurrency 1,4,16,32,128 \
     --seconds "${SECONDS_PER_POINT:-60}" --logs "$results/logs" --arms "$1" --json "$results/$2.json"

@@ -54,9 +54,11 @@ def query(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Que
         )  # fmt: skip
 
     def ask(expression: str) -> list[Any]:
-        answer = httpx.get(
+        response = httpx.get(
             f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression}, timeout=20
-        ).json()
+        )
+        # while it starts it answers 503 in plain text
+        answer = response.raise_for_status().json()
         assert answer["status"] == "success", answer
         result: list[Any] = answer["data"]["result"]
         return result
@@ -81,7 +83,7 @@ def _wait_until(true: Callable[[], bool], folder: Path) -> None:
         try:
             if true():
                 return
-        except (httpx.TransportError, IndexError):
+        except (httpx.HTTPError, IndexError):
             pass
         time.sleep(0.3)
     raise AssertionError((folder / "log").read_text()[-3000:])

@@ -171,7 +171,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     from tests.helpers import family_stage2 as importable
-    from tests.helpers.kv_engine import answer
+    from tests.helpers.kv_engine import answer, device_options
     from vllm_vtprune import engine_kwargs, request_kwargs
 
     checkpoint, out = Path(sys.argv[1]), sys.argv[2]
@@ -187,6 +187,7 @@ def main() -> None:
         num_gpu_blocks_override=200,
         limit_mm_per_prompt={"image": 4, **dict.fromkeys(family.other_modalities, 0)},
         seed=0,
+        **device_options(),
         **engine_kwargs(prune_layers=written, window=WINDOW),
     )
     prompts, params = [], []

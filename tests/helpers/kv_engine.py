@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,21 @@ from tests.reference import Request
 
 # here, since the processes that vLLM starts import this module again
 model_runner_v2.install_from_environment()
+
+#: `cuda` has the engines run on a GPU, with CUDA graphs; see `tests.cuda`.
+DEVICE = "VTPRUNE_TEST_DEVICE"
+
+
+def device_options() -> dict[str, Any]:
+    """What engines are given beside a scenario's own: nothing on the CPU.
+
+    On a GPU the only backend for float32, and a fixed amount of memory: several engines share the device, and
+    vLLM's measuring of what is free does not bear that.
+    """
+    if os.environ.get(DEVICE) != "cuda":
+        return {}
+    memory = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.04}
+    return {"enforce_eager": False, "attention_backend": "TRITON_ATTN", **memory}
 
 
 class Engine:
@@ -47,6 +63,7 @@ class Engine:
                 "max_num_batched_tokens": 1024,
                 "limit_mm_per_prompt": {"image": 4},
                 "disable_log_stats": False,
+                **device_options(),
                 **(engine_kwargs(**policy) if plugin else {}),
                 **kwargs,
             },

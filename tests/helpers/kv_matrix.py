@@ -22,8 +22,10 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.helpers.checkpoints import random_llava
+from tests.helpers.kv_cases import BANDS
 from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.reference import Answer, PruneLayer, Reference, Request
+from vllm_vtprune.kv_drop.schedule import parse
 
 #: Asks for every scenario on one runner.
 VARIABLE = "VTPRUNE_TEST_ALL_ON"
@@ -45,6 +47,12 @@ _IN_CI: dict[str, tuple[str, ...]] = {
 CHECKPOINT = {"top": "ungrouped", "bands": "qwen3", "bands_preemption": "mistral", "bands_compiled": "qwen2"}
 #: Scenario of `tests.helpers.kv_run` -> runners.
 ON = {name: (_ALL_ON,) if _ALL_ON else runners for name, runners in _IN_CI.items()}
+
+
+def band_layers(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...]]:
+    """Prune layers and ratings of a scenario with several, as the reference takes them."""
+    prune_layers = tuple((p.layer, p.share, p.of) for p in parse(BANDS[scenario]["prune_layers"]))
+    return prune_layers, tuple(BANDS[scenario]["relevance"].split(","))
 
 
 class Runs:

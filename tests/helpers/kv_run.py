@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,15 @@ from tests.helpers.kv_cases import (
     unpruned,
 )
 from tests.helpers.kv_engine import Engine, answer, refusal
-from tests.helpers.kv_events import events, graphs
+from tests.helpers.kv_events import (
+    capacity,
+    dummy_runs_between,
+    events,
+    graphs,
+    preempted_and_aborted,
+    reset_then_abort,
+    reset_while_running,
+)
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
@@ -69,6 +78,39 @@ def scenario_grid(checkpoint: str) -> dict[str, Any]:
         "scheduler": type(engine.scheduler).__name__,
         "steps_ahead": engine.core.batch_queue_size,
     }
+    return result
+
+
+def scenario_cuda(checkpoint: str) -> dict[str, Any]:
+    """The grid on a GPU, with CUDA graphs; what an engine on the CPU must have told it is left out.
+
+    What goes wrong in one part is recorded and does not hide the others.
+    """
+    engine = Engine(checkpoint, prune_layer=2, block_size=32, num_gpu_blocks_override=150)
+    free = engine.pool.get_num_free_blocks()
+    pruned = Request(QUESTION, (noise(0),), kv_keep=0.25, max_tokens=8)
+    result: dict[str, Any] = {
+        "batch": engine.run(grid()),
+        "v2": engine.is_v2,
+        "graphs": engine.core.vllm_config.compilation_config.cudagraph_mode.name,
+        "errors": {},
+    }
+    parts: dict[str, Callable[[], Any]] = {
+        "single": lambda: [engine.run([r])[0] for r in alone()],
+        "unpruned": lambda: engine.run(unpruned()),
+        "pool": lambda: pool_during(engine, pruned),
+        "running": lambda: capacity(engine),
+        "crowd": lambda: preempted_and_aborted(engine),
+        "reset": lambda: reset_while_running(engine),
+        "reset_abort": lambda: reset_then_abort(engine),
+        "dummy_runs": lambda: dummy_runs_between(engine),
+    }
+    for name, part in parts.items():
+        try:
+            result[name] = part()
+        except Exception:
+            result["errors"][name] = traceback.format_exc()
+    result["blocks_lost"] = free - engine.pool.get_num_free_blocks()
     return result
 
 
@@ -275,6 +317,7 @@ def _bands(model: Any) -> tuple[str, list[tuple[str, int, bool]]]:
 
 SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "grid": scenario_grid,
+    "cuda": scenario_cuda,
     "preemption": scenario_preemption,
     "capacity": scenario_capacity,
     "top": scenario_top,

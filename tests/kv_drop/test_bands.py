@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.kv_cases import BANDS, band_cases, band_crowd
-from tests.helpers.kv_matrix import CHECKPOINT, ON, Runs, Verdicts
-from tests.reference import PruneLayer, Reference
-from vllm_vtprune.kv_drop.schedule import parse
+from tests.helpers.kv_cases import band_cases, band_crowd
+from tests.helpers.kv_matrix import CHECKPOINT, ON, Runs, Verdicts, band_layers
+from tests.reference import Reference
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -23,17 +22,12 @@ def on(scenario: str) -> Any:
     return pytest.mark.parametrize("runner", ON[scenario])
 
 
-def method(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...], str]:
-    """Prune layers, ratings and checkpoint of a scenario."""
-    prune_layers = tuple((p.layer, p.share, p.of) for p in parse(BANDS[scenario]["prune_layers"]))
-    return prune_layers, tuple(BANDS[scenario]["relevance"].split(",")), CHECKPOINT[scenario]
-
-
 def check(
     verdicts: Verdicts, scenario: str, runner: str, requests: Any, answers: Any, name: str = ""
 ) -> None:
     """The answers are the reference's."""
-    prune_layers, relevance, checkpoint = method(scenario)
+    prune_layers, relevance = band_layers(scenario)
+    checkpoint = CHECKPOINT[scenario]
     verdicts.check(name or scenario, runner, prune_layers, requests, answers, relevance, checkpoint)
 
 
@@ -65,7 +59,7 @@ def test_compiled_bands_and_other_ratings_answer_as_the_reference(
 
 def test_each_prune_layer_changes_answers(runs: Runs, verdicts: Verdicts) -> None:
     """Otherwise the comparisons would prove little: without the higher ones other answers are right."""
-    prune_layers, relevance, checkpoint = method("bands")
+    (prune_layers, relevance), checkpoint = band_layers("bands"), CHECKPOINT["bands"]
     lowest_alone: Reference = verdicts.reference(prune_layers[:1], relevance, checkpoint)
     wrong = 0
     for request, mine in zip(band_cases(), runs("bands", ON["bands"][0])["batch"], strict=True):
