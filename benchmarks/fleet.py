@@ -195,7 +195,7 @@ _ASSUMPTIONS = (
 _PAGE = """\
 # A large fleet, by arithmetic
 
-Printed by `python -m benchmarks.fleet`; a test compares. **No number here was measured on a GPU.**
+Printed by `python -m benchmarks.fleet`; a test compares. **No number here was measured on a GPU;** what was is [elsewhere](gpu.md).
 LLaVA-1.5-7B in bfloat16, one H100 a replica, one picture, {text} text tokens and {output} tokens of
 answer a request, no cache hits.
 
@@ -227,9 +227,10 @@ day's mean.
    interpreter a replica. At {rps} requests a second pictures alone take {core} of a core (unpruned
    {core0}). The whole demo server, engine and tower on the CPU included, takes {server_ms} ms of
    processor time a request ([benchmarks](benchmarks.md#the-demo-model-under-load)), which would be
-   {cores} cores: the front end lies somewhere in between, and pruning brings its limit nearer, since it
-   makes the GPU faster and not the front end. `--api-server-count 2` or more, each with a tower of its
-   own; watch `vtprune_tower_waiting_images`.
+   {cores} cores. [On an H100](gpu.md) one API process fed some 45 requests a second, 48 ms of processor
+   time each in all of the server's processes, while the GPU waited. Pruning brings this limit nearer,
+   since it makes the GPU faster and not the front end. `--api-server-count 2` or more, each with a tower
+   of its own; watch `vtprune_tower_waiting_images`.
 2. **The KV cache.** A replica holds {fit} requests unpruned, {fit1} and {fit2} pruned; beyond that they wait.
    Longer answers and more pictures a request lower all three.
 3. **The cache of tower outputs** (1 GiB by default) holds {cached} pictures, {cached_s} s of distinct
