@@ -128,6 +128,10 @@ class PrunePolicy(OperatorModel):
     feature_cache_gb: float = Field(
         default=1.0, ge=0, description="GiB per API process for cached tower outputs; 0 for no cache"
     )
+    feature_cache_on: Annotated[str, _one_of(("host", "device"))] = Field(
+        default="host",
+        description="where they are kept: host (pinned for a GPU), or device, out of the KV cache's memory",
+    )
     # off, since a forged id would be answered with somebody else's picture
     trust_image_ids: bool = Field(
         default=False, description="whether a client's uuid or an EXIF image id may name a cached picture"
