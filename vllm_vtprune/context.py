@@ -45,6 +45,11 @@ def attach_context(model_config: ModelConfig, context: PluginContext) -> None:
     setattr(model_config, _ATTRIBUTE, context)
 
 
+def has_context(model_config: ModelConfig) -> bool:
+    """Whether the start-up check has run for this model: it is one of the plugin's."""
+    return isinstance(getattr(model_config, _ATTRIBUTE, None), PluginContext)
+
+
 def plugin_context(model_config: ModelConfig) -> PluginContext:
     """The context attached at start-up; the defaults where the check has not run (processor-only use)."""
     context = getattr(model_config, _ATTRIBUTE, None)

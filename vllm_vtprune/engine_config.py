@@ -23,6 +23,7 @@ from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
 from vllm_vtprune.vision.gpu_budget import place_tower
 from vllm_vtprune.vision.service import check_encoder
+from vllm_vtprune.weight_updates import refuse_weight_transfer
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -60,6 +61,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             attach_context(model_config, PluginContext(policy=policy, prunes=False))
             return
         _refuse_conflicts(model_config, vllm_config)
+        refuse_weight_transfer(vllm_config)
         device, dtype = check_encoder(policy, model_config)
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()

@@ -67,6 +67,7 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.error_text import withhold_everywhere
         from vllm_vtprune.vision.gpu_budget import restore_video_pool
         from vllm_vtprune.vision.processor import PrunedProcessor
+        from vllm_vtprune.weight_updates import refuse_in_front_end
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.kv_plan import KVPlanner
@@ -100,6 +101,8 @@ class VTPruneEndpointPlugin:
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
         install_grammar_errors(engine_client)
+        if context.prunes:
+            refuse_in_front_end(engine_client)
 
 
 def add_outer_middleware(app: FastAPI) -> None:

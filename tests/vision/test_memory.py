@@ -28,7 +28,7 @@ from vllm_vtprune.vision.service import VisionService
 from vllm_vtprune.vision.transfer import held_bytes, output_on, outputs_on_host, to_device, to_host
 from vtprune_server import memory as command
 
-# --- the sums ------------------------------------------------------------------------------------------------
+# --- the sums -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -137,7 +137,7 @@ def test_a_pass_holds_no_more_than_was_computed(make: Callable[[], Any]) -> None
     assert measured <= computed < 2.5 * measured
 
 
-# --- which GPU -----------------------------------------------------------------------------------------------
+# --- which GPU ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_largest_picture_is_read_as_image_processors_write_it() -> None:
     assert pixels_of({"size": {"height": 336, "width": 336}}) is None and pixels_of(None) is None
 
 
-# --- when it is not enough -----------------------------------------------------------------------------------
+# --- when it is not enough ----------------------------------------------------------------------------------
 
 
 class SmallEncoder:
@@ -330,7 +330,7 @@ def test_a_concurrent_caller_is_not_lost_when_memory_runs_out() -> None:
     assert got == {f"k{i}": float(i) for i in range(12)}
 
 
-# --- copies --------------------------------------------------------------------------------------------------
+# --- copies -------------------------------------------------------------------------------------------------
 
 
 def test_no_image_keeps_the_memory_of_its_batch() -> None:
