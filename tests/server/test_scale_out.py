@@ -19,9 +19,11 @@ from vtprune_server.scale_out import GENERATE_ROUTE, RENDER_ROUTES
 @pytest.fixture(scope="module")
 def app() -> Iterator[Any]:
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_vtprune.compat import serve_parser
+
+    make_arg_parser, _ = serve_parser()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "vtprune")
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
@@ -107,9 +109,10 @@ async def test_settings_that_would_not_act_are_a_400(app: Any) -> None:
 
 
 def test_rendering_reads_the_headers(app: Any) -> None:
-    """As every other route that renders prompts; 0.33's `/v1/decisions` too, once it is attached."""
+    """As every other route that renders prompts; 0.33 has `/v1/decisions` beside 0.32's `/v1/systemone`."""
     described = app.openapi()["paths"]
-    for path in (*RENDER_ROUTES, "/v1/systemone"):
+    decisions = [path for path in ("/v1/systemone", "/v1/decisions") if path in described]
+    for path in (*RENDER_ROUTES, *decisions):
         named = {parameter["name"] for parameter in described[path]["post"]["parameters"]}
         assert "X-VTPrune-Preset" in named, path
 
@@ -117,6 +120,8 @@ def test_rendering_reads_the_headers(app: Any) -> None:
 async def test_a_bad_header_is_refused_where_a_prompt_is_rendered(app: Any) -> None:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        for path in RENDER_ROUTES:
+        decisions = [path for path in app.openapi()["paths"] if path in ("/v1/systemone", "/v1/decisions")]
+        assert decisions
+        for path in (*RENDER_ROUTES, *decisions):
             response = await client.post(path, json={}, headers={"X-VTPrune-Preset": "hard"})
             assert response.status_code == 400 and "X-VTPrune-Preset" in response.text, path
