@@ -148,16 +148,17 @@ def table(title: str, measured: LoadRounds, arms: Sequence[Arm]) -> str:
                 decimal(measured.median(label, "ttft_s"), 1, 1000),
                 decimal(measured.median(label, "e2el_s"), 1, 1000),
                 decimal(measured.median(label, "requests_per_s"), 2),
+                decimal(measured.median(label, "tower_share"), 0, 100),
                 *("" if label == base else quartiles(measured.spread(label, name)) for name in ratios),
             ]
         )
-    header = ["arm", "vision", "prompt", "TTFT ms", "e2e ms", "req/s"]
+    header = ["arm", "vision", "prompt", "TTFT ms", "e2e ms", "req/s", "tower %"]
     header += ["e2e ratio", "throughput ratio", "CPU time ratio"]
     lines = [
         "",
         f"{title}, concurrency {measured.concurrency}: {len(measured)} rounds of "
         f"{measured.requests_per_block} requests per arm; medians; ratios to {base}, paired by round, with "
-        "quartiles",
+        "quartiles; tower %: of the time, that in which the API process's vision tower was at work",
         *columns(header, rows, width=_WIDTH),
     ]
     if base == "vllm" and "off" in measured.labels:

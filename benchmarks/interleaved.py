@@ -68,6 +68,7 @@ class Block:
         prompt_tokens: given to the language model, per request.
         vision_tokens_kept: per request; NaN from a server that does not report it.
         kv_tokens_kept: prompt tokens above the prune layer, per request; NaN likewise.
+        tower_share: of the block's time, that in which the server's vision towers were at work; NaN likewise.
     """
 
     e2el_s: float
@@ -78,6 +79,7 @@ class Block:
     prompt_tokens: float
     vision_tokens_kept: float
     kv_tokens_kept: float
+    tower_share: float
 
 
 @dataclass
@@ -190,7 +192,7 @@ class Comparison:
         await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
         await asyncio.sleep(self._last_block + _REST_S - time.monotonic())
         server = self._servers[arm.server]
-        cpu = server.process.cpu_seconds()
+        cpu, tower = server.process.cpu_seconds(), await server.tower_seconds()
         result = await self._runners[arm.server].run(
             Phase(Role.MEASURED, (index,), requests, None),
             LoadPoint(None, concurrency),
@@ -198,13 +200,14 @@ class Comparison:
             asyncio.Event(),
         )
         cpu = server.process.cpu_seconds() - cpu
+        tower = await server.tower_seconds() - tower
         self._last_block = time.monotonic()
         for record in result.records:
             if not record.ok:
                 raise LoadTestError(
                     f"A request to {arm.label} failed: {record.error_kind}: {record.error_message}"
                 )
-        return _summary(result.records, result.duration_s, cpu)
+        return _summary(result.records, result.duration_s, cpu, tower)
 
 
 def block_size(concurrency: int, lone_request_s: float) -> int:
@@ -229,7 +232,7 @@ async def connected(
         yield Comparison(arms, {server.spec.name: server for server in servers}, clients, model, traffic)
 
 
-def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) -> Block:
+def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float, tower_s: float) -> Block:
     def reported(name: str) -> float:
         return float(np.mean([(r.vtprune or {}).get(name, math.nan) for r in records]))
 
@@ -242,6 +245,7 @@ def _summary(records: Sequence[RequestRecord], duration_s: float, cpu_s: float) 
         prompt_tokens=float(np.mean([r.prompt_tokens or math.nan for r in records])),
         vision_tokens_kept=reported("vision_tokens_kept"),
         kv_tokens_kept=reported("kv_tokens_kept"),
+        tower_share=tower_s / duration_s,
     )
 
 

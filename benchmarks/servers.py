@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx
 
 from benchmarks.models import BenchModel
 from benchmarks.processes import ServerProcess
@@ -53,6 +57,20 @@ class RunningServer:
     def url(self) -> str:
         """Its base URL."""
         return self.process.url
+
+    async def tower_seconds(self) -> float:
+        """Seconds that its vision towers have been at work; NaN for a server without them.
+
+        The sum of `vtprune_tower_seconds` over API processes, each pass until its outputs are there.
+        """
+        async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+            return tower_seconds_in((await client.get(f"{self.url}/metrics")).text)
+
+
+def tower_seconds_in(exposition: str) -> float:
+    """`vtprune_tower_seconds_sum` in a text of Prometheus metrics; NaN where there is none."""
+    found = re.findall(r"^vtprune_tower_seconds_sum(?:\{[^}]*\})? (\S+)", exposition, re.MULTILINE)
+    return sum(map(float, found)) if found else math.nan
 
 
 @contextlib.contextmanager

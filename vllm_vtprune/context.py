@@ -26,6 +26,8 @@ class PluginContext:
         dummy_weights: vLLM runs with `--load-format dummy`.
         download_dir: where the hub client keeps files.
         prunes: whether the checkpoint is one that the plugin prunes; else vLLM's own class serves it.
+        encoder_device: where this process's tower runs; None: as the policy says.
+        video_gpu_gb: what the operator sets aside for videos decoded on the GPU, towers apart.
         special_ids: the tokenizer's special tokens, the image placeholder aside; empty without a prune layer.
     """
 
@@ -33,12 +35,19 @@ class PluginContext:
     dummy_weights: bool = False
     download_dir: str | None = None
     prunes: bool = True
+    encoder_device: str | None = None
+    video_gpu_gb: float | None = None
     special_ids: frozenset[int] = frozenset()
 
 
 def attach_context(model_config: ModelConfig, context: PluginContext) -> None:
     """Hand the context to all who are given this model configuration."""
     setattr(model_config, _ATTRIBUTE, context)
+
+
+def has_context(model_config: ModelConfig) -> bool:
+    """Whether the start-up check has run for this model: it is one of the plugin's."""
+    return isinstance(getattr(model_config, _ATTRIBUTE, None), PluginContext)
 
 
 def plugin_context(model_config: ModelConfig) -> PluginContext:

@@ -21,7 +21,9 @@ from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_s
 from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.gpu_budget import place_tower
 from vllm_vtprune.vision.service import check_encoder
+from vllm_vtprune.weight_updates import refuse_weight_transfer
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -59,7 +61,8 @@ class PruneConfig(VerifyAndUpdateConfig):
             attach_context(model_config, PluginContext(policy=policy, prunes=False))
             return
         _refuse_conflicts(model_config, vllm_config)
-        check_encoder(policy)
+        refuse_weight_transfer(vllm_config)
+        device, dtype = check_encoder(policy, model_config)
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:
@@ -67,8 +70,11 @@ class PruneConfig(VerifyAndUpdateConfig):
             cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
+        place = place_tower(vllm_config, policy, family, device, dtype)
         context = PluginContext(
             policy=policy,
+            encoder_device=place.device,
+            video_gpu_gb=place.video_gpu_gb,
             dummy_weights=vllm_config.load_config.load_format == "dummy",
             download_dir=vllm_config.load_config.download_dir,
             special_ids=special_ids,

@@ -28,7 +28,9 @@ def register_with_vllm() -> None:
 
         from vllm_vtprune.engine_config import register_check
         from vllm_vtprune.families.registry import ARCHITECTURES, REFUSED
+        from vllm_vtprune.weight_updates import refuse_reload_in_workers
 
+        refuse_reload_in_workers()
         for architecture, entry in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, f"vllm_vtprune.models.{entry.model}")
             register_check(architecture)

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import CUSTOM, PRESETS
+from vllm_vtprune.contract import CUSTOM, KWARG, PRESETS
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
@@ -128,6 +128,10 @@ class PrunePolicy(OperatorModel):
     feature_cache_gb: float = Field(
         default=1.0, ge=0, description="GiB per API process for cached tower outputs; 0 for no cache"
     )
+    feature_cache_on: Annotated[str, _one_of(("host", "device"))] = Field(
+        default="host",
+        description="where they are kept: host (pinned for a GPU), or device, out of the KV cache's memory",
+    )
     # off, since a forged id would be answered with somebody else's picture
     trust_image_ids: bool = Field(
         default=False, description="whether a client's uuid or an EXIF image id may name a cached picture"
@@ -216,6 +220,29 @@ class PrunePolicy(OperatorModel):
             name = controls.name(next(iter(controls.fields)))
             raise SettingsError(f"{name} cannot be set: the operator of this server fixed the pruning.", name)
         return self._resolve(controls)
+
+    def check_extra_args(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Judge second-stage settings in `SamplingParams.extra_args`, as `KVSettings` writes them.
+
+        Raises:
+            SettingsError: they cannot be read, or are beyond this policy.
+        """
+        default = self.default_settings.kv
+        kv = KVSettings.from_extra_args(extra_args, default)
+        if kv == default:
+            return
+        where = f"extra_args.{KWARG}"
+        controls = Controls(
+            {
+                name: (value, f"{where}.{name}")
+                for name, value in {"kv_keep": kv.shares, "kv_scope": kv.scope}.items()
+            }
+        )
+        if not self.client_controls:
+            raise SettingsError(
+                f"{where} cannot be set: the operator of this server fixed the pruning.", where
+            )
+        self._check_caps(controls, self.default_settings.vision, self._resolve_kv(controls, 1.0))
 
     def _resolve(self, controls: Controls) -> PruneSettings:
         settings = self._combine(controls)

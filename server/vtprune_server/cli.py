@@ -14,6 +14,7 @@ _COMMANDS = {
     "serve": "vtprune_server.serve",
     "loadtest": "vtprune_loadtest.__main__",
     "eval": "vtprune_eval.__main__",
+    "memory": "vtprune_server.memory",
 }
 
 _USAGE = """\
@@ -23,6 +24,7 @@ commands:
   serve [MODEL]   start the OpenAI-compatible server; without MODEL the embedded demo model
   loadtest        load-test an OpenAI-compatible server
   eval            measure what pruning costs in answers
+  memory MODEL    what tower and engine take of a GPU, from config.json alone
   version         print the versions
 
 `vtprune COMMAND --help` lists a command's options.

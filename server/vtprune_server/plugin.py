@@ -65,7 +65,9 @@ class VTPruneEndpointPlugin:
             return
         from vllm_vtprune.context import plugin_context
         from vllm_vtprune.error_text import withhold_everywhere
+        from vllm_vtprune.vision.gpu_budget import restore_video_pool
         from vllm_vtprune.vision.processor import PrunedProcessor
+        from vllm_vtprune.weight_updates import refuse_in_front_end
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.kv_plan import KVPlanner
@@ -80,6 +82,9 @@ class VTPruneEndpointPlugin:
             withhold_everywhere()
         drain_before_shutdown(engine_client, state.vtprune_in_flight)
         context = plugin_context(engine_client.model_config)
+        if context.video_gpu_gb is not None:
+            config = engine_client.vllm_config
+            restore_video_pool(config.model_config, config.parallel_config, context.video_gpu_gb)
         kv_planner = None
         if context.policy.prune_layer is not None:
             kv_planner = KVPlanner.of(engine_client.vllm_config)
@@ -96,6 +101,8 @@ class VTPruneEndpointPlugin:
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
         install_grammar_errors(engine_client)
+        if context.prunes:
+            refuse_in_front_end(engine_client)
 
 
 def add_outer_middleware(app: FastAPI) -> None:

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from vtprune_server import metrics
+from vtprune_server.scale_out import RENDER_ROUTES
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vtprune.requests")
 
 #: Routes that render a prompt and generate nothing: their counts are reported, not served.
-_COUNTING_ROUTES = ("/tokenize", "/v1/messages/count_tokens")
+_COUNTING_ROUTES = ("/tokenize", "/v1/messages/count_tokens", *RENDER_ROUTES)
 #: Key of an ASGI scope: the request's `Followed`.
 FOLLOWED = "vtprune.followed"
 #: How much of a client's own request id is logged.

@@ -27,6 +27,7 @@ from vtprune_server.client_errors import disclosable
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.request_log import RequestRecord
 from vtprune_server.responses import annotate
+from vtprune_server.scale_out import GENERATE_ROUTE, RENDER_ROUTES, check_generate
 
 #: The routes that render prompts. `/invocations` dispatches to the handlers itself.
 PROMPT_ROUTES = (
@@ -38,6 +39,11 @@ PROMPT_ROUTES = (
     "/v1/messages/count_tokens",
     "/tokenize",
     "/invocations",
+    # vLLM's structured decisions: 0.32's name, and 0.33's
+    "/v1/systemone",
+    "/v1/decisions",
+    *RENDER_ROUTES,
+    GENERATE_ROUTE,
 )
 
 #: How OpenAPI shows the body's `vtprune` field, which is typed Any so that our own sentences judge it.
@@ -94,6 +100,9 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             await _read_untyped(context, raw_request)
         record = RequestRecord(context, raw_request)
         try:
+            if raw_request is not None and raw_request.url.path.endswith(GENERATE_ROUTE):
+                policy = raw_request.app.state.online_renderer.vtprune_context.policy
+                check_generate(kwargs["request"], context, policy)
             response = await handler(*args, **kwargs)
         except BaseException as error:
             record.failed(error)

@@ -13,6 +13,7 @@ from tests.helpers.kv_cases import QUESTION, TEXT, brief_crowd, grid, replayed, 
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
+from vllm_vtprune.models import decoder
 
 
 def events(engine: Engine) -> dict[str, Any]:
@@ -108,13 +109,33 @@ def dummy_runs_between(engine: Engine) -> dict[str, Any]:
         # at an engine's start no block holds anything yet
         engine.llm.reset_prefix_cache()
 
+    # as at an engine's start, where vLLM measures memory
+    drop = engine.runner.get_model().kv_drop
+    drop.profiling = True
+    with mock.patch.object(decoder, "costliest", wraps=decoder.costliest) as rated:
+        engine.runner.profile_run()
+    assert not drop.profiling
+
     def dummy_run(step: int) -> None:
         if step in (2, 5, 9):
             worker.execute_dummy_batch()
             engine.runner._dummy_run(100)
 
     answers = engine.drive({f"dummy-{i}": r for i, r in enumerate(resettable())}, dummy_run)
-    return {"answers": [answers[f"dummy-{i}"] for i in range(len(answers))]}
+    return {
+        "answers": [answers[f"dummy-{i}"] for i in range(len(answers))],
+        "rated": [call.kwargs["rows"] for call in rated.call_args_list],
+        "reload": refused_reload(engine),
+    }
+
+
+def refused_reload(engine: Engine) -> str:
+    """What `reload_weights` is told; the engine goes on with the weights it has."""
+    try:
+        engine.llm.collective_rpc("reload_weights")
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def sleep_and_wake(engine: Engine) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_vtprune.kv_drop import ratings
 from vllm_vtprune.kv_drop.ratings import Bucket, attention_received, make_buckets
-from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, kept_rows
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, costliest, kept_rows
 
 SIZE = 8
 
@@ -188,3 +188,26 @@ def test_buckets_hold_each_prompt_once_and_pad_by_two_at_most(lengths):
     for padded, (_, length, _) in buckets:
         assert padded == length.max()
         assert padded <= 64 or (padded < 2 * length).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_batch_is_padded_further_than_the_costliest(data):
+    """So what vLLM's memory profile has seen is enough for every step."""
+    rows, requests = data.draw(st.integers(200, 2000)), data.draw(st.integers(1, 40))
+    longest, queries = data.draw(st.integers(100, rows)), data.draw(st.integers(1, 8))
+    lengths, left = [], rows
+    while left > queries and len(lengths) < requests and (not lengths or data.draw(st.booleans())):
+        lengths.append(data.draw(st.integers(queries + 1, max(min(left, longest), queries + 1))))
+        left -= lengths[-1]
+    length = np.array(lengths, dtype=np.int64)
+    start = length.cumsum() - length
+    padded = sum(width * members.shape[1] for width, members in make_buckets(start, length, length // 2))
+    prompts = costliest(rows, requests, longest, queries, torch.device("cpu"))
+    (bucket,) = prompts.buckets
+    assert int((bucket.start + bucket.length).max()) <= rows and len(bucket.start) <= requests
+    assert int(bucket.length.min()) > queries and int(bucket.length.max()) <= longest
+    assert padded <= 1.1 * len(bucket.start) * bucket.padded
+    q, k = torch.randn(rows, 2, SIZE), torch.randn(rows, 1, SIZE)
+    kept = kept_rows(q, k, prompts, queries=queries, total_heads=2, scale=1.0)
+    assert len(kept) == prompts.rows_kept < rows

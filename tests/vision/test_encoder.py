@@ -217,6 +217,8 @@ class CountingEncoder:
         self.go.set()
         self.error: Exception | None = None
 
+    device = torch.device("cpu")
+
     def work(self, _: Item) -> int:
         return 10**8
 

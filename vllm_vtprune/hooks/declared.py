@@ -218,6 +218,18 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "ValueError, TypeError and OverflowError are 400 with their text",
         ),
     ],
+    "vllm_vtprune/weight_updates.py": [
+        (
+            "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+            "replace",
+            "refused, as the tower would keep the old weights",
+        ),
+        (
+            "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc",
+            "replace",
+            "the same in the front end; its routes for trainers all go through it",
+        ),
+    ],
     "vtprune_server/prefetch.py": [
         (_RENDERER + "_process_multimodal_async", "replace", "runs the tower first"),
         (_RENDERER + "_process_multimodal", "read", ""),

@@ -19,7 +19,10 @@ class KVDropBands(nn.Module):
 
     Attributes:
         bands: the present step above each prune layer, from the lowest up.
+        profiling: the next dummy run is the one in which vLLM measures memory.
     """
+
+    profiling = False
 
     def __init__(self, borders: int, max_requests: int, max_tokens: int, device: torch.device) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 #: Smallest padded length of a bucket; below it padding costs less than another bucket.
-_MIN_BUCKET = 64
+MIN_BUCKET = 64
 #: AIM's temperature and number of iterations.
 TEMPERATURE, ITERATIONS = 0.1, 5
 #: Attention weights that `pagerank` holds at once, in float32: 64 MiB.
@@ -70,7 +70,7 @@ def make_buckets(
         Per bucket its padded length and the three rows of its prompts, [3, R_b].
     """
     facts = np.stack([start, length, kept])
-    exponents = np.ceil(np.log2(np.maximum(length, _MIN_BUCKET))).astype(np.int64)
+    exponents = np.ceil(np.log2(np.maximum(length, MIN_BUCKET))).astype(np.int64)
     buckets = []
     for exponent in np.unique(exponents):
         members = facts[:, exponents == exponent]

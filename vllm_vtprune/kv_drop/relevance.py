@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_vtprune.kv_drop.ratings import Bucket, attention_received, key_norm, pagerank
+from vllm_vtprune.kv_drop.ratings import MIN_BUCKET, Bucket, attention_received, key_norm, pagerank
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,33 @@ class PrunedPrompts:
     def cuts(self) -> bool:
         """Whether any row leaves here."""
         return self.rows_kept < self.rows
+
+
+def costliest(
+    rows: int, max_requests: int, longest: int, queries: int, device: torch.device
+) -> PrunedPrompts:
+    """The batch that rating needs most memory for: one bucket, padded as far as the rounding allows.
+
+    Args:
+        rows: N, tokens that a step may hold.
+        max_requests: requests that a step may hold.
+        longest: the longest prompt that is pruned.
+        queries: how many of a prompt's last tokens rate it.
+        device: where it is rated.
+    """
+    longest = min(longest, rows)
+    best = [longest]
+    for padded in [*range(MIN_BUCKET, longest, MIN_BUCKET), longest]:
+        # one prompt of this length, and others just long enough to share its bucket (`make_buckets`)
+        half = 1 << (padded - 1).bit_length() - 1
+        other = max(half if padded > MIN_BUCKET else 0, queries) + 1
+        others = min((rows - padded) // other, max_requests - 1)
+        if (1 + others) * padded > len(best) * best[0]:
+            best = [padded, *[other] * others]
+    length = torch.tensor(best, device=device)
+    bucket = Bucket(best[0], length.cumsum(0) - length, length, (length + 1) // 2)
+    protected = torch.zeros(rows, dtype=torch.bool, device=device)
+    return PrunedPrompts(rows, rows - int((length - bucket.kept).sum()), protected, (bucket,))
 
 
 @dataclass(frozen=True)

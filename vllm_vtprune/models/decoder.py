@@ -29,7 +29,7 @@ from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.attention import adopt_layer
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
-from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, keep, rate
+from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, costliest, keep, rate
 from vllm_vtprune.models.band import band_class
 from vllm_vtprune.models.recording import Recorder
 
@@ -117,6 +117,7 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
         bands: tuple[nn.Module, ...]
         borders: tuple[Border, ...]
         buffers: Buffers
+        limits: dict[str, int]
 
         def forward(
             self,
@@ -139,6 +140,8 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
             x, residual = self.bands[0](positions, inputs_embeds, None, deepstack_input_embeds)
             stayed: Tensor | None = None
             scores: Tensor | None = None
+            if dummy and self.kv_drop.profiling and not _capturing():
+                self._profile_ratings()
             for index, border in enumerate(self.borders):
                 prompts = None if dummy else self.kv_drop.bands[index].prompts
                 if prompts is not None:
@@ -163,7 +166,24 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
             spread: Tensor = x.new_zeros(len(inputs_embeds), x.shape[1]).index_copy_(0, stayed, x)
             return spread
 
+        def _profile_ratings(self) -> None:
+            """Rate the costliest batch, once, so that vLLM's memory profile has seen it.
+
+            Nothing is pruned in a dummy run; what is above keeps all rows, which is its costliest, too.
+            """
+            self.kv_drop.profiling = False
+            for border in self.borders:
+                if border.recorder is not None:
+                    prompts = costliest(
+                        **self.limits, queries=border.queries, device=border.recorder.query.device
+                    )
+                    keep(border.rate(prompts), prompts.protected, prompts)
+
     return DroppingDecoder
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _of_fewer_rows(context: ForwardContext, names: list[str], rows: int) -> ForwardContext:
@@ -233,6 +253,11 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     graphs = device.type == "cuda" and compilation.cudagraph_mode != CUDAGraphMode.NONE
     model.kv_drop, model.bands, model.borders = state, tuple(bands), tuple(borders)
     model.buffers = Buffers(max_tokens, device, graphs)
+    model.limits = {
+        "rows": max_tokens,
+        "max_requests": scheduler.max_num_seqs,
+        "longest": drop.longest_prompt,
+    }
     model.do_not_compile = True
     model.__class__ = dropping(cast(Hashable, type(model)))
 

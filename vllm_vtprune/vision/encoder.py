@@ -16,6 +16,7 @@ from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.vision.checkpoint import load_vision_weights
+from vllm_vtprune.vision.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,10 @@ class VisionEncoder:
             ValueError: what the adapter returned does not hold together.
         """
         with self._lock:
-            encoded = self.family.encode(self.modules, [self._here(item) for item in items], outputs)
+            encoded = self.family.encode(self.modules, to_device(items, self.device, self.dtype), outputs)
+            if self.device.type == "cuda":
+                # the caller wants the outputs and not their launch, and its seconds those of the pass
+                torch.cuda.current_stream(self.device).synchronize()
         for output in encoded:
             if sum(view.grid[0] * view.grid[1] for view in output.views) != output.patches.shape[0]:
                 raise ValueError("the tower's views do not hold as many units as it computed")
@@ -127,12 +131,6 @@ class VisionEncoder:
     def work(self, item: Item) -> int:
         """Multiply-adds of the tower for one image."""
         return self.family.patches(item) * self._work_per_patch
-
-    def _here(self, item: Item) -> Item:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-
-        return dataclasses.replace(item, inputs={k: moved(v) for k, v in item.inputs.items()})
 
 
 def _move(modules: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from cachetools import LRUCache
 
 from vllm_vtprune.families.base import TowerOutput
+from vllm_vtprune.vision.transfer import held_bytes
 
 
 class FeatureCache:
@@ -16,11 +17,20 @@ class FeatureCache:
 
     Args:
         capacity: bytes held at most; 0 keeps nothing.
+        pinned: the entries lie in pinned host memory.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._entries: LRUCache[str, TowerOutput] = LRUCache(capacity, getsizeof=lambda entry: entry.nbytes)
+    def __init__(self, capacity: int, *, pinned: bool = False) -> None:
+        self.pinned = pinned
+        self._entries: LRUCache[str, TowerOutput] = LRUCache(
+            capacity, getsizeof=lambda entry: held_bytes(entry, pinned=pinned)
+        )
         self._lock = threading.Lock()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes held at most."""
+        return int(self._entries.maxsize)
 
     @property
     def nbytes(self) -> int:

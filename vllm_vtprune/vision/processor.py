@@ -40,6 +40,7 @@ from vllm_vtprune.vision.features import for_family, needs_of, select
 from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.service import VisionService, vision_service
+from vllm_vtprune.vision.transfer import to_host
 
 #: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
 _IMAGES = "vtprune_images"
@@ -350,15 +351,16 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     def _fields(self, images: Sequence[Kept]) -> dict[str, Any]:
         """The images' fields in vLLM's items: what computes positions, embeddings and masks."""
-        projected = self.vision.encoder.project(images)
+        projected = self.vision.project(images)
         model_config = self.info.ctx.model_config
         # torch_shm shares device tensors with the worker; every other transport copies host bytes
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
         dtype = cast(torch.dtype, model_config.dtype)
-        embeddings = [e.to(e.device if on_device else "cpu", dtype) for e, _ in projected]
-        masks = [
-            _mask(kept.output.places, places) for kept, (_, places) in zip(images, projected, strict=True)
-        ]
+        given = [e for e, _ in projected]
+        # copies: a view would keep the whole request's embeddings for as long as one image is cached
+        embeddings = [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype)
+        places = to_host([p for _, p in projected])
+        masks = [_mask(kept.output.places, where) for kept, where in zip(images, places, strict=True)]
         return _by_name([kept.output.on_host for kept in images], embeddings, masks)
 
     def _dummy_fields(self, images: list[Any], kwargs: Mapping[str, object]) -> dict[str, Any]:
@@ -420,7 +422,7 @@ def _raw_images(items: MultiModalDataItems) -> list[Any]:
 
 def _mask(places: int, kept: Tensor) -> Tensor:
     mask = torch.zeros(places, dtype=torch.bool)
-    mask[kept.cpu()] = True
+    mask[kept] = True
     return mask
 
 

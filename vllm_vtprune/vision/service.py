@@ -8,12 +8,13 @@ for another thread to wake up.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -21,23 +22,25 @@ import torch
 
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.errors import PolicyError
-from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.families.base import Item, Kept, Projected, TowerOutput
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
+from vllm_vtprune.vision.memory import PATCHES_PER_IMAGE
 from vllm_vtprune.vision.outcomes import Outcomes
+from vllm_vtprune.vision.transfer import output_on, outputs_on_host
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
     from vllm_vtprune.policy import PrunePolicy
 
+logger = logging.getLogger(__name__)
+
 # torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
 _TORCH_THREADS = torch.get_num_threads()
 #: Multiply-adds of a pass, about 20 ms of one core, below which its threads would wait for each other for
 #: longer than they save, and the engine wants the other cores.
 _WORK_FOR_THREADS = 10**9
-#: Pictures of up to as many patches count as one in a pass, larger ones as several.
-_PATCHES_PER_IMAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class VisionService:
         cache: where outputs are kept.
         max_batch: most images in one pass, of up to a thousand patches each; fewer larger ones.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
+        cache_on_host: the cache's entries are copied to the host and back, where the tower is on a device.
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
             threads that make it; for metrics.
@@ -71,6 +75,7 @@ class VisionService:
         *,
         max_batch: int = 16,
         threads: int = 0,
+        cache_on_host: bool = True,
         observer: Callable[[int, float], None] | None = None,
         waiting_observer: Callable[[int], None] | None = None,
     ) -> None:
@@ -79,7 +84,8 @@ class VisionService:
         self.outcomes = Outcomes()
         self.observer = observer
         self.waiting_observer = waiting_observer
-        self._max_batch = max_batch
+        self._max_batch = self._batch_limit = max_batch
+        self._cache_on_host = cache_on_host
         self._threads = threads
         self._waiting: deque[_Job] = deque()
         self._in_flight: dict[str, _Job] = {}
@@ -120,8 +126,21 @@ class VisionService:
             found = [submitted[keys[i]] if entry is None else entry for i, entry in enumerate(found)]
         self._run_until_done([entry for entry in found if isinstance(entry, Future)])
         return [
-            entry.result() if isinstance(entry, Future) else entry for entry in found if entry is not None
+            entry.result() if isinstance(entry, Future) else self._from_cache(entry)
+            for entry in found
+            if entry is not None
         ]
+
+    def project(self, images: Sequence[Kept]) -> list[Projected]:
+        """`VisionEncoder.project`; image by image, with the cache cleared, where memory runs out.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little for one image alone.
+        """
+        with suppress(torch.OutOfMemoryError):
+            return self.encoder.project(images)
+        self._make_room()
+        return [self.encoder.project([image])[0] for image in images]
 
     def available(self, keys: Iterable[str], outputs: frozenset[str] = frozenset()) -> int:
         """How many of these images are cached or on their way. For metrics: a moment later it may differ."""
@@ -170,13 +189,13 @@ class VisionService:
         """The images that wait longest, up to `max_batch`; each thousand patches count as one more."""
         batch = [self._waiting.popleft()]
         size = self._size(batch[0])
-        while self._waiting and size + self._size(self._waiting[0]) <= self._max_batch:
+        while self._waiting and size + self._size(self._waiting[0]) <= self._batch_limit:
             batch.append(self._waiting.popleft())
             size += self._size(batch[-1])
         return batch
 
     def _size(self, job: _Job) -> int:
-        return -(-self.encoder.patches(job.item) // _PATCHES_PER_IMAGE)
+        return -(-self.encoder.patches(job.item) // PATCHES_PER_IMAGE)
 
     def _threads_for(self, batch: list[_Job]) -> int:
         if self._threads:
@@ -187,19 +206,84 @@ class VisionService:
         started = time.perf_counter()
         try:
             wanted = frozenset[str]().union(*(job.outputs for job in batch))
-            results = self.encoder.encode([job.item for job in batch], wanted)
+            results = self._encode_in_parts([job.item for job in batch], wanted)
+            seconds = time.perf_counter() - started
+            self._to_cache(batch, results)
         except BaseException as error:
-            self._finish(batch)
-            for job in batch:
-                job.future.set_exception(error)
-            return
-        for job, result in zip(batch, results, strict=True):
-            self.cache.put(job.key, result)
+            results = [error] * len(batch)
         self._finish(batch)
         for job, result in zip(batch, results, strict=True):
-            job.future.set_result(result)
-        if self.observer is not None:
-            self.observer(len(batch), time.perf_counter() - started)
+            if isinstance(result, BaseException):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(result)
+        done = sum(isinstance(result, TowerOutput) for result in results)
+        if self.observer is not None and done:
+            self.observer(done, seconds)
+
+    def _encode_in_parts(
+        self, items: Sequence[Item], outputs: frozenset[str]
+    ) -> list[TowerOutput | BaseException]:
+        """The tower's outputs, in one pass, or in smaller ones where the device's memory runs out.
+
+        An image for which alone there is too little has the error in its place, and the others their outputs.
+        """
+        try:
+            results: list[TowerOutput | BaseException] = [*self.encoder.encode(items, outputs)]
+        except torch.OutOfMemoryError as error:
+            # its frames hold the tensors of the pass that failed
+            failure = error.with_traceback(None)
+        else:
+            self._batch_limit = min(self._batch_limit + 1, self._max_batch)
+            return results
+        self._make_room()
+        if len(items) == 1:
+            try:
+                return [*self.encoder.encode(items, outputs)]
+            except torch.OutOfMemoryError:
+                logger.error(
+                    "vtprune: a picture of %d patches does not fit into what is left of %s's memory: let "
+                    "smaller ones in, or lower --gpu-memory-utilization.",
+                    self.encoder.patches(items[0]),
+                    self.encoder.device,
+                )
+                return [failure]
+        half = len(items) // 2
+        self._batch_limit = min(self._batch_limit, half)
+        logger.warning(
+            "vtprune: %s's memory ran out in a pass of %d images; the next hold at most %d, and grow again.",
+            self.encoder.device,
+            len(items),
+            half,
+        )
+        return [
+            *self._encode_in_parts(items[:half], outputs),
+            *self._encode_in_parts(items[half:], outputs),
+        ]
+
+    def _make_room(self) -> None:
+        """Give back what the device's memory is not needed for."""
+        if not self._cache_on_host:
+            self.cache.clear()
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _to_cache(self, batch: Sequence[_Job], results: Sequence[TowerOutput | BaseException]) -> None:
+        done = [(j.key, r) for j, r in zip(batch, results, strict=True) if isinstance(r, TowerOutput)]
+        if not self.cache.capacity or not done:
+            return
+        outputs = [output for _, output in done]
+        if self._copies:
+            outputs = outputs_on_host(outputs, pinned=self.cache.pinned)
+        for (key, _), output in zip(done, outputs, strict=True):
+            self.cache.put(key, output)
+
+    def _from_cache(self, entry: TowerOutput) -> TowerOutput:
+        return output_on(entry, self.encoder.device) if self._copies else entry
+
+    @property
+    def _copies(self) -> bool:
+        return self._cache_on_host and self.encoder.device.type != "cpu"
 
     def _finish(self, batch: list[_Job]) -> None:
         with self._lock:
@@ -236,7 +320,7 @@ def vision_service(model_config: ModelConfig) -> VisionService:
     """
     context = plugin_context(model_config)
     policy = context.policy
-    device = _device(policy.encoder_device)
+    device = _device(context.encoder_device or policy.encoder_device)
     # vLLM has resolved the model's dtype to torch's by the time a processor exists
     model_dtype = cast(torch.dtype, model_config.dtype)
     dtype = _dtype(policy.encoder_dtype, model_dtype)
@@ -259,23 +343,24 @@ def vision_service(model_config: ModelConfig) -> VisionService:
                 download_dir=context.download_dir,
                 dummy=context.dummy_weights,
             )
+            on_host = policy.feature_cache_on == "host"
             service = _services[key] = VisionService(
                 encoder,
-                FeatureCache(int(policy.feature_cache_gb * 2**30)),
+                FeatureCache(int(policy.feature_cache_gb * 2**30), pinned=on_host and device.type == "cuda"),
                 max_batch=policy.encoder_batch,
                 threads=policy.encoder_threads,
+                cache_on_host=on_host,
             )
         return service
 
 
-def check_encoder(policy: PrunePolicy) -> None:
-    """Refuse, before an engine starts, what `vision_service` would refuse after it.
+def check_encoder(policy: PrunePolicy, model_config: ModelConfig) -> tuple[torch.device, torch.dtype]:
+    """The tower's device and precision, before an engine starts; refuses what `vision_service` would.
 
     Raises:
         PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
     """
-    _device(policy.encoder_device)
-    _dtype(policy.encoder_dtype, torch.float32)
+    return _device(policy.encoder_device), _dtype(policy.encoder_dtype, cast(torch.dtype, model_config.dtype))
 
 
 def _device(name: str) -> torch.device:

@@ -2,7 +2,8 @@
 """vLLM's worker with stage 2: KV-cache specs split at the prune layer, and the model runner's seam installed.
 
 `ParallelConfig.worker_cls` names `KVDropWorker`. Hooks of `vllm.v1.worker.gpu_worker.Worker` in vLLM 0.32:
-`init_device`, which builds the model runner, `get_kv_cache_spec`, `execute_model` and `sample_tokens`.
+`init_device`, which builds the model runner, `determine_available_memory`, `get_kv_cache_spec`,
+`execute_model` and `sample_tokens`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ class KVDropWorker(_Worker):
         super().init_device()
         if not self.use_v2_model_runner:
             install(self.model_runner)
+
+    def determine_available_memory(self) -> int:
+        """Let vLLM measure its memory, the ratings of the prune layers included."""
+        runner: Any = self.model_runner
+        drop = runner.get_model().kv_drop
+        drop.profiling = True
+        try:
+            return super().determine_available_memory()
+        finally:
+            drop.profiling = False
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Tell Model Runner V2's model state which requests leave for good, then let vLLM run the step."""
