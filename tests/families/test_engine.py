@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
-from tests.conftest import REPOSITORY
 from tests.families.conftest import Checkpoint
+from tests.helpers.engine_process import saved_by
 from tests.helpers.family_cases import PRUNED, UNPRUNED
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle, Request
@@ -40,26 +36,12 @@ def run(
     def answers(name: str) -> dict[str, Any]:
         out = tmp_path_factory.mktemp(name) / "out.pt"
         family = oracle(name).family
-        process = subprocess.run(
-            [
-                *(sys.executable, "-m", "tests.helpers.family_run"),
-                *(
-                    str(checkpoint(name)),
-                    str(out),
-                    family.placeholder,
-                    str(family.room),
-                    *family.other_modalities,
-                ),
-            ],
-            # so small a model gains nothing from threads, which spin where cores are shared
-            env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-            cwd=REPOSITORY,
-            capture_output=True,
-            timeout=850,
+        return saved_by(
+            "tests.helpers.family_run",
+            *(str(checkpoint(name)), str(out), family.placeholder, str(family.room)),
+            *family.other_modalities,
+            out=out,
         )
-        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
-        found: dict[str, Any] = torch.load(out, weights_only=False)
-        return found
 
     return answers
 
