@@ -295,6 +295,34 @@ def internvl(folder: Path) -> Path:
     return save(folder, InternVLForConditionalGeneration(config), processor)
 
 
+def mistral3(folder: Path) -> Path:
+    """A Pixtral tower, rows that end in tokens of their own."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        PixtralVisionConfig,
+    )
+
+    special = ("</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    text = MistralConfig(**text_config(special), head_dim=32, sliding_window=None, rms_norm_eps=1e-5)
+    vision = PixtralVisionConfig(**{**_TILE, "image_size": 336}, head_dim=16)
+    config = Mistral3Config(
+        vision_config=vision, text_config=text, image_token_index=1, spatial_merge_size=2, dtype="float32"
+    )
+    tokens = tokenizer(special, "[IMG]")
+    processor = PixtralProcessor(
+        PixtralImageProcessor(patch_size={"height": 14, "width": 14}, size={"longest_edge": 336}),
+        tokens,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=tokens.chat_template,
+    )
+    return save(folder, Mistral3ForConditionalGeneration(config), processor)
+
+
 LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
 _TILE = {
     "hidden_size": 32,
@@ -378,6 +406,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": llava_onevision,
     "llava_siglip": llava_siglip,
     "internvl": internvl,
+    "mistral3": mistral3,
 }
 
 if __name__ == "__main__":

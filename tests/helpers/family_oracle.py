@@ -348,6 +348,29 @@ class InternVL(Llava):
         return torch.cat([edges[:1], rows, edges[1:]])
 
 
+class Mistral3(Family):
+    """Units of 2x2 patches in raster order; rows end in tokens of the language model's own."""
+
+    placeholder = "[IMG]"
+
+    def embeddings(self, inputs: Any) -> list[Tensor]:
+        features = self.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], vision_feature_layer=-1)
+        return list(features.pooler_output)
+
+    def received(self, inputs: Any, image: int) -> Received:
+        height, width = inputs["image_sizes"][image].tolist()
+        pixels = inputs["pixel_values"][image : image + 1, :, :height, :width]
+        attentions = self.model.vision_tower(pixels, output_attentions=True).attentions
+        patch = self.config.vision_config.patch_size
+        patches = attentions[-1].double().mean((1, 2)).view(1, height // patch, width // patch)
+        units = torch.nn.functional.avg_pool2d(patches, 2)[0]
+        return [((units.shape[0], units.shape[1]), units)]
+
+    def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
+        side = 2 * self.config.vision_config.patch_size
+        return [torch.arange(int((inputs["image_sizes"][image] // side).prod()))], torch.arange(0)
+
+
 _FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": Qwen,
     "qwen3_vl": Qwen,
@@ -356,6 +379,7 @@ _FAMILIES: dict[str, type[Family]] = {
     "llava_next": Llava,
     "llava_onevision": Llava,
     "internvl": InternVL,
+    "mistral3": Mistral3,
 }
 
 

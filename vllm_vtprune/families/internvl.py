@@ -22,7 +22,7 @@ from transformers.models.internvl.modeling_internvl import (
 from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.families.llava import with_added
-from vllm_vtprune.vision.attention import READABLE, reading
+from vllm_vtprune.vision.attention import READABLE, quarters, reading
 
 
 class InternVL(Family):
@@ -62,9 +62,7 @@ class InternVL(Family):
         """All tiles of all images in one pass."""
         counts = [item.inputs["pixel_values"].shape[0] for item in items]
         tower = modules["tower"]
-        depth = len(tower.encoder.layer)
-        layers = sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
-        wanted = layers if "received" in outputs else []
+        wanted = quarters(len(tower.encoder.layer)) if "received" in outputs else []
         with reading(tower.encoder.layer[layer].attention for layer in wanted) as seen:
             hidden = tower(torch.cat([item.inputs["pixel_values"] for item in items])).last_hidden_state
         units = self._shuffled(hidden[:, 1:])

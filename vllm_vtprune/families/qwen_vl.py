@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_window_index
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
-from vllm_vtprune.vision.attention import READABLE, reading
+from vllm_vtprune.vision.attention import READABLE, quarters, reading
 
 
 class QwenVL(Family):
@@ -143,8 +143,7 @@ class Qwen3VL(QwenVL):
 
     def scored_layers(self) -> Sequence[int]:
         """Four, evenly over the depth; all attend over the whole picture."""
-        depth = int(self._vision.depth)
-        return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+        return quarters(int(self._vision.depth))
 
     def units(self, modules: Any, output: Any) -> Tensor:
         """As `Qwen3VLModel.get_image_features` gives them, side by side."""

@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen3VLForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VLMoe"),
     "InternVLForConditionalGeneration": Entry("internvl:InternVL", "internvl:PrunedInternVL"),
+    "Mistral3ForConditionalGeneration": Entry("mistral:Mistral3", "mistral:PrunedMistral3"),
 }
 
 
@@ -46,7 +47,6 @@ REFUSED: dict[str, str] = {
     "Gemma4ForConditionalGeneration": "its 280 tokens a picture attend both ways in some layers",
     "PixtralForConditionalGeneration": "prompts in Mistral's own format come with their placeholders; serve "
     "the checkpoint's Hugging Face format",
-    "Mistral3ForConditionalGeneration": "no adapter reads its tower yet",
     "InternVLChatModel": "serve the checkpoint's Hugging Face format, whose name ends in -hf",
     "Qwen3_5ForConditionalGeneration": "no adapter was tried with its decoder yet",
     "Qwen3_5MoeForConditionalGeneration": "no adapter was tried with its decoder yet",
