@@ -48,10 +48,10 @@ class Served:
 def served(
     request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    from transformers import AutoConfig
+    from vllm.transformers_utils.config import get_config
 
     folder = checkpoint(request.param)
-    config = AutoConfig.from_pretrained(folder)
+    config = get_config(str(folder), trust_remote_code=False)
     flags = {
         "--served-model-name": MODEL_NAME,
         "--max-model-len": "1024",

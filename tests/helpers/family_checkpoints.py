@@ -9,6 +9,7 @@ uniform and a wrong position or row shows in the tokens; head sizes of tower and
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -260,6 +261,9 @@ def llava_siglip(folder: Path) -> Path:
     return public(save(folder, LlavaForConditionalGeneration(config), processor))
 
 
+_INTERNVL_TOKENS = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+
+
 def internvl(folder: Path) -> Path:
     """Tiles of 4x4 patches, halved; a thumbnail behind them."""
     from transformers import (
@@ -271,7 +275,7 @@ def internvl(folder: Path) -> Path:
         Qwen2Config,
     )
 
-    special = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    special = _INTERNVL_TOKENS
     config = InternVLConfig(
         vision_config={**_TILE, "image_size": [56, 56], "patch_size": [14, 14]},
         text_config=Qwen2Config(**text_config(special)),
@@ -293,6 +297,93 @@ def internvl(folder: Path) -> Path:
         chat_template=tokens.chat_template,
     )
     return save(folder, InternVLForConditionalGeneration(config), processor)
+
+
+def internvl_chat(folder: Path) -> Path:
+    """The weights of `internvl`, kept in the folder's "hf", under the chat format's names.
+
+    Published ones bring their configuration class along; that of a descendant, Qianfan-OCR, has the same
+    fields and is part of vLLM.
+    """
+    source = internvl(folder / "hf")
+    found = json.loads((source / "config.json").read_text())
+    vision, text = found["vision_config"], found["text_config"]
+    config = {
+        "model_type": "qianfan_ocr",
+        "architectures": ["InternVLChatModel"],
+        "vision_config": {
+            **{name: vision[name] for name in ("hidden_size", "intermediate_size", "layer_norm_eps")},
+            **{name: vision[name] for name in ("num_hidden_layers", "num_attention_heads")},
+            "image_size": 56,
+            "patch_size": 14,
+            "qkv_bias": vision["attention_bias"],
+            "qk_normalization": vision["use_qk_norm"],
+        },
+        "text_config": text,
+        "downsample_ratio": 0.5,
+        "force_image_size": 56,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 6,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name and "vision_tower" in name:
+            parts = [tensors[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            named[_chat_name(name.replace("q_proj", "qkv"))] = torch.cat(parts)
+        elif "vision_tower" not in name or (".k_proj." not in name and ".v_proj." not in name):
+            named[_chat_name(name)] = tensor.contiguous()
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer(_INTERNVL_TOKENS, "<image>").save_pretrained(folder)
+    return folder
+
+
+def _chat_name(name: str) -> str:
+    for old, new in (
+        ("vision_tower.", "vision_model."),
+        ("multi_modal_projector.layer_norm.", "mlp1.0."),
+        ("multi_modal_projector.linear_1.", "mlp1.1."),
+        ("multi_modal_projector.linear_2.", "mlp1.3."),
+        (".cls_token", ".class_embedding"),
+        (".patch_embeddings.projection.", ".patch_embedding."),
+        (".position_embeddings", ".position_embedding"),
+        (".encoder.layer.", ".encoder.layers."),
+        (".attention.projection_layer.", ".attn.proj."),
+        (".attention.", ".attn."),
+        (".layernorm_before.", ".norm1."),
+        (".layernorm_after.", ".norm2."),
+        (".lambda_", ".ls"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def qwen3_5(folder: Path) -> Path:
+    """Three layers of Gated DeltaNet to each with attention, as published; no deepstack.
+
+    Weights of 16 bits, since vLLM's Gated DeltaNet runs on the CPU in bfloat16 alone.
+    """
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = text_config(
+        QWEN_TOKENS,
+        rope_parameters=mrope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
+        head_dim=32,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    vision = {k: v for k, v in _QWEN3_VISION.items() if k != "deepstack_visual_indexes"}
+    config = Qwen3_5Config(vision_config=vision, text_config=text, dtype="float32", **QWEN_IDS)
+    save(folder, Qwen3_5ForConditionalGeneration(config), _qwen3_processor())
+    file = folder / "model.safetensors"
+    rounded = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+    return folder
 
 
 def mistral3(folder: Path) -> Path:
@@ -405,7 +496,9 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "llava_siglip": llava_siglip,
+    "qwen3_5": qwen3_5,
     "internvl": internvl,
+    "internvl_chat": internvl_chat,
     "mistral3": mistral3,
 }
 
