@@ -18,7 +18,7 @@ from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError, Uns
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
-from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy import AUTO_METHOD, CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import check_servable, servable_methods
 from vllm_vtprune.vision.service import check_encoder
@@ -107,10 +107,13 @@ def policy_for(policy: PrunePolicy, family: Family) -> PrunePolicy:
     every = policy.methods == PrunePolicy().methods
     methods = servable_methods(family) if every else policy.methods
     try:
-        check_servable(family, score, methods)
+        named = () if policy.default_method == AUTO_METHOD else (policy.default_method,)
+        check_servable(family, score, (*methods, *named))
     except SettingsError as error:
         raise PolicyError(f"vtprune: {error}") from error
-    return PrunePolicy(**{**policy.to_config(), "score": score, "methods": methods})
+    policy = PrunePolicy(**{**policy.to_config(), "score": score, "methods": methods})
+    method = policy.method_named_by_none(family.default_method)
+    return PrunePolicy(**{**policy.to_config(), "default_method": method})
 
 
 def _refuse_conflicts(model_config: ModelConfig, vllm_config: VllmConfig) -> None:

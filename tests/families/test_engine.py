@@ -159,3 +159,10 @@ def test_a_picture_beside_a_video_is_pruned_and_the_video_is_not(
         )
         assert pruned["prompt_tokens"] == whole["prompt_tokens"] - lost
         assert (pruned["tokens"] == whole["tokens"]) is (lost == 0)
+
+
+def test_embeddings_that_the_caller_gives_are_answered_as_the_picture_they_are_of(run: Run) -> None:
+    picture, given = run("qwen3_vl")["given"]
+    assert given["prompt_tokens"] == picture["prompt_tokens"]
+    assert given["tokens"] == picture["tokens"]
+    assert given["logprobs"] == pytest.approx(picture["logprobs"], abs=1e-4)

@@ -158,6 +158,8 @@ def test_config_tells_what_the_family_offers(served: Served) -> None:
     assert model["architecture"] == family.config.architectures[0]
     assert model["scores"] == list(servable_scores(family))
     assert model["default_score"] == family.default_score == config["policy"]["score"]
+    assert model["default_method"] == family.default_method == config["policy"]["default_method"]
+    assert model["presets_calibrated"] is False
     assert config["methods"] == list(servable_methods(family))
     grid = family.unpruned_grid()
     assert model["grid"] == (None if grid is None else list(grid))

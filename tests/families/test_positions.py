@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
+from tests.families.conftest import Checkpoint
 from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT
+from tests.helpers.family_processor import placeholder_of, processor_of
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.families.registry import ARCHITECTURES
 from vllm_vtprune.vision.placeholders import KEPT
@@ -59,3 +63,20 @@ def test_kept_tokens_stand_where_they_do_in_the_unpruned_prompt(
     assert torch.equal(mine, expected[:, stays])
     assert len(pruned["prompt_token_ids"]) + delta == len(whole["prompt_token_ids"]) + after
     assert len(pruned["prompt_token_ids"]) + delta == int(expected.max()) + 1
+
+
+def test_gaps_that_the_rotary_table_has_no_room_for_are_refused(checkpoint: Checkpoint) -> None:
+    """An index past the table would end the engine. Half of the longest prompt is left to gaps here."""
+    ours = processor_of(checkpoint("qwen3_vl"), limit_mm_per_prompt={"image": 40})
+    assert ours.family.table(2048) == 2 * 2048
+    tall = Image.effect_noise((32, 3200), 80).convert("RGB")  # 100 units, one above the other
+    kwargs, _ = request_kwargs(keep_ratio=0.01)
+
+    def process(images: int) -> Any:
+        items = ours.info.parse_mm_data({"image": [tall] * images})
+        return ours(placeholder_of(ours, images), items, hf_processor_mm_kwargs=kwargs)
+
+    # each leaves 99 positions behind its one token
+    assert process(20)["vtprune_vision_tokens"] == 2000
+    with pytest.raises(VLLMValidationError, match=r"gaps of 2079 positions.*prune less, or send"):
+        process(21)

@@ -23,13 +23,15 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 from vllm import LLM, SamplingParams
 
-from tests.helpers.family_cases import PRUNED, UNPRUNED, WITH_VIDEO
-from tests.helpers.family_oracle import Request
+from tests.helpers.family_cases import PRUNED, SQUARE, UNPRUNED, WITH_VIDEO
+from tests.helpers.family_oracle import Oracle, Request
 from vllm_vtprune import engine_kwargs, request_kwargs
 
 STEPS = 16
 #: Families whose videos are asked for too: the engine then keeps its tower for them.
 VIDEO = ("qwen2_5_vl",)
+#: The family that is given embeddings too.
+GIVEN = "qwen3_vl"
 _PARAMS = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
 
 
@@ -59,6 +61,22 @@ def ask(llm: LLM, requests: list[Request], placeholder: str, *, pruning: bool) -
                 prompt["mm_processor_kwargs"] = kwargs
         prompts.append(prompt)
     return [answer(output) for output in llm.generate(prompts, _PARAMS, use_tqdm=False)]
+
+
+def ask_about_embeddings(llm: LLM, checkpoint: Path, placeholder: str) -> list[dict[str, Any]]:
+    """`UNPRUNED`'s question about `SQUARE`, as a picture and as what the reference makes of it."""
+    (request,) = (request for request in UNPRUNED if request.images == (SQUARE,))
+    rows = Oracle(checkpoint).embeddings(SQUARE)
+    side = 2 * round(len(rows) ** 0.5)
+    given = {"image_embeds": rows, "image_grid_thw": torch.tensor([[1, side, side]])}
+    kwargs, _ = request_kwargs(keep_ratio=0.1)
+    prompt: Any = {
+        "prompt": request.text.format(placeholder),
+        "multi_modal_data": {"image": given},
+        "mm_processor_kwargs": kwargs,
+    }
+    (output,) = llm.generate([prompt], _PARAMS, use_tqdm=False)
+    return [*ask(llm, [request], placeholder, pruning=True), answer(output)]
 
 
 def answer(output: Any) -> dict[str, Any]:
@@ -104,6 +122,8 @@ def main() -> None:
     vllm_vtprune.register()
     link = Path(out).parent / "checkpoint"
     link.symlink_to(checkpoint, target_is_directory=True)
+    # embeddings of the caller's own, which the engine takes without a tower
+    embeds = {"enable_mm_embeds": True} if model_type == GIVEN else {}
     # few blocks and short steps: requests are preempted, and prompts are prefilled in chunks. vLLM makes room
     # for one picture of as many tokens as a step or its estimate has, too low for a small OneVision
     few = {} if hybrid else {"num_gpu_blocks_override": room // 32 + 1}
@@ -113,11 +133,14 @@ def main() -> None:
         disable_log_stats=False,
         **given,
         **few,
+        **embeds,
         **engine_kwargs(score="received"),  # the score that the reference has for every family
     )
     from tests.helpers import family_run as importable
 
     found["model"] = llm.apply_model(importable.describe)[0]
+    if embeds:
+        found["given"] = ask_about_embeddings(llm, checkpoint, placeholder)
     everything = [*PRUNED, *UNPRUNED]
     found["videos"] = [ask(llm, [request], placeholder, pruning=True) for request in videos]
     half = [dataclasses.replace(request, keep_ratio=0.5) for request in videos]
