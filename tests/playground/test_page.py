@@ -321,6 +321,7 @@ def test_the_page_sends_the_file_it_was_given(
 def test_page_fits_the_screen(page: Page, stand_in: StandIn, width: int) -> None:
     stand_in.prune_layer = 8
     stand_in.demo = True
+    stand_in.tiles = 2
     page.open(stand_in.url, size=(width, 800))
     page.ask()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
