@@ -306,7 +306,8 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
     """
     source = internvl(folder / "hf", published=published)
     found = json.loads((source / "config.json").read_text())
-    vision, text = found["vision_config"], found["text_config"]
+    vision = found["vision_config"]
+    text = {**found["text_config"], "tie_word_embeddings": found["tie_word_embeddings"]}
     config = {
         "model_type": "qianfan_ocr",
         "architectures": ["InternVLChatModel"],
@@ -335,7 +336,8 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
         elif "vision_tower" not in name or (".k_proj." not in name and ".v_proj." not in name):
             named[_chat_name(name)] = tensor.contiguous()
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer(_INTERNVL_TOKENS, "<image>").save_pretrained(folder)
+    tokens = (*_INTERNVL_TOKENS[:-1], "<|video_pad|>")
+    tokenizer(tokens, "<image>").save_pretrained(folder)
     return folder
 
 
@@ -370,10 +372,10 @@ def qwen3_5(folder: Path, *, published: bool = False) -> Path:
         QWEN_TOKENS,
         rope_parameters=mrope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
         head_dim=32,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
+        linear_key_head_dim=128,  # the one that the CPU's kernel knows
+        linear_value_head_dim=128,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
         tie_word_embeddings=False,
     )
     vision = {k: v for k, v in _QWEN3_VISION.items() if k != "deepstack_visual_indexes"}

@@ -371,7 +371,6 @@ class InternVLChat(InternVL):
 
     placeholder = "<image>"
     token = "<IMG_CONTEXT>"
-    other_modalities = ()
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
         from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
