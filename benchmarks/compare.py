@@ -23,7 +23,7 @@ from benchmarks import machine
 from benchmarks.arms import Arm, parse_arms, servers_for
 from benchmarks.commands import bench_parser, write_json
 from benchmarks.interleaved import LoadRounds, TrafficSpec, connected
-from benchmarks.models import BenchModel, model_named
+from benchmarks.models import MODELS, BenchModel, model_named
 from benchmarks.rounds import decimal, finite, quartiles
 from benchmarks.servers import RunningServer, running
 from vtprune_loadtest.columns import columns
@@ -182,9 +182,7 @@ def _positive(text: str) -> int:
 
 def _parser(prog: str) -> SentenceParser:
     parser = bench_parser(prog, "Compare vLLM without the plugin and our server.")
-    parser.add_argument(
-        "--model", default="demo,decoder-150m", help="demo, decoder-150m, llava-1.5-7b; several by comma"
-    )
+    parser.add_argument("--model", default="demo,decoder-150m", help=f"{', '.join(MODELS)}; several by comma")
     parser.add_argument(
         "--arms", default=DEFAULT_ARMS, help="default: %(default)s; also keep0.22, keep0.22+kv0.5"
     )

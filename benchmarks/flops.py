@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtprune_loadtest.errors import LoadTestError
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,9 +47,17 @@ class CostShape:
 
     @staticmethod
     def of(folder: Path) -> CostShape:
-        """Read a checkpoint's config.json."""
+        """Read a checkpoint's config.json.
+
+        Raises:
+            LoadTestError: it is no LLaVA-1.5's, whose pictures all have one size.
+        """
         config = json.loads((folder / "config.json").read_text())
         vision, text = config["vision_config"], config["text_config"]
+        if "image_size" not in vision:
+            raise LoadTestError(
+                f"The work of a {config.get('model_type')} is not counted here: take a LLaVA-1.5's results."
+            )
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or text["hidden_size"] // heads
         layer = config.get("vision_feature_layer", -2)

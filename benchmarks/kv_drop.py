@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.commands import bench_parser, write_json
-from benchmarks.models import BenchModel, model_named
+from benchmarks.models import MODELS, BenchModel, model_named
 from benchmarks.rounds import Rounds, decimal, shuffled
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.kv
 
 def _run(argv: Sequence[str] | None, prog: str) -> None:
     parser = bench_parser(prog, "What dropping prompt tokens from the KV cache gains, without a server.")
-    parser.add_argument("--model", default="decoder-150m", help="demo, decoder-150m or llava-1.5-7b")
+    parser.add_argument("--model", default="decoder-150m", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--keep", default="1,0.5,0.25", help="kv_keep of the arms, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="requests at once")

@@ -6,6 +6,7 @@ The demo model's training and the tests build on the same functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,22 +187,33 @@ def llava_processor(
     )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: needs no vocabulary file, and a prompt's length does not hang on a merge table."""
+def byte_tokenizer(
+    special: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE, **named: Any
+) -> PreTrainedTokenizerFast:
+    """One token per byte: needs no vocabulary file, and a prompt's length does not hang on a merge table.
+
+    Args:
+        special: tokens ahead of the bytes', from id 0.
+        chat_template: in Jinja.
+        named: which of them are what, as `PreTrainedTokenizerFast` takes it; LLaVA's by default.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-        chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer, chat_template=chat_template, **(named or _LLAVA_TOKENS)
     )
+
+
+_LLAVA_TOKENS: dict[str, Any] = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<image>"],
+}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models to measure with: the demo model, a decoder-bound random one, LLaVA-1.5-7B's shape without weights.
+"""Models to measure with: the demo model, decoder-bound random ones, LLaVA-1.5-7B's shape without weights.
 
 Speed does not depend on what the weights say, so random ones do. Which tokens the inflection rule keeps
 does: on random towers its counts mean nothing, and comparisons there fix the share (`X-VTPrune-Keep-Ratio`).
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.llava import DecoderShape, TowerShape, random_llava, write_config
+from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from vtprune_loadtest.errors import LoadTestError
 
 
@@ -46,12 +47,17 @@ TINY_TOWER = TowerShape(hidden=128, intermediate=512, layers=4, heads=2)
 #: CLIP ViT-L/14 at 336 pixels and Vicuna-7B, as LLaVA-1.5-7B combines them (arXiv 2310.03744).
 LLAVA_7B = DecoderShape(hidden=4096, intermediate=11008, layers=32, heads=32, vocab=32064)
 CLIP_L = TowerShape(hidden=1024, intermediate=4096, layers=24, heads=16)
+#: 38 million parameters for prompts of thousands of tokens, and a tower whose one layer with attention over
+#: the whole picture is most of it: of a prompt's operations a twentieth at 1,024 vision tokens, which are
+#: 4,096 patches, and a fifth at 4,096.
+DECODER_38M = DecoderShape(hidden=768, intermediate=2048, layers=6, heads=12, vocab=512, kv_heads=4)
+WINDOW_TOWER = WindowTower(hidden=64, intermediate=128, layers=4, heads=1)
 
 _EAGER = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16")
 
 
 def model_named(name: str, model_dir: Path | None = None) -> BenchModel:
-    """A model by name, built on first use: `demo`, `decoder-150m` or `llava-1.5-7b`.
+    """A model by name, built on first use: one of `MODELS`.
 
     Args:
         name: the model's.
@@ -60,14 +66,9 @@ def model_named(name: str, model_dir: Path | None = None) -> BenchModel:
     Raises:
         LoadTestError: there is no such model.
     """
-    builders: dict[str, Callable[[Path], BenchModel]] = {
-        "demo": lambda _: demo(),
-        "decoder-150m": decoder_bound,
-        "llava-1.5-7b": llava_7b,
-    }
-    if name not in builders:
-        raise LoadTestError(f"There is no model {name!r}: the models are {', '.join(builders)}.")
-    return builders[name](model_dir or default_model_dir())
+    if name not in MODELS:
+        raise LoadTestError(f"There is no model {name!r}: the models are {', '.join(MODELS)}.")
+    return MODELS[name](model_dir or default_model_dir())
 
 
 def default_model_dir() -> Path:
@@ -101,6 +102,18 @@ def many_patches(model_dir: Path, patches: int) -> BenchModel:
     return BenchModel(name, folder, flags, kv_cache_gb=1, prune_layer=1)
 
 
+def qwen_vl(model_dir: Path, vision_tokens: int) -> BenchModel:
+    """Qwen2.5-VL's structure: M-RoPE, windows, units of 2x2 patches; a square picture has `vision_tokens`."""
+    name = f"qwen2.5-vl-{vision_tokens}"
+    folder = _once(
+        model_dir / name, lambda path: random_qwen2_5_vl(path, DECODER_38M, WINDOW_TOWER, vision_tokens)
+    )
+    # a prompt is prefilled in one step, with the second stage or without
+    lengths = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192")
+    limits = ("--limit-mm-per-prompt", '{"image": 1, "video": 0}')
+    return BenchModel(name, folder, (*_EAGER, *lengths, *limits), kv_cache_gb=1, prune_layer=2)
+
+
 def llava_7b(model_dir: Path) -> BenchModel:
     """LLaVA-1.5-7B's architecture with dummy weights, for an accelerator."""
     folder = _once(model_dir / "llava-1.5-7b", lambda path: write_config(path, LLAVA_7B, CLIP_L, "bfloat16"))
@@ -132,3 +145,13 @@ def _once(folder: Path, build: Callable[[Path], object]) -> Path:
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+#: Name -> what builds it.
+MODELS: dict[str, Callable[[Path], BenchModel]] = {
+    "demo": lambda _: demo(),
+    "decoder-150m": decoder_bound,
+    "qwen2.5-vl-1024": lambda model_dir: qwen_vl(model_dir, 1024),
+    "qwen2.5-vl-4096": lambda model_dir: qwen_vl(model_dir, 4096),
+    "llava-1.5-7b": llava_7b,
+}

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from vllm_vtprune.context import PluginContext, attach_context
-from vllm_vtprune.errors import CheckpointError, PolicyError, UnsupportedConfigError
+from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError, UnsupportedConfigError
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
-from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy import AUTO_METHOD, CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
-from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.features import check_servable, servable_methods
 from vllm_vtprune.vision.gpu_budget import place_tower
 from vllm_vtprune.vision.service import check_encoder
 from vllm_vtprune.weight_updates import refuse_weight_transfer
@@ -108,23 +108,18 @@ def policy_for(policy: PrunePolicy, family: Family) -> PrunePolicy:
     Raises:
         PolicyError: the operator names a score or methods that it cannot.
     """
-    scores, methods = servable_scores(family), servable_methods(family)
     score = family.default_score if policy.score == AUTO_SCORE else policy.score
-    if score not in scores:
-        raise PolicyError(
-            f"vtprune: score {score!r} does not work with this model's vision tower; leave it out, or choose "
-            f"among {', '.join(scores)}."
-        )
-    unable = [name for name in policy.methods if name not in methods]
+    # who named no methods means those that work
     every = policy.methods == PrunePolicy().methods
-    if unable and not every:
-        raise PolicyError(
-            f"vtprune: methods names {', '.join(unable)}, which do not work with this model's vision tower; "
-            f"choose among {', '.join(methods)}."
-        )
-    return PrunePolicy(
-        **{**policy.to_config(), "score": score, "methods": methods if every else policy.methods}
-    )
+    methods = servable_methods(family) if every else policy.methods
+    try:
+        named = () if policy.default_method == AUTO_METHOD else (policy.default_method,)
+        check_servable(family, score, (*methods, *named))
+    except SettingsError as error:
+        raise PolicyError(f"vtprune: {error}") from error
+    policy = PrunePolicy(**{**policy.to_config(), "score": score, "methods": methods})
+    method = policy.method_named_by_none(family.default_method)
+    return PrunePolicy(**{**policy.to_config(), "default_method": method})
 
 
 def _refuse_conflicts(model_config: ModelConfig, vllm_config: VllmConfig) -> None:

@@ -32,6 +32,8 @@ from vllm_vtprune.selection.scores import SCORES
 from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSettings, VisionSettings
 
 CONFIG_KEY = "vtprune"
+#: The method that the model's family names (`families.base.Family.default_method`).
+AUTO_METHOD = "auto"
 
 
 class OperatorModel(BaseModel):
@@ -102,8 +104,12 @@ class PrunePolicy(OperatorModel):
     methods: Annotated[tuple[str, ...], AfterValidator(_methods)] = Field(
         default=tuple(METHODS),
         strict=False,
-        description="selection methods clients may name, separated by commas; without "
-        f"{DEFAULT_METHOD} among them the first is the default",
+        description="selection methods clients may name, separated by commas",
+    )
+    default_method: Annotated[str, _one_of((AUTO_METHOD, *METHODS))] = Field(
+        default=AUTO_METHOD,
+        description="the method of a request that names none; auto is the model family's own, or the first "
+        "of the methods where that is not among them",
     )
     max_aggressiveness: float = Field(
         default=1.0,
@@ -152,6 +158,14 @@ class PrunePolicy(OperatorModel):
             raise ValueError(f"prune_layers: {error}") from error
 
     @model_validator(mode="after")
+    def _default_method_is_offered(self) -> PrunePolicy:
+        if self.default_method not in (AUTO_METHOD, *self.methods):
+            raise ValueError(
+                f"default_method {self.default_method!r} is not among the methods {', '.join(self.methods)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _default_within_caps(self) -> PrunePolicy:
         try:
             _ = self.default_settings
@@ -194,6 +208,16 @@ class PrunePolicy(OperatorModel):
     def relevances(self) -> tuple[str, ...]:
         """How each prune layer rates tokens; the last holds for the rest."""
         return tuple(self.relevance.split(","))
+
+    def method_named_by_none(self, families: str = DEFAULT_METHOD) -> str:
+        """The method of a request that names none.
+
+        Args:
+            families: the model family's own.
+        """
+        if self.default_method != AUTO_METHOD:
+            return self.default_method
+        return families if families in self.methods else self.methods[0]
 
     @cached_property
     def schedule(self) -> tuple[PruneLayer, ...]:
@@ -264,7 +288,7 @@ class PrunePolicy(OperatorModel):
             )
         preset_name = controls.get("preset", self.default_preset)
         preset = PRESETS[preset_name]
-        method = controls.get("method", DEFAULT_METHOD if DEFAULT_METHOD in self.methods else self.methods[0])
+        method = controls.get("method", self.method_named_by_none())
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")
             raise SettingsError(

@@ -78,6 +78,9 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "patch_size": vision.patch_size,
             "scores": list(servable_scores(family)),
             "default_score": family.default_score,
+            "default_method": family.default_method,
+            # the shares that the presets are named for were measured on the demo model's tower alone
+            "presets_calibrated": model_config.model == str(demo_model.FOLDER),
             "decoder_layers": text.num_hidden_layers,
             "prune_layer": context.policy.prune_layer,
             "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],

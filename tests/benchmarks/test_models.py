@@ -20,9 +20,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from benchmarks import models, servers
 from benchmarks.arms import parse_arm, parse_arms, servers_for
 from benchmarks.gpu.pack import pack_benchmarks
-from benchmarks.llava import random_llava
+from benchmarks.llava import DecoderShape, random_llava
 from benchmarks.machine import commit_of
 from benchmarks.processes import ServerProcess
+from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from benchmarks.servers import (
     PLAIN,
     PRUNING,
@@ -88,6 +89,25 @@ def test_patches_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         models.many_patches(tmp_path, patches)
     assert [(t.image // t.patch) ** 2 for _, t in shapes] == [144, 576, 1024]
     assert len({path for path, _ in shapes}) == 3
+
+
+def test_a_random_qwen_loads_whole_and_gives_square_pictures_its_tokens(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    decoder = DecoderShape(hidden=64, intermediate=96, layers=2, heads=2, vocab=300)
+    random_qwen2_5_vl(tmp_path, decoder, WindowTower(32, 64, 2, 2), vision_tokens=36)
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Well?"}]}
+    text = processor.apply_chat_template([message])
+    for side in (40, 336, 1000):
+        inputs = processor(text=text, images=Image.new("RGB", (side, side)), return_tensors="pt")
+        assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 36
+    # temporal, row and column shares fill half a head
+    rope = model.config.text_config.rope_parameters
+    assert sum(rope["mrope_section"]) == decoder.hidden // decoder.heads // 2
 
 
 def test_unknown_model() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.family_checkpoints import CHECKPOINTS
+from tests.helpers.family_processor import processor_of
 
 Checkpoint = Callable[[str], Path]
 
@@ -29,19 +30,4 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="session")
 def processor(checkpoint: Checkpoint) -> Callable[[str], Any]:
     """The processor that vLLM builds for a family's checkpoint, with the plugin loaded."""
-
-    @cache
-    def built(name: str) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.multimodal import MULTIMODAL_REGISTRY
-        from vllm.plugins import load_general_plugins
-        from vllm.tokenizers import get_tokenizer
-
-        load_general_plugins()
-        folder = str(checkpoint(name))
-        config = EngineArgs(
-            folder, dtype="float32", max_model_len=2048, limit_mm_per_prompt={"image": 16}
-        ).create_engine_config()
-        return MULTIMODAL_REGISTRY.create_processor(config.model_config, tokenizer=get_tokenizer(folder))
-
-    return built
+    return cache(lambda name: processor_of(checkpoint(name)))

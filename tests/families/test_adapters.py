@@ -5,19 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from vllm.transformers_utils.config import get_config
 
 from tests.families.conftest import Checkpoint
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle
+from tests.helpers.family_processor import placeholder_of, processor_of
 from vllm_vtprune import request_kwargs
+from vllm_vtprune.engine_config import policy_for
+from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError
+from vllm_vtprune.families.registry import family_of
+from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import VisionSettings
-from vllm_vtprune.vision.features import everything, servable_methods
+from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.features import everything, for_family, servable_methods
+from vllm_vtprune.vision.placeholders import KEPT
 from vllm_vtprune.vision.processor import PrunedProcessor
 
 SIZES = [(330, 120), (90, 400), (200, 200), (70, 60), (640, 480)]
@@ -88,7 +98,7 @@ def test_every_servable_method_serves(name: str, processor: Callable[[str], Any]
         for fields in ({"keep_ratio": 0.2}, {"aggressiveness": 0.5}, {"aggressiveness": 1.0}):
             kwargs, _ = request_kwargs(method=method, **fields)
             items = ours.info.parse_mm_data({"image": [picture(size) for size in SIZES[:3]]})
-            result = ours(ours_prompt(ours, 3), items, hf_processor_mm_kwargs=kwargs)
+            result = ours(placeholder_of(ours, 3), items, hf_processor_mm_kwargs=kwargs)
             for item, found in zip(
                 result["mm_kwargs"]["image"], result["mm_placeholders"]["image"], strict=True
             ):
@@ -96,8 +106,77 @@ def test_every_servable_method_serves(name: str, processor: Callable[[str], Any]
                 assert bool(item["image_embeds"].data.isfinite().all())
 
 
-def ours_prompt(processor: Any, images: int) -> str:
-    content = [{"type": "image"}] * images + [{"type": "text", "text": "What is it?"}]
-    tokenizer = processor.info.get_tokenizer()
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    return text
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl_chat"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "scales"])
+def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
+    name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(name)
+    config = get_config(str(source), trust_remote_code=False)
+    family = family_of(config)
+
+    def quantised(tower: bool) -> Path:
+        folder = tmp_path / str(tower)
+        folder.mkdir()
+        tensors = load_file(source / "model.safetensors")
+        for key, tensor in list(tensors.items()):
+            if tensor.ndim != 2 or (family.rename(key) is not None) is not tower:
+                continue
+            if kind == "scales":
+                tensors[key.replace(".weight", ".weight_scale")] = torch.ones(1)
+            else:
+                tensors[key] = tensor.to(torch.float8_e4m3fn if kind == "fp8" else torch.int8)
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    def load(folder: Path) -> None:
+        VisionEncoder.load(config, str(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+    load(quantised(tower=False))
+    with pytest.raises(CheckpointError, match=r"is quantised .*quantises the language model only"):
+        load(quantised(tower=True))
+
+
+def test_embeddings_that_the_caller_gives_pass_as_they_are(
+    checkpoint: Checkpoint, oracle: Callable[[str], Oracle]
+) -> None:
+    """They are not thinned, and count as vision tokens that all stay."""
+    ours = processor_of(checkpoint("qwen3_vl"), enable_mm_embeds=True)
+    rows = oracle("qwen3_vl").embeddings(picture((200, 200)))
+    grid = torch.tensor([[1, 12, 12]])
+    assert len(rows) == 36
+    kwargs, _ = request_kwargs(keep_ratio=0.1)
+    items = ours.info.parse_mm_data({"image": {"image_embeds": rows, "image_grid_thw": grid}})
+    result = ours(placeholder_of(ours), items, hf_processor_mm_kwargs=kwargs)
+    (place,), (item,) = result["mm_placeholders"]["image"], result["mm_kwargs"]["image"]
+    assert place.get_num_embeds() == result["vtprune_vision_tokens"] == 36
+    assert torch.equal(item["image_embeds"].data, rows) and KEPT not in item
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"score": "cosine"}, "'cosine' needs cls, which this model's vision tower does not give"),
+        ({"methods": ("inflection", "vispruner")}, "method 'vispruner' does not work with this model's"),
+        ({"default_method": "prumerge"}, "method 'prumerge' does not work with this model's"),
+    ],
+)
+def test_what_the_tower_cannot_serve_is_refused_of_the_operator_and_of_a_request_alike(
+    asked: dict[str, Any], sentence: str, checkpoint: Checkpoint
+) -> None:
+    family = family_of(get_config(str(checkpoint("qwen3_vl")), trust_remote_code=False))
+    with pytest.raises(PolicyError, match=sentence):
+        policy_for(PrunePolicy(**asked), family)
+    method = asked.get("default_method") or asked.get("methods", ("inflection",))[-1]
+    settings = VisionSettings(method=method, score=asked.get("score", "auto"), keep_ratio=0.5)
+    with pytest.raises(SettingsError, match=sentence):
+        for_family(settings, family)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: Checkpoint) -> None:
+    family = family_of(get_config(str(checkpoint(name)), trust_remote_code=False))
+    policy = policy_for(PrunePolicy(), family)
+    assert policy.score == family.default_score and policy.default_method == family.default_method
+    assert policy.methods == servable_methods(family) and family.default_method in policy.methods
+    for_family(VisionSettings(method=policy.default_method, keep_ratio=0.5), family)

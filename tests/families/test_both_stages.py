@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
-from tests.conftest import REPOSITORY
 from tests.families.conftest import Checkpoint
+from tests.helpers.engine_process import saved_by
 from tests.helpers.family_stage2 import CASES, BothStagesOracle
 from tests.helpers.model_runner_v2 import environment
 
@@ -32,26 +28,16 @@ def run(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Run
     @cache
     def found(name: str, runner: str) -> dict[str, Any]:
         out = tmp_path_factory.mktemp(name) / "out.pt"
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.family_stage2", str(checkpoint(name)), str(out)],
+        return saved_by(
+            "tests.helpers.family_stage2",
+            *(str(checkpoint(name)), str(out)),
+            out=out,
             env={
-                **os.environ,
                 **environment(runner),
                 "VLLM_PLUGINS": "vtprune",
-                # compiled with torch's eager backend: traced like any other, without inductor
-                "VLLM_CPU_CI_ENV": "1",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-                "OMP_NUM_THREADS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             },
-            cwd=REPOSITORY,
-            capture_output=True,
-            timeout=850,
         )
-        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
-        result: dict[str, Any] = torch.load(out, weights_only=False)
-        return result
 
     return found
 

@@ -18,6 +18,7 @@ from PIL import Image
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from tests.helpers.family_checkpoints import CHECKPOINTS
+from tests.helpers.family_processor import placeholder_of
 from vllm_vtprune.vision.placeholders import KEPT, embed_mask, thin
 
 IMAGE, BREAK, END = 1, 2, 3
@@ -82,12 +83,6 @@ def test_placeholders_and_embeddings_agree_for_200_sizes(name: str, processor: C
         assert setting != "off" or bool(kept.all())
         tried += 1
     assert tried == 200
-
-
-def placeholder_of(processor: Any) -> str:
-    content = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Well?"}]}]
-    text: str = processor.info.get_tokenizer().apply_chat_template(content, tokenize=False)
-    return text
 
 
 def unpruned_places(processor: Any, image: Image.Image, tokens: list[int]) -> int:

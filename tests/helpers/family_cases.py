@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +20,28 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels + random.integers(-30, 30, pixels.shape), 0, 255).astype(np.uint8))
 
 
+def clip(frames: int, width: int, height: int) -> tuple[Any, dict[str, Any]]:
+    """A video of noise with a square that moves, and what a decoder tells of it."""
+    random = np.random.default_rng(frames)
+    pixels = random.integers(0, 255, (frames, height, width, 3)).astype(np.uint8)
+    for number in range(frames):
+        pixels[number, 10:40, 10 + 5 * number : 40 + 5 * number] = (220, 40, 40)
+    told = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "video_backend": "opencv"}
+    return pixels, {**told, "frames_indices": list(range(frames)), "do_sample_frames": False}
+
+
 LANDSCAPE = picture(1, 330, 120)
 PORTRAIT = picture(2, 90, 400)
 SQUARE = picture(3, 200, 200)
 SMALL = picture(4, 70, 60)
 
+CLIP = clip(6, 112, 84)
+#: Of a video after or before a picture, in one prompt: the family's placeholder stands for "<video>".
+WITH_VIDEO = [
+    Request("Watch: <video> What moves?", videos=(CLIP,)),
+    Request("Look: {} then watch <video> What moves?", (LANDSCAPE,), videos=(CLIP,)),
+    Request("Watch <video> then look: {} Which is it?", (PORTRAIT,), videos=(CLIP,)),
+]
 UNPRUNED = [
     Request("Look: {} What is this?", (LANDSCAPE,)),
     Request("{} And this?", (PORTRAIT,)),

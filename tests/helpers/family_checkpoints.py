@@ -4,11 +4,14 @@
     python -m tests.helpers.family_checkpoints OUT [NAME ...]
 
 One token per byte and the special tokens. The weights are larger than usual, so that attention is far from
-uniform and a wrong position or row shows in the tokens; head sizes of tower and decoder differ.
+uniform and a wrong position or row shows in the tokens; head sizes of tower and decoder differ. With
+`published` a checkpoint has the tiles, patches and pixel limits of the published models, and as many vision
+tokens.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks.llava import CHAT_TEMPLATE, byte_tokenizer
 
 QWEN_TOKENS = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IDS = {
@@ -27,25 +31,15 @@ QWEN_IDS = {
     "image_token_id": 3,
     "video_token_id": 4,
 }
-_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: "
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
-    "{% endfor %}ASSISTANT:"
-)
 
 
 def tokenizer(special: tuple[str, ...], image: str, **attributes: Any) -> PreTrainedTokenizerFast:
     """One token per byte behind the special ones; a chat template with `image` for each picture."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_,
+    return byte_tokenizer(
+        special,
+        CHAT_TEMPLATE.replace("<image>", image),
         eos_token=special[0],
         pad_token=special[0],
-        chat_template=_TEMPLATE.replace("IMAGE", image),
         **({"additional_special_tokens": list(special[1:])} | attributes),
     )
 
@@ -92,7 +86,7 @@ def save(folder: Path, model: Any, processor: Any) -> Path:
     return folder
 
 
-def qwen2_5_vl(folder: Path) -> Path:
+def qwen2_5_vl(folder: Path, *, published: bool = False) -> Path:
     """Windows of 4x4 patches, one layer with full attention."""
     from transformers import (
         Qwen2_5_VLConfig,
@@ -110,14 +104,14 @@ def qwen2_5_vl(folder: Path) -> Path:
             "num_heads": 2,
             "out_hidden_size": 128,
             "patch_size": 14,
-            "window_size": 56,
+            "window_size": 112 if published else 56,
             "fullatt_block_indexes": [1, 3],
         },
         text_config=text_config(QWEN_TOKENS, rope_parameters=mrope([4, 6, 6])),
         dtype="float32",
         **QWEN_IDS,
     )
-    sizes = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 100}
+    sizes = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * (16384 if published else 100)}
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(patch_size=14, size=sizes),
         _qwen_tokenizer(),
@@ -126,16 +120,16 @@ def qwen2_5_vl(folder: Path) -> Path:
     return save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
 
 
-def qwen3_vl(folder: Path) -> Path:
+def qwen3_vl(folder: Path, *, published: bool = False) -> Path:
     """Two deepstack levels, interleaved M-RoPE."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text = text_config(QWEN_TOKENS, rope_parameters=mrope([6, 5, 5], mrope_interleaved=True), head_dim=32)
     config = Qwen3VLConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
-    return save(folder, Qwen3VLForConditionalGeneration(config), _qwen3_processor())
+    return save(folder, Qwen3VLForConditionalGeneration(config), _qwen3_processor(published))
 
 
-def qwen3_vl_moe(folder: Path) -> Path:
+def qwen3_vl_moe(folder: Path, *, published: bool = False) -> Path:
     """As `qwen3_vl`, with four experts of which two answer."""
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
@@ -150,7 +144,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     config = Qwen3VLMoeConfig(vision_config=_QWEN3_VISION, text_config=text, dtype="float32", **QWEN_IDS)
-    save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor())
+    save(folder, Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(published))
     # public checkpoints, which vLLM reads, hold the experts' weights the other way round
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -161,7 +155,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
     return folder
 
 
-def llava_next(folder: Path) -> Path:
+def llava_next(folder: Path, *, published: bool = False) -> Path:
     """A CLIP tower; tiles with padding on either side."""
     from transformers import (
         LlamaConfig,
@@ -171,9 +165,10 @@ def llava_next(folder: Path) -> Path:
         LlavaNextProcessor,
     )
 
-    pinpoints = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+    side = 336 if published else 56
+    pinpoints = [[side * r, side * c] for r, c in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
     config = LlavaNextConfig(
-        vision_config=_clip(),
+        vision_config=_clip(side),
         text_config=LlamaConfig(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
         vision_feature_layer=-2,
@@ -182,7 +177,9 @@ def llava_next(folder: Path) -> Path:
         dtype="float32",
     )
     images = LlavaNextImageProcessor(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=pinpoints,
     )
     processor = LlavaNextProcessor(
         images,
@@ -195,7 +192,7 @@ def llava_next(folder: Path) -> Path:
     return public(save(folder, LlavaNextForConditionalGeneration(config), processor))
 
 
-def llava_onevision(folder: Path) -> Path:
+def llava_onevision(folder: Path, *, published: bool = False) -> Path:
     """A SigLIP tower; pictures of more than nine tiles are shrunk."""
     from transformers import (
         LlavaOnevisionConfig,
@@ -206,9 +203,10 @@ def llava_onevision(folder: Path) -> Path:
         Qwen2Config,
     )
 
-    pinpoints = [[56 * rows, 56 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    side, most = (384, 6) if published else (56, 4)
+    pinpoints = [[side * r, side * c] for r in range(1, most + 1) for c in range(1, most + 1)]
     config = LlavaOnevisionConfig(
-        vision_config=_siglip(),
+        vision_config=_siglip(side),
         text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
         video_token_id=2,
@@ -218,12 +216,12 @@ def llava_onevision(folder: Path) -> Path:
         image_grid_pinpoints=pinpoints,
         dtype="float32",
     )
-    size = {"height": 56, "width": 56}
+    size = {"height": side, "width": side}
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         tokenizer(LLAVA_TOKENS, "<image>"),
         LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=16,
+        num_image_tokens=(side // 14) ** 2,
         vision_feature_select_strategy="full",
         image_token="<image>",
         video_token="<video>",
@@ -231,7 +229,7 @@ def llava_onevision(folder: Path) -> Path:
     return public(save(folder, LlavaOnevisionForConditionalGeneration(config), processor))
 
 
-def llava_siglip(folder: Path) -> Path:
+def llava_siglip(folder: Path, *, published: bool = False) -> Path:
     """LLaVA-1.5's layout on a SigLIP tower and a Qwen2 decoder."""
     from transformers import (
         LlavaConfig,
@@ -241,8 +239,9 @@ def llava_siglip(folder: Path) -> Path:
         SiglipImageProcessor,
     )
 
+    side = 384 if published else 56
     config = LlavaConfig(
-        vision_config=_siglip(),
+        vision_config=_siglip(side),
         text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
         vision_feature_layer=-2,
@@ -250,7 +249,7 @@ def llava_siglip(folder: Path) -> Path:
         dtype="float32",
     )
     processor = LlavaProcessor(
-        SiglipImageProcessor(size={"height": 56, "width": 56}),
+        SiglipImageProcessor(size={"height": side, "width": side}),
         tokenizer(LLAVA_TOKENS, "<image>"),
         patch_size=14,
         vision_feature_select_strategy="full",
@@ -260,7 +259,10 @@ def llava_siglip(folder: Path) -> Path:
     return public(save(folder, LlavaForConditionalGeneration(config), processor))
 
 
-def internvl(folder: Path) -> Path:
+_INTERNVL_TOKENS = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+
+
+def internvl(folder: Path, *, published: bool = False) -> Path:
     """Tiles of 4x4 patches, halved; a thumbnail behind them."""
     from transformers import (
         GotOcr2ImageProcessor,
@@ -271,28 +273,147 @@ def internvl(folder: Path) -> Path:
         Qwen2Config,
     )
 
-    special = ("<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    special = _INTERNVL_TOKENS
+    side, most = (448, 12) if published else (56, 6)
     config = InternVLConfig(
-        vision_config={**_TILE, "image_size": [56, 56], "patch_size": [14, 14]},
+        vision_config={**_TILE, "image_size": [side, side], "patch_size": [14, 14]},
         text_config=Qwen2Config(**text_config(special)),
         image_token_id=3,
-        image_seq_length=4,
+        image_seq_length=(side // 28) ** 2,
         downsample_ratio=0.5,
         dtype="float32",
     )
-    size = {"height": 56, "width": 56}
+    size = {"height": side, "width": side}
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     tokens = tokenizer(
         special, "<IMG_CONTEXT>", extra_special_tokens=dict(zip(names, special[1:], strict=True))
     )
     processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6),
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=most),
         tokens,
         InternVLVideoProcessor(size=size),
-        image_seq_length=4,
+        image_seq_length=(side // 28) ** 2,
         chat_template=tokens.chat_template,
     )
     return save(folder, InternVLForConditionalGeneration(config), processor)
+
+
+def internvl_chat(folder: Path, *, published: bool = False) -> Path:
+    """The weights of `internvl`, kept in the folder's "hf", under the chat format's names.
+
+    Published ones bring their configuration class along; that of a descendant, Qianfan-OCR, has the same
+    fields and is part of vLLM.
+    """
+    source = internvl(folder / "hf", published=published)
+    found = json.loads((source / "config.json").read_text())
+    vision = found["vision_config"]
+    text = {**found["text_config"], "tie_word_embeddings": found["tie_word_embeddings"]}
+    config = {
+        "model_type": "qianfan_ocr",
+        "architectures": ["InternVLChatModel"],
+        "vision_config": {
+            **{name: vision[name] for name in ("hidden_size", "intermediate_size", "layer_norm_eps")},
+            **{name: vision[name] for name in ("num_hidden_layers", "num_attention_heads")},
+            "image_size": vision["image_size"][0],
+            "patch_size": 14,
+            "qkv_bias": vision["attention_bias"],
+            "qk_normalization": vision["use_qk_norm"],
+        },
+        "text_config": text,
+        "downsample_ratio": 0.5,
+        "force_image_size": vision["image_size"][0],
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12 if published else 6,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name and "vision_tower" in name:
+            parts = [tensors[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            named[_chat_name(name.replace("q_proj", "qkv"))] = torch.cat(parts)
+        elif "vision_tower" not in name or (".k_proj." not in name and ".v_proj." not in name):
+            named[_chat_name(name)] = tensor.contiguous()
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = (*_INTERNVL_TOKENS[:-1], "<|video_pad|>")
+    tokenizer(tokens, "<image>").save_pretrained(folder)
+    return folder
+
+
+def _chat_name(name: str) -> str:
+    for old, new in (
+        ("vision_tower.", "vision_model."),
+        ("multi_modal_projector.layer_norm.", "mlp1.0."),
+        ("multi_modal_projector.linear_1.", "mlp1.1."),
+        ("multi_modal_projector.linear_2.", "mlp1.3."),
+        (".cls_token", ".class_embedding"),
+        (".patch_embeddings.projection.", ".patch_embedding."),
+        (".position_embeddings", ".position_embedding"),
+        (".encoder.layer.", ".encoder.layers."),
+        (".attention.projection_layer.", ".attn.proj."),
+        (".attention.", ".attn."),
+        (".layernorm_before.", ".norm1."),
+        (".layernorm_after.", ".norm2."),
+        (".lambda_", ".ls"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def qwen3_5(folder: Path, *, published: bool = False) -> Path:
+    """Three layers of Gated DeltaNet to each with attention, as published; no deepstack.
+
+    Weights of 16 bits, since vLLM's Gated DeltaNet runs on the CPU in bfloat16 alone.
+    """
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = text_config(
+        QWEN_TOKENS,
+        rope_parameters=mrope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
+        head_dim=32,
+        linear_key_head_dim=128,  # the one that the CPU's kernel knows
+        linear_value_head_dim=128,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    vision = {k: v for k, v in _QWEN3_VISION.items() if k != "deepstack_visual_indexes"}
+    config = Qwen3_5Config(vision_config=vision, text_config=text, dtype="float32", **QWEN_IDS)
+    save(folder, Qwen3_5ForConditionalGeneration(config), _qwen3_processor(published))
+    file = folder / "model.safetensors"
+    rounded = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+    return folder
+
+
+def mistral3(folder: Path, *, published: bool = False) -> Path:
+    """A Pixtral tower, rows that end in tokens of their own."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        PixtralVisionConfig,
+    )
+
+    longest = 1540 if published else 336
+    special = ("</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    text = MistralConfig(**text_config(special), head_dim=32, sliding_window=None, rms_norm_eps=1e-5)
+    vision = PixtralVisionConfig(**{**_TILE, "image_size": longest}, head_dim=16)
+    config = Mistral3Config(
+        vision_config=vision, text_config=text, image_token_index=1, spatial_merge_size=2, dtype="float32"
+    )
+    tokens = tokenizer(special, "[IMG]")
+    processor = PixtralProcessor(
+        PixtralImageProcessor(patch_size={"height": 14, "width": 14}, size={"longest_edge": longest}),
+        tokens,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=tokens.chat_template,
+    )
+    return save(folder, Mistral3ForConditionalGeneration(config), processor)
 
 
 LLAVA_TOKENS = ("<|endoftext|>", "<image>", "<video>")
@@ -306,16 +427,16 @@ _TILE = {
 }
 
 
-def _clip() -> Any:
+def _clip(side: int) -> Any:
     from transformers import CLIPVisionConfig
 
-    return CLIPVisionConfig(**_TILE, projection_dim=32)
+    return CLIPVisionConfig(**{**_TILE, "image_size": side}, projection_dim=32)
 
 
-def _siglip() -> Any:
+def _siglip(side: int) -> Any:
     from transformers import SiglipVisionConfig
 
-    return SiglipVisionConfig(**_TILE, vision_use_head=False)
+    return SiglipVisionConfig(**{**_TILE, "image_size": side}, vision_use_head=False)
 
 
 def public(folder: Path) -> Path:
@@ -356,10 +477,11 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer(QWEN_TOKENS, "<|vision_start|><|image_pad|><|vision_end|>")
 
 
-def _qwen3_processor() -> Any:
+def _qwen3_processor(published: bool) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    sizes = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 100}
+    least, most = (64, 16384) if published else (4, 100)
+    sizes = {"shortest_edge": 32 * 32 * least, "longest_edge": 32 * 32 * most}
     # equal means, since vLLM alone normalises videos by the image processor's
     means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return Qwen3VLProcessor(
@@ -370,14 +492,17 @@ def _qwen3_processor() -> Any:
     )
 
 
-CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "llava_siglip": llava_siglip,
+    "qwen3_5": qwen3_5,
     "internvl": internvl,
+    "internvl_chat": internvl_chat,
+    "mistral3": mistral3,
 }
 
 if __name__ == "__main__":

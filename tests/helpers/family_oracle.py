@@ -28,32 +28,42 @@ Received = list[tuple[tuple[int, int], Tensor]]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with one ``{}`` per picture, and stage 1's settings."""
+    """A prompt with one ``{}`` per picture and one ``<video>`` per video, and stage 1's settings."""
 
     text: str
     images: tuple[Image.Image, ...] = ()
     keep_ratio: float | None = None
     aggressiveness: float = 0.0
+    videos: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The prompt's length, the best token after each prefix of the answer, and its log-probability."""
+    """The prompt's length, the best token after each prefix of the answer, and its log-probability.
+
+    Attributes:
+        answered: log-probability of the answer's own tokens.
+    """
 
     prompt_tokens: int
     token_ids: list[int]
     logprobs: list[float]
+    answered: list[float]
 
 
 class Oracle:
     """One checkpoint, in float32."""
 
     def __init__(self, checkpoint: Path) -> None:
+        # a format that transformers does not read has its weights beside it in one that it does
+        chat = (checkpoint / "hf").is_dir()
+        checkpoint = checkpoint / "hf" if chat else checkpoint
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
-        self.family = _FAMILIES[self.model.config.model_type](self.model, self.processor)
+        family = InternVLChat if chat else _FAMILIES[self.model.config.model_type]
+        self.family: Family = family(self.model, self.processor)
 
     @torch.inference_mode()
     def embeddings(self, image: Image.Image) -> Tensor:
@@ -82,8 +92,14 @@ class Oracle:
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None], position_ids=positions, **extra
         ).last_hidden_state[0, n - 1 :]
-        best = self.model.lm_head(hidden).float().log_softmax(-1).max(-1)
-        return Judged(n, best.indices.tolist(), best.values.tolist())
+        return self.judged(n, hidden, answer)
+
+    def judged(self, prompt_tokens: int, hidden: Tensor, answer: Sequence[int]) -> Judged:
+        """From the hidden states [answer, D] that each of the answer's tokens was chosen from."""
+        logprobs = self.model.lm_head(hidden).float().log_softmax(-1)
+        best = logprobs.max(-1)
+        answered = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return Judged(prompt_tokens, best.indices.tolist(), best.values.tolist(), answered.tolist())
 
 
 class Family:
@@ -96,6 +112,8 @@ class Family:
         return self.processor(text=[self.placeholder * len(images)], images=list(images), return_tensors="pt")
 
     placeholder: str
+    #: What stands for an image's embeddings among the tokens, where that is not the placeholder.
+    token: str | None = None
     #: Modalities beside images, which the tests allow none of.
     other_modalities: tuple[str, ...] = ()
     #: Tokens of the tests' longest prompt with its answer: the context, and what the KV cache holds.
@@ -301,7 +319,7 @@ class Llava(Family):
         return rows
 
     def prompt(self, request: Request) -> tuple[Any, ...]:
-        text = request.text.format(*[self.placeholder] * len(request.images))
+        text = request.text.format(*[self.token or self.placeholder] * len(request.images))
         inputs = self.preprocess(request.images)
         rows = self.embeddings(inputs)
         kept = [r[self.stays(inputs, i, request)] for i, r in enumerate(rows)]
@@ -348,14 +366,61 @@ class InternVL(Llava):
         return torch.cat([edges[:1], rows, edges[1:]])
 
 
+class InternVLChat(InternVL):
+    """Its tiles are cut and resized by code of the checkpoint's, of which vLLM has a copy."""
+
+    placeholder = "<image>"
+    token = "<IMG_CONTEXT>"
+
+    def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
+        from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+
+        cut = InternVLImageProcessor(
+            image_size=56,
+            min_dynamic_patch=1,
+            max_dynamic_patch=6,
+            dynamic_image_size=True,
+            use_thumbnail=True,
+        )
+        tiles = [cut([image])["pixel_values_flat"] for image in images]
+        return [{"pixel_values": one} for one in tiles]
+
+
+class Mistral3(Family):
+    """Units of 2x2 patches in raster order; rows end in tokens of the language model's own."""
+
+    placeholder = "[IMG]"
+
+    def embeddings(self, inputs: Any) -> list[Tensor]:
+        features = self.model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], vision_feature_layer=-1
+        )
+        return list(features.pooler_output)
+
+    def received(self, inputs: Any, image: int) -> Received:
+        height, width = inputs["image_sizes"][image].tolist()
+        pixels = inputs["pixel_values"][image : image + 1, :, :height, :width]
+        attentions = self.model.vision_tower(pixels, output_attentions=True).attentions
+        patch = self.config.vision_config.patch_size
+        patches = attentions[-1].double().mean((1, 2)).view(1, height // patch, width // patch)
+        units = torch.nn.functional.avg_pool2d(patches, 2)[0]
+        return [((units.shape[0], units.shape[1]), units)]
+
+    def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
+        side = 2 * self.config.vision_config.patch_size
+        return [torch.arange(int((inputs["image_sizes"][image] // side).prod()))], torch.arange(0)
+
+
 _FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": Qwen,
     "qwen3_vl": Qwen,
     "qwen3_vl_moe": Qwen,
+    "qwen3_5": Qwen,
     "llava": Llava,
     "llava_next": Llava,
     "llava_onevision": Llava,
     "internvl": InternVL,
+    "mistral3": Mistral3,
 }
 
 

@@ -74,8 +74,7 @@ class BothStagesOracle(Oracle):
         sequence.visual = torch.cat([visual, torch.zeros(len(new), dtype=torch.bool)])
         language = self.model.model.language_model
         hidden, _ = sequence.run(kept, len(language.layers))
-        best = self.model.lm_head(language.norm(hidden[-len(answer) :])).float().log_softmax(-1).max(-1)
-        return Judged(n, best.indices.tolist(), best.values.tolist())
+        return self.judged(n, language.norm(hidden[-len(answer) :]), answer)
 
     def _kept(self, sequence: _Sequence, request: BothStages) -> list[Tensor]:
         """Prompt places in each band, from the lowest, which has all."""

@@ -8,8 +8,6 @@ then every scenario runs on that runner.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.conftest import REPOSITORY
 from tests.helpers.checkpoints import random_llava
+from tests.helpers.engine_process import saved_by
 from tests.helpers.kv_cases import BANDS
 from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.reference import Answer, PruneLayer, Reference, Request
@@ -83,26 +80,13 @@ class Runs:
     def _run(self, scenario: str, runner: str) -> dict[str, Any]:
         out = self._folder / f"{scenario}-{runner}.pt"
         checkpoint = self._checkpoints[CHECKPOINT.get(scenario, "grouped")]
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.kv_run", scenario, str(checkpoint), str(out)],
-            # the flag makes vLLM compile with torch's eager backend: traced like any other, without inductor
-            env={
-                **os.environ,
-                **environment(runner),
-                "VLLM_PLUGINS": "" if scenario == "plain" else "vtprune",
-                "VLLM_CPU_CI_ENV": "1",
-                # so small a model gains nothing from threads, which spin where cores are shared
-                "OMP_NUM_THREADS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            },
-            cwd=REPOSITORY,
-            capture_output=True,
+        return saved_by(
+            "tests.helpers.kv_run",
+            *(scenario, str(checkpoint), str(out)),
+            out=out,
+            env={**environment(runner), "VLLM_PLUGINS": "" if scenario == "plain" else "vtprune"},
             timeout=1700,
         )
-        assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
-        result: dict[str, Any] = torch.load(out, weights_only=False)
-        return result
 
 
 class Verdicts:

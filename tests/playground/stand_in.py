@@ -33,6 +33,7 @@ class StandIn:
         explain_seconds: how long `/vtprune/explain` takes.
         word_seconds: how long a stream takes from its first word to its second.
         break_stream: whether a stream ends in an error after its first word.
+        tiles: how many parts of the picture beside the whole have a curve of their own.
         explained: the settings of each `/vtprune/explain` request.
         at_once: the most explain requests that were open at one time.
     """
@@ -44,6 +45,7 @@ class StandIn:
     explain_seconds: float = 0.0
     word_seconds: float = 0.0
     break_stream: bool = False
+    tiles: int = 0
     explained: list[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
     url: str = ""
@@ -116,6 +118,7 @@ class StandIn:
             "order": list(range(TOKENS)),
             "curve": [(1 - i / (TOKENS - 1)) ** 3 for i in range(TOKENS)],
             "cut": None if method == "own_count" or not aggressiveness else kept,
+            "more_views": [_tile(number) for number in range(self.tiles)],
             "kept": [i in stay for i in range(TOKENS)],
             "merged": method == "merging",
             "summary_tokens": int(method == "merging"),
@@ -140,6 +143,21 @@ class StandIn:
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _tile(number: int) -> dict[str, Any]:
+    """Of two tiles side by side, 1x4 patches each, of which the first `number + 1` stay."""
+    return {
+        "grid": [1, 4],
+        "crop": {"left": number / 2, "top": 0.0, "width": 0.5, "height": 1.0},
+        "scores": [0.9, 0.5, 0.2, 0.1],
+        "order": [0, 1, 2, 3],
+        "curve": [1.0, 0.5, 0.1, 0.0],
+        "cut": number + 1,
+        "kept": [i <= number for i in range(4)],
+        "merged": False,
+        "summary_tokens": 0,
+    }
 
 
 def kept_at(aggressiveness: float) -> int:

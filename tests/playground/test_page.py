@@ -274,6 +274,36 @@ def test_merged_patches_are_not_called_dropped(page: Page, stand_in: StandIn) ->
     assert page.text("#readout").endswith("merged.")
 
 
+def test_tiles_are_chosen_and_each_has_its_curve(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(stand_in.url)
+    page.settle()
+    assert not page.find("#part").is_displayed()
+    stand_in.tiles = 2
+    page.slide("#aggressiveness", Keys.HOME, *[Keys.ARROW_RIGHT] * 40)
+    page.settle()
+    assert page.find("#part").text.split("\n") == ["Whole picture", "Tile 1", "Tile 2"]
+    whole = page.find("#curve").get_attribute("aria-label")
+    for number in (1, 2):
+        page.select("#part", f"Tile {number}")
+        label = page.find("#curve").get_attribute("aria-label")
+        assert f"of 4 patches in falling order, cut at rank {number}; {number} patches kept" in label != whole
+        assert "Hatched: outside this part of the picture." in page.text("#legend")
+        page.find("#overlay").send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+        assert page.text("#readout").startswith("Patch in row 1, column 2: rank 2")
+    # other settings, the same tile; another picture, all of it
+    page.slide("#aggressiveness", Keys.ARROW_RIGHT)
+    page.settle()
+    assert "of 4 patches" in page.find("#curve").get_attribute("aria-label")
+    stand_in.tiles = 0
+    page.slide("#aggressiveness", Keys.ARROW_RIGHT)
+    page.settle()
+    assert not page.find("#part").is_displayed() and "of 16 patches" in page.find("#curve").get_attribute(
+        "aria-label"
+    )
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_the_page_sends_the_file_it_was_given(
     page: Page, stand_in: StandIn, tmp_path: Path, format: str
@@ -291,6 +321,7 @@ def test_the_page_sends_the_file_it_was_given(
 def test_page_fits_the_screen(page: Page, stand_in: StandIn, width: int) -> None:
     stand_in.prune_layer = 8
     stand_in.demo = True
+    stand_in.tiles = 2
     page.open(stand_in.url, size=(width, 800))
     page.ask()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width

@@ -332,6 +332,8 @@ def test_kv_settings_travel_in_extra_args() -> None:
         ({"max_aggressiveness": "0.5"}, "max_aggressiveness"),
         ({"methods": ["nope"]}, "nope"),
         ({"methods": []}, "methods"),
+        ({"default_method": "nope"}, "default_method"),
+        ({"default_method": "topk", "methods": ["inflection"]}, "'topk' is not among the methods inflection"),
         ({"default_preset": "balanced", "max_aggressiveness": 0.1}, "default_preset"),
         ({"max_agressiveness": 0.1}, "max_agressiveness"),
     ],
@@ -339,6 +341,21 @@ def test_kv_settings_travel_in_extra_args() -> None:
 def test_a_policy_that_cannot_work_is_refused(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(PolicyError, match=word):
         PrunePolicy.from_config({"vtprune": fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({}, "inflection"),
+        ({"methods": ("topk", "uniform")}, "topk"),
+        ({"default_method": "uniform"}, "uniform"),
+        ({"methods": ("topk", "uniform"), "default_method": "uniform"}, "uniform"),
+    ],
+)
+def test_a_request_that_names_no_method_gets_the_operators(fields: dict[str, Any], method: str) -> None:
+    policy = PrunePolicy(**fields)
+    assert by_body(policy, keep_ratio=0.5).vision.method == method
+    assert by_body(policy, keep_ratio=0.5, method=policy.methods[0]).vision.method == policy.methods[0]
 
 
 def test_policy_round_trips_through_additional_config() -> None:

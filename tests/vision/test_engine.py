@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
 
-from tests.conftest import DEMO_MODEL, REPOSITORY
+from tests.conftest import DEMO_MODEL
 from tests.helpers.checkpoints import random_llava
+from tests.helpers.engine_process import saved_by
 from tests.helpers.offline_run import PRUNED, UNPRUNED, pixel_values
 from vllm_vtprune.families.base import Item
 from vllm_vtprune.vision.encoder import VisionEncoder
@@ -24,28 +22,18 @@ from vllm_vtprune.vision.features import everything
 pytestmark = pytest.mark.engine
 
 
-def offline(plugins: str, out: Path, *arguments: str) -> Any:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.offline_run", str(out), *arguments],
-        env={**os.environ, "VLLM_PLUGINS": plugins, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stderr.decode(errors="replace")[-4000:]
-    return torch.load(out, weights_only=False)
+def offline(plugins: str, out: Path, *arguments: str) -> dict[str, Any]:
+    return saved_by("tests.helpers.offline_run", str(out), *arguments, out=out, env={"VLLM_PLUGINS": plugins})
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outputs: dict[str, Any] = offline("", tmp_path_factory.mktemp("plain") / "out.pt")
-    return outputs
+    return offline("", tmp_path_factory.mktemp("plain") / "out.pt")
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outputs: dict[str, Any] = offline("vtprune", tmp_path_factory.mktemp("plugin") / "out.pt")
-    return outputs
+    return offline("vtprune", tmp_path_factory.mktemp("plugin") / "out.pt")
 
 
 def encoded(model: Path) -> list[torch.Tensor]:

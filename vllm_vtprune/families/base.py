@@ -129,6 +129,7 @@ class Family(ABC):
     Attributes:
         outputs: the fields of `selection.VisionFeatures` the tower can give, beyond the patches.
         default_score: what ranks tokens where nobody says.
+        default_method: the selection method where nobody says.
         prefixes: prefix of a weight's name in the checkpoint -> prefix in the module of `build`; the first
             that fits counts, after a leading "model." was taken off.
         adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
@@ -136,6 +137,7 @@ class Family(ABC):
 
     outputs: frozenset[str] = frozenset({"received"})
     default_score: str = "received"
+    default_method: ClassVar[str] = "inflection"
     prefixes: ClassVar[Mapping[str, str]]
     adds_tokens: ClassVar[bool] = False
 
@@ -216,3 +218,7 @@ class Family(ABC):
             if name.startswith(prefix):
                 return new + name.removeprefix(prefix)
         return None
+
+    def arrange(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `rename` named, as the module of `build` has it: split where the checkpoint joins."""
+        return weights

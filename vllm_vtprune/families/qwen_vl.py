@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL and Qwen3-VL, dense and mixture of experts: pictures of any size, units of 2x2 patches, no CLS.
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5, dense and mixture of experts: pictures of any size, units of 2x2 patches.
 
 A unit's score is the mean of its patches' received attention, read in layers whose attention spans the whole
 picture: in a windowed layer every window's columns sum to its own queries, so windows do not compare.
@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_window_index
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
-from vllm_vtprune.vision.attention import READABLE, reading
+from vllm_vtprune.vision.attention import READABLE, quarters, reading
 
 
 class QwenVL(Family):
@@ -143,8 +144,7 @@ class Qwen3VL(QwenVL):
 
     def scored_layers(self) -> Sequence[int]:
         """Four, evenly over the depth; all attend over the whole picture."""
-        depth = int(self._vision.depth)
-        return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+        return quarters(int(self._vision.depth))
 
     def units(self, modules: Any, output: Any) -> Tensor:
         """As `Qwen3VLModel.get_image_features` gives them, side by side."""
@@ -167,3 +167,21 @@ class Qwen3VL(QwenVL):
     def embed_width(self) -> int:
         """The embedding and its levels, which vLLM takes apart again."""
         return super().embed_width() * (1 + len(self._vision.deepstack_visual_indexes))
+
+
+class Qwen3_5(Qwen3VL):
+    """Qwen3.5 and 3.6: Qwen3-VL's tower without deepstack levels, before a hybrid decoder."""
+
+    def build(self) -> nn.Module:
+        """The tower with its merger."""
+        tower: nn.Module = Qwen3_5VisionModel._from_config(self._vision, attn_implementation=READABLE)
+        return tower
+
+    def units(self, modules: Any, output: Any) -> Tensor:
+        """As `Qwen3_5Model.get_image_features` gives them."""
+        rows: Tensor = output.pooler_output
+        return rows
+
+    def embed_width(self) -> int:
+        """The embedding alone."""
+        return int(self.config.get_text_config().hidden_size)

@@ -36,7 +36,11 @@ ARCHITECTURES: dict[str, Entry] = {
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen_vl:Qwen2_5VL", "qwen_vl:PrunedQwen2_5VL"),
     "Qwen3VLForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen_vl:Qwen3VL", "qwen_vl:PrunedQwen3VLMoe"),
+    "Qwen3_5ForConditionalGeneration": Entry("qwen_vl:Qwen3_5", "qwen_vl:PrunedQwen3_5"),
+    "Qwen3_5MoeForConditionalGeneration": Entry("qwen_vl:Qwen3_5", "qwen_vl:PrunedQwen3_5Moe"),
     "InternVLForConditionalGeneration": Entry("internvl:InternVL", "internvl:PrunedInternVL"),
+    "InternVLChatModel": Entry("internvl:InternVLChat", "internvl:PrunedInternVLChat"),
+    "Mistral3ForConditionalGeneration": Entry("mistral:Mistral3", "mistral:PrunedMistral3"),
 }
 
 
@@ -46,10 +50,6 @@ REFUSED: dict[str, str] = {
     "Gemma4ForConditionalGeneration": "its 280 tokens a picture attend both ways in some layers",
     "PixtralForConditionalGeneration": "prompts in Mistral's own format come with their placeholders; serve "
     "the checkpoint's Hugging Face format",
-    "Mistral3ForConditionalGeneration": "no adapter reads its tower yet",
-    "InternVLChatModel": "serve the checkpoint's Hugging Face format, whose name ends in -hf",
-    "Qwen3_5ForConditionalGeneration": "no adapter was tried with its decoder yet",
-    "Qwen3_5MoeForConditionalGeneration": "no adapter was tried with its decoder yet",
 }
 
 

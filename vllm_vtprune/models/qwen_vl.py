@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL and Qwen3-VL in the engine. Kept tokens keep their true three-dimensional positions."""
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5 in the engine. Kept tokens keep their true three-dimensional positions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
+from vllm.model_executor.models import qwen3_5, qwen3_vl, qwen3_vl_moe
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+)
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
@@ -32,6 +36,16 @@ class PrunedQwen3VLMoe(PrunedModel, Qwen3VLMoeForConditionalGeneration):  # type
     """As the dense one."""
 
 
+@pruned
+class PrunedQwen3_5(PrunedModel, Qwen3_5ForConditionalGeneration):
+    """Gated DeltaNet layers between those with attention: the second stage is refused."""
+
+
+@pruned
+class PrunedQwen3_5Moe(PrunedModel, Qwen3_5MoeForConditionalGeneration):
+    """As the dense one."""
+
+
 _vllms_factor = qwen3_vl.mrope_positions_factor
 
 
@@ -46,3 +60,4 @@ def _positions_factor(vllm_config: VllmConfig) -> int:
 # behind them.
 qwen3_vl.mrope_positions_factor = _positions_factor
 qwen3_vl_moe.mrope_positions_factor = _positions_factor
+qwen3_5.mrope_positions_factor = _positions_factor

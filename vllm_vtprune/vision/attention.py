@@ -41,6 +41,11 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return received / (heads * tokens)
 
 
+def quarters(depth: int) -> list[int]:
+    """Four layers, evenly over the depth of a tower; the last one's received attention is the score."""
+    return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+
+
 @contextmanager
 def reading(attentions: Iterable[nn.Module]) -> Iterator[list[list[Tensor]]]:
     """Per attention module, what its calls inside the context let each patch receive: [B, N] a call."""

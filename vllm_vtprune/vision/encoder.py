@@ -72,7 +72,7 @@ class VisionEncoder:
             modules = family.build()
         if not dummy:
             weights = load_vision_weights(model, family.rename, revision=revision, download_dir=download_dir)
-            _assign(modules, weights, family, model)
+            _assign(modules, family.arrange(weights), family, model)
         logger.info("vtprune: vision tower and projector on %s, %s", device, dtype)
         encoder = VisionEncoder(family, modules, device, dtype)
         with torch.inference_mode():

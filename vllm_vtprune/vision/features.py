@@ -37,19 +37,30 @@ def for_family(settings: VisionSettings, family: Family, score: str = AUTO_SCORE
         return settings
     if settings.score == AUTO_SCORE:
         settings = replace(settings, score=family.default_score if score == AUTO_SCORE else score)
-    if settings.score not in servable_scores(family):
+    check_servable(family, settings.score, (settings.method,))
+    return settings
+
+
+def check_servable(family: Family, score: str, methods: Iterable[str]) -> None:
+    """Refuse what a family's tower cannot serve.
+
+    Raises:
+        SettingsError: the score or one of the methods; its `param` is "score" or "method".
+    """
+    scores, able = servable_scores(family), servable_methods(family)
+    if score not in scores:
         raise SettingsError(
-            f"The score {settings.score!r} needs {', '.join(sorted(SCORE_NEEDS[settings.score]))}, which "
-            f"this model's vision tower does not give; choose among {', '.join(servable_scores(family))}.",
+            f"The score {score!r} needs {', '.join(sorted(SCORE_NEEDS[score]))}, which this model's vision "
+            f"tower does not give; choose among {', '.join(scores)}.",
             "score",
         )
-    if settings.method not in servable_methods(family):
+    if unable := [repr(name) for name in methods if name not in able]:
+        many = len(unable) > 1
         raise SettingsError(
-            f"The method {settings.method!r} does not work with this model's vision tower; choose among "
-            f"{', '.join(servable_methods(family))}.",
+            f"The method{'s' * many} {', '.join(unable)} {'do' if many else 'does'} not work with this "
+            f"model's vision tower; choose among {', '.join(able)}.",
             "method",
         )
-    return settings
 
 
 def servable_scores(family: Family) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import { drawOverlay, patchAt, patchBeside } from "./overlay.js";
 import { onFile, pictureFromCanvas, pictureFromFile } from "./picture.js";
 import { SCENES, drawScene } from "./scenes.js";
 import { SettingsPanel } from "./settings.js";
+import { namesOf, partsOf } from "./parts.js";
 import { POINT_HINT, curveNote, describeCurve, describePatch, describePicture, legend } from "./words.js";
 
 const DEBOUNCE_MS = 60;
@@ -20,6 +21,7 @@ const state = {
   model: null,
   picture: null,
   explanation: null, // the server's last answer on what stays of it
+  parts: [], // of that answer, each with a curve of its own
   patch: null, // the one pointed at
   asking: null, // AbortController while answers stream
   demo: false, // whether the server's model is the embedded one
@@ -108,11 +110,27 @@ function showExplanation() {
   id("kept-of").textContent = explanation
     ? `of ${explanation.vision_tokens} vision tokens kept (${percent(explanation)})`
     : "vision tokens kept";
+  state.parts = partsOf(explanation);
+  showParts();
+  draw();
+}
+
+/** The parts to choose from, where there are several; the one that was chosen before stays so. */
+function showParts() {
+  const select = id("part");
+  const chosen = select.selectedIndex;
+  select.replaceChildren(...namesOf(state.parts).map((name) => new Option(name)));
+  select.selectedIndex = chosen >= 0 && chosen < state.parts.length ? chosen : 0;
+  select.hidden = state.parts.length < 2;
+}
+
+const shownPart = () => state.parts[Math.max(id("part").selectedIndex, 0)] ?? null;
+
+function showCurveNote(explanation) {
   const inflection = explanation ? readCurve(explanation).inflection : null;
   id("slope-key").hidden = inflection === null;
   if (inflection) id("slope").textContent = `slope −${inflection.slope.toFixed(2)}`;
   id("curve-note").textContent = explanation ? curveNote(explanation) : "";
-  draw();
 }
 
 const percent = ({ vision_tokens_kept: kept, vision_tokens: all }) => `${((100 * kept) / all).toFixed(1)} %`;
@@ -120,12 +138,14 @@ const percent = ({ vision_tokens_kept: kept, vision_tokens: all }) => `${((100 *
 // ---- drawing ----------------------------------------------------------------------------------------------------
 
 function draw() {
-  const { picture, explanation, patch } = state;
+  const { picture, patch } = state;
+  const explanation = shownPart();
+  showCurveNote(explanation);
   if (!picture) return;
   const view = document.querySelector("input[name=view]:checked").value;
   const box = { width: id("drop").clientWidth, height: PICTURE_HEIGHT };
   drawOverlay(id("overlay"), box, { picture, explanation, view, patch });
-  id("overlay").setAttribute("aria-label", describePicture(picture, explanation));
+  id("overlay").setAttribute("aria-label", describePicture(picture, state.explanation));
   id("legend").textContent = legend(view, explanation);
   const svg = id("curve");
   if (!explanation) {
@@ -152,6 +172,7 @@ function usePicture(picture, scene = null) {
   markAnswersOutdated();
   showModelNote();
   state.explanation = null;
+  state.parts = [];
   state.patch = null;
   for (const button of id("samples").children) {
     button.setAttribute("aria-pressed", String(scene !== null && button.dataset.scene === scene.name));
@@ -287,16 +308,21 @@ function listen() {
     id("key-box").open = false;
     connect();
   });
+  id("part").addEventListener("change", () => {
+    state.patch = null;
+    draw();
+  });
   id("overlay").addEventListener("pointermove", (event) => {
-    if (state.explanation) point(patchAt(id("overlay"), event.offsetX, event.offsetY, state.explanation));
+    if (shownPart()) point(patchAt(id("overlay"), event.offsetX, event.offsetY, shownPart()));
   });
   id("curve").addEventListener("pointermove", (event) => {
-    if (!state.explanation) return;
+    const part = shownPart();
+    if (!part) return;
     const { left, width } = id("curve").getBoundingClientRect();
-    point(state.explanation.order[rankAt(event.clientX - left, width, state.explanation.order.length)]);
+    point(part.order[rankAt(event.clientX - left, width, part.order.length)]);
   });
   id("overlay").addEventListener("keydown", (event) => {
-    const next = state.explanation && patchBeside(state.explanation.grid, state.patch, event.key);
+    const next = shownPart() && patchBeside(shownPart().grid, state.patch, event.key);
     if (next === null) return;
     event.preventDefault();
     point(next);

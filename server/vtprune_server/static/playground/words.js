@@ -10,7 +10,8 @@ export function legend(view, explanation) {
   if (!explanation || view === "picture") return "The picture as it is sent.";
   const { left, top, width, height } = explanation.crop;
   const whole = left === 0 && top === 0 && width === 1 && height === 1;
-  const outside = whole ? "" : " Hatched: outside the square that the vision tower sees.";
+  const beyond = explanation.part ? "this part of the picture" : "the square that the vision tower sees";
+  const outside = whole ? "" : ` Hatched: outside ${beyond}.`;
   if (view === "scores") return `Each patch by its ${scoreName(explanation.score)}, dark is low, yellow is high.${outside}`;
   const { merged, summary_tokens: summary = 0 } = explanation;
   if (!merged) return `In colour: patches that the language model is given. Faded: dropped.${outside}`;

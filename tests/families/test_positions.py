@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three-dimensional positions of prompts with pictures and videos, by vLLM's classes, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+from tests.families.conftest import Checkpoint
+from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT
+from tests.helpers.family_processor import placeholder_of, processor_of
+from vllm_vtprune import request_kwargs
+from vllm_vtprune.families.registry import ARCHITECTURES
+from vllm_vtprune.vision.placeholders import KEPT
+
+IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+PROMPTS = [
+    (f"Look: {IMAGE} What is it?", 1),
+    (f"{IMAGE}{IMAGE} then {VIDEO} and?", 2),
+    (f"{VIDEO} then {IMAGE} then {VIDEO} and {IMAGE} Which?", 2),
+]
+
+
+def positions(processor: Any, prompt: str, images: int, **settings: Any) -> tuple[Any, Any, int]:
+    """The processed prompt, its positions [3, n] and what is added to the number of a token behind it."""
+    entry = ARCHITECTURES[processor.family.config.architectures[0]]
+    module, name = entry.model.split(":")
+    cls = getattr(import_module(f"vllm_vtprune.models.{module}"), name)
+    model = cls.__new__(cls)  # positions are computed from the configuration alone
+    model.__dict__["config"] = processor.family.config
+    data = {"image": [LANDSCAPE, PORTRAIT][:images], "video": [CLIP] * prompt.count("video_pad")}
+    items = processor.info.parse_mm_data({modality: given for modality, given in data.items() if given})
+    kwargs, _ = request_kwargs(**settings)
+    result = processor(prompt, items, hf_processor_mm_kwargs=kwargs)
+    features = [
+        MultiModalFeatureSpec(data=item, modality=modality, identifier=str(i), mm_position=place)
+        for modality, places in result["mm_placeholders"].items()
+        for i, (item, place) in enumerate(zip(result["mm_kwargs"][modality], places, strict=True))
+    ]
+    found, delta = model.get_mrope_input_positions(result["prompt_token_ids"], features)
+    return result, found, delta
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize(("prompt", "images"), PROMPTS)
+def test_kept_tokens_stand_where_they_do_in_the_unpruned_prompt(
+    name: str, prompt: str, images: int, processor: Callable[[str], Any]
+) -> None:
+    """And what follows, a generated token too, goes on where it would."""
+    whole, expected, after = positions(processor(name), prompt, images)
+    pruned, mine, delta = positions(processor(name), prompt, images, keep_ratio=0.3)
+    stays = torch.ones(len(whole["prompt_token_ids"]), dtype=torch.bool)
+    for item, place in zip(pruned["mm_kwargs"]["image"], whole["mm_placeholders"]["image"], strict=True):
+        stays[place.offset : place.offset + place.length] = item[KEPT].data
+    assert not bool(stays.all())
+    assert torch.equal(mine, expected[:, stays])
+    assert len(pruned["prompt_token_ids"]) + delta == len(whole["prompt_token_ids"]) + after
+    assert len(pruned["prompt_token_ids"]) + delta == int(expected.max()) + 1
+
+
+def test_gaps_that_the_rotary_table_has_no_room_for_are_refused(checkpoint: Checkpoint) -> None:
+    """An index past the table would end the engine. Half of the longest prompt is left to gaps here."""
+    ours = processor_of(checkpoint("qwen3_vl"), limit_mm_per_prompt={"image": 40})
+    assert ours.family.table(2048) == 2 * 2048
+    tall = Image.effect_noise((32, 3200), 80).convert("RGB")  # 100 units, one above the other
+    kwargs, _ = request_kwargs(keep_ratio=0.01)
+
+    def process(images: int) -> Any:
+        items = ours.info.parse_mm_data({"image": [tall] * images})
+        return ours(placeholder_of(ours, images), items, hf_processor_mm_kwargs=kwargs)
+
+    # each leaves 99 positions behind its one token
+    assert process(20)["vtprune_vision_tokens"] == 2000
+    with pytest.raises(VLLMValidationError, match=r"gaps of 2079 positions.*prune less, or send"):
+        process(21)
