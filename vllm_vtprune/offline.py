@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vtprune.contract import KWARG
+from vllm_vtprune.contract import AUTO, KWARG
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls
 
 
@@ -47,6 +48,11 @@ def request_kwargs(**controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     from vllm_vtprune.policy import PrunePolicy
 
     asked = Controls.from_mapping(controls, where="request_kwargs")
+    if asked.get("preset") == AUTO:
+        name = asked.name("preset")
+        raise SettingsError(
+            f"{name} cannot be auto, which follows a server's load: name another preset.", name
+        )
     # the engine's prune layers are not known here: resolve as if there were as many as may be
     settings = PrunePolicy(prune_layers="1,2,3,4").resolve(asked)
     return {KWARG: settings.vision.canonical()}, settings.kv.extra_args()

@@ -168,11 +168,13 @@ class PruneSettings:
         preset: the preset whose settings these are, or ``custom``.
         vision: stage 1.
         kv: stage 2.
+        level: under `auto`, the preset that it was.
     """
 
     preset: str = "off"
     vision: VisionSettings = VisionSettings()
     kv: KVSettings = KVSettings()
+    level: str | None = None
 
     def prunes_as(self, other: PruneSettings) -> bool:
         """Whether the two keep the same tokens of any request."""
@@ -188,6 +190,7 @@ class PruneSettings:
             "keep_ratio": self.vision.keep_ratio,
             "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
+            **({"level": self.level} if self.level is not None else {}),
         }
 
 

@@ -86,6 +86,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         },
         "limits": _limits(model_config),
         "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
+        "auto": {"level": state.vtprune_auto.level, "levels": list(state.vtprune_auto.levels)},
         "methods": list(context.policy.methods),
         "versions": _versions(),
     }
@@ -101,7 +102,8 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Explai
         controls = Controls.from_mapping(request.vtprune)
         if context is not None:
             controls = context.headers.over(controls)
-        settings = plugin_context(model_config).policy.resolve(controls)
+        level = state.vtprune_auto.level if hasattr(state, "vtprune_auto") else None
+        settings = plugin_context(model_config).policy.resolve(controls, level)
     except SettingsError as error:
         raise refusal(error) from error
     mm_config = model_config.multimodal_config

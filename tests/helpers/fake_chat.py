@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 PROMPT_TOKENS = 20
 VISION_TOKENS = 100
-KEPT = {"off": 100, "light": 50, "balanced": 22, "aggressive": 5}
+KEPT = {"off": 100, "light": 50, "balanced": 22, "aggressive": 5, "auto": 22}
 Failure = int | str | None
 
 
@@ -74,6 +74,8 @@ class FakeChat:
         if self.counts_caches:
             self._count_pictures(body)
         headers = {"X-VTPrune-Vision-Tokens-Kept": str(KEPT[preset])} if self.prunes else {}
+        if preset == "auto":
+            headers["X-VTPrune-Level"] = ("off", "balanced")[len(self.bodies) % 2]
         if not body.get("stream"):
             return JSONResponse({"choices": [{"message": {"content": "a"}}]}, headers=headers)
         events = self._stream(body, preset, failure)

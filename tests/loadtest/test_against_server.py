@@ -208,3 +208,28 @@ def test_result_has_the_keys_of_vllm_bench_serve(fake: FakeChat, tmp_path: Path)
     source = (Path(vllm.origin).parent / "benchmarks" / "serve.py").read_text()
     missing = [name for name in names if f'"{name}"' not in source]
     assert not missing, "vLLM writes no such keys"
+
+
+def test_rates_in_terms_of_the_capacity_and_the_levels_of_auto(
+    fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.prefill_s = 0.02
+    status, document, lines = run(
+        fake,
+        tmp_path,
+        *("--sweep", "off,auto", "--interleave", "blocks", "--rounds", "1", "--num-prompts", "6"),
+        *("--rate", "0.5x,2x"),
+    )
+    assert status == 0
+    first, *points = document["load_points"]
+    assert (first["request_rate"], first["max_concurrency"]) == ("inf", 16)
+    (alone,) = (e for e in document["results"] if e["request_rate"] == "inf")
+    assert alone["setting"] == "off" and alone["completed"] == 6
+    capacity = alone["request_throughput"]
+    assert [p["request_rate"] for p in points] == pytest.approx([0.5 * capacity, 2 * capacity], rel=1e-3)
+    assert "(0.5 times capacity)" in points[0]["load"]
+    autos = [e for e in document["results"] if e["setting"] == "auto"]
+    assert [sum(e["levels"].values()) for e in autos] == [6, 6]
+    assert set(autos[0]["levels"]) == {"off", "balanced"}
+    assert {line.get("level") for line in lines if line["setting"] == "off"} == {None}
+    assert "auto was off 50.0%, balanced 50.0% of the answers" in capsys.readouterr().out
