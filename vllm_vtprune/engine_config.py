@@ -21,6 +21,7 @@ from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_s
 from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.question import check_text_tower
 from vllm_vtprune.vision.service import check_encoder
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class PruneConfig(VerifyAndUpdateConfig):
             return
         _refuse_conflicts(model_config, vllm_config)
         check_encoder(policy)
+        if policy.text_tower:
+            check_text_tower(policy.text_tower, family)
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:

@@ -156,6 +156,11 @@ class PrunePolicy(OperatorModel):
     encoder_dtype: str = Field(
         default="auto", description="their precision: auto (the model's), float32, bfloat16, float16"
     )
+    text_tower: str = Field(
+        default="",
+        description="folder or Hugging Face id of the CLIP model that the vision tower is from: its text "
+        "tower rates questions for methods that read them; without one the language model's embeddings do",
+    )
     encoder_threads: int = Field(default=0, ge=0, description="the tower's CPU threads; 0 leaves it to torch")
     encoder_batch: int = Field(default=16, ge=1, description="most images in one pass of the tower")
     feature_cache_gb: float = Field(

@@ -25,6 +25,7 @@ from vllm_vtprune.vision.features import servable_scores
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server.context import current_request, refusal
 from vtprune_server.limits import ServerLimits
+from vtprune_server.question import with_question
 from vtprune_server.routes import HEADER_PARAMETERS, VTPRUNE_SCHEMA, prune_headers
 
 
@@ -33,6 +34,7 @@ class ExplainRequest(BaseModel):
 
     image_url: str = Field(min_length=1, description="A data: URL, or one the server may fetch.")
     vtprune: Any = Field(None, json_schema_extra=VTPRUNE_SCHEMA)
+    question: str = Field("", description="What is asked of it, for a method that reads the question.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Explai
         settings = plugin_context(model_config).policy.resolve(controls, level)
     except SettingsError as error:
         raise refusal(error) from error
+    settings = with_question(settings, request.question)
     mm_config = model_config.multimodal_config
     # as vLLM's chat parser loads it: the same URLs are refused, the same pixels decoded
     connector = MEDIA_CONNECTOR_REGISTRY.load(

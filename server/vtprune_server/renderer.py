@@ -9,7 +9,7 @@ entry added, so that flag never needs opening.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,7 @@ from vtprune_server.auto import AutoLevel
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
 from vtprune_server.kv_plan import KVPlanner
+from vtprune_server.question import question_of, with_question
 
 
 class PrunedOnlineRenderer(OnlineRenderer):
@@ -69,10 +70,10 @@ class PrunedOnlineRenderer(OnlineRenderer):
         renderer.auto = auto
         return renderer
 
-    async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+    async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
-        with self._injected(request) as settings:
-            conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
+        with self._injected(request, messages) as settings:
+            conversation, engine_inputs = await super().preprocess_chat(request, messages, *args, **kwargs)
         self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
 
@@ -108,7 +109,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
-    def _injected(self, request: Any) -> Iterator[PruneSettings]:
+    def _injected(self, request: Any, messages: Sequence[Any] = ()) -> Iterator[PruneSettings]:
         client_kwargs = getattr(request, "mm_processor_kwargs", None)
         validate_request_mm_kwargs(
             mm_processor_kwargs=client_kwargs,
@@ -116,7 +117,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
-        settings = self.resolve(request)
+        settings = with_question(self.resolve(request), question_of(messages))
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
             settings = _kv_compatible(request, settings)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from vllm_vtprune.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_EMBEDDINGS = "embed_tokens.weight"
 #: What quantised checkpoints store beside or instead of a weight.
 _QUANTISED = ("_scale", "_scale_inv", "qweight", "qzeros", ".SCB", "_packed")
 
@@ -59,6 +60,49 @@ def load_vision_weights(
                     )
                 weights[name] = tensor
     return weights
+
+
+class EmbeddingRows:
+    """Rows of the language model's input embeddings, read from the checkpoint one by one. Thread-safe.
+
+    A prompt's question has some tens of tokens, and the table as many rows as the vocabulary: it stays on the
+    disk, where the operating system's cache holds what is asked for.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path = path
+        self._key = key
+
+    @staticmethod
+    def of(model: str, *, revision: str | None = None, download_dir: str | None = None) -> EmbeddingRows:
+        """Find the table.
+
+        Args:
+            model: local folder or hub id.
+            revision: branch, tag or commit of a hub id.
+            download_dir: cache folder of the hub client; None for its default.
+
+        Raises:
+            CheckpointError: there is none, or it is quantised.
+        """
+
+        def rename(key: str) -> str | None:
+            return key if key.endswith(_EMBEDDINGS) else None
+
+        for path in _shards(model, rename, revision, download_dir):
+            with safe_open(path, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118
+                    if rename(key) is not None and _whole(shard.get_slice(key)[0:1]):
+                        return EmbeddingRows(path, key)
+        raise CheckpointError(f"{model} holds no input embeddings in 16 or 32 bits.")
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """[M, E] float32: the rows of these M tokens; ids beyond the table are passed over."""
+        with safe_open(self._path, framework="pt") as shard:
+            table = shard.get_slice(self._key)
+            size, width = table.get_shape()
+            rows = [table[i : i + 1] for i in ids if 0 <= i < size]
+        return torch.cat(rows).float() if rows else torch.empty((0, width))
 
 
 def _whole(tensor: Tensor) -> bool:
