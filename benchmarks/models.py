@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from benchmarks.llava import DecoderShape, TowerShape, random_llava, write_config
 from vtprune_loadtest.errors import LoadTestError
 
@@ -51,23 +53,33 @@ _EAGER = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16")
 
 
 def model_named(name: str, model_dir: Path | None = None) -> BenchModel:
-    """A model by name, built on first use: `demo`, `decoder-150m` or `llava-1.5-7b`.
+    """A model by name (`demo`, `decoder-150m`, `llava-1.5-7b`, built on first use), or a checkpoint's folder.
 
     Args:
-        name: the model's.
+        name: the model's, or the folder.
         model_dir: where built checkpoints are kept; None is `default_model_dir()`.
 
     Raises:
         LoadTestError: there is no such model.
     """
+    if (Path(name) / "config.json").is_file():
+        return checkpoint(Path(name))
     builders: dict[str, Callable[[Path], BenchModel]] = {
         "demo": lambda _: demo(),
         "decoder-150m": decoder_bound,
         "llava-1.5-7b": llava_7b,
     }
     if name not in builders:
-        raise LoadTestError(f"There is no model {name!r}: the models are {', '.join(builders)}.")
+        raise LoadTestError(
+            f"There is no model {name!r}: the models are {', '.join(builders)}, or a checkpoint's folder."
+        )
     return builders[name](model_dir or default_model_dir())
+
+
+def checkpoint(folder: Path) -> BenchModel:
+    """A checkpoint of one's own, served as it asks to be."""
+    layers = int(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers)
+    return BenchModel(folder.resolve().name, folder, ("--enforce-eager",), 4, max(1, layers // 4))
 
 
 def default_model_dir() -> Path:

@@ -23,7 +23,7 @@ from vtprune_loadtest.plan import (
     requests_needed,
     total_requests,
 )
-from vtprune_loadtest.preflight import require_vtprune
+from vtprune_loadtest.preflight import require_sizes, require_vtprune
 from vtprune_loadtest.prometheus import Counters, counter_deltas, parse_counters
 from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseResult, PhaseRunner
@@ -78,6 +78,7 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
             datetime.now().astimezone(), config.model or model, await _describe_server(client)
         )
         await require_vtprune(client, config, result.model)
+        await require_sizes(client, config)
         base: dict[str, Any] = {
             "model": result.model,
             "temperature": config.temperature,
@@ -96,7 +97,7 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
             repeat_share=config.repeat_share,
             seed=config.seed,
         )
-        workload = Workload(spec, config.pictures, len(config.settings))
+        workload = Workload(spec, config.pictures, [setting.pixels for setting in config.settings])
         rng = np.random.default_rng([config.seed, 2])
         run_id = f"load-{config.seed}-{time.time_ns():x}"
         runner = PhaseRunner(client, workload, config.settings, config.process, rng, run_id, progress.done)

@@ -33,6 +33,7 @@ class FakeChat:
         prefill_s, token_s: seconds before the first token and between tokens.
         prefill_of: by preset, instead of `prefill_s`.
         one_chunk: all of an answer's text comes at its end, as where no token alone is valid text.
+        tokens_per_image: what `/vtprune/config` says: None where it depends on the picture.
         fail: from a chat request's number to how it fails: an HTTP status, "cut" (the connection breaks after
             the first token), "event" (an error event), or None.
         bodies, headers: of every chat request, in order of arrival.
@@ -56,6 +57,7 @@ class FakeChat:
         self.prefill_s = self.token_s = 0.0
         self.prefill_of: dict[str, float] = {}
         self.one_chunk = False
+        self.tokens_per_image: int | None = None
         self.fail: Callable[[int], Failure] = lambda number: None
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -156,7 +158,7 @@ def _app(fake: FakeChat) -> FastAPI:
             return JSONResponse({"message": "welcome"})
         if not fake.prunes or fake.hides_config:
             return JSONResponse({"detail": "Not Found"}, 404)
-        return JSONResponse({"policy": {}})
+        return JSONResponse({"policy": {}, "model": {"vision_tokens_per_image": fake.tokens_per_image}})
 
     app.post("/v1/chat/completions", response_model=None)(fake.chat)
     return app
