@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.models import BenchModel
-from benchmarks.processes import ServerProcess
+from vtprune_loadtest.processes import ServerProcess
 
 _START_S = 600.0
 

@@ -20,6 +20,7 @@ from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
 from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
+from vllm_vtprune.vision.checkpoint import check_vision_weights
 from vllm_vtprune.vision.features import servable_methods, servable_scores
 from vllm_vtprune.vision.question import check_text_tower
 from vllm_vtprune.vision.service import check_encoder
@@ -63,6 +64,15 @@ class PruneConfig(VerifyAndUpdateConfig):
         check_encoder(policy)
         if policy.text_tower:
             check_text_tower(policy.text_tower, family)
+        dummy = vllm_config.load_config.load_format == "dummy"
+        if not dummy:
+            check_vision_weights(
+                model_config.model,
+                family.rename,
+                family.prefixes,
+                revision=model_config.revision,
+                download_dir=vllm_config.load_config.download_dir,
+            )
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:
@@ -72,7 +82,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             special_ids = special_token_ids(model_config)
         context = PluginContext(
             policy=policy,
-            dummy_weights=vllm_config.load_config.load_format == "dummy",
+            dummy_weights=dummy,
             download_dir=vllm_config.load_config.download_dir,
             special_ids=special_ids,
         )

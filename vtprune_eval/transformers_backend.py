@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,12 @@ class LocalRunner:
     baselines = BASELINES
 
     def __init__(
-        self, model: LocalModel, questions: Questions, outputs: frozenset[str], limit: int = 16
+        self,
+        model: LocalModel,
+        questions: Questions,
+        outputs: frozenset[str],
+        limit: int = 16,
+        memory: Path | None = None,
     ) -> None:
         """Encode the pictures.
 
@@ -95,7 +102,9 @@ class LocalRunner:
             questions: what is asked.
             outputs: the tower's optional outputs that the settings read (`vision.features.needs_of`).
             limit: tokens of an answer at most.
+            memory: folder of replies, where a setting answered before, by an interrupted run, is found again.
         """
+        self._memory = memory
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
         self.model, self.questions = model, questions
         self.pictures = model.encode(questions, outputs)
@@ -110,6 +119,19 @@ class LocalRunner:
         Raises:
             RunnerError: stage 2 is asked for without a prune layer between the decoder's layers.
         """
+        if self._memory is None:
+            return self._answered(setting)
+        path = self._memory / f"{hashlib.blake2b(repr(setting).encode(), digest_size=12).hexdigest()}.json"
+        if path.is_file():
+            return [Reply(*fields) for fields in json.loads(path.read_text())]
+        replies = self._answered(setting)
+        self._memory.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(json.dumps([astuple(reply) for reply in replies]))
+        unfinished.replace(path)
+        return replies
+
+    def _answered(self, setting: Setting) -> list[Reply]:
         dropping = self._dropping(setting)
         prompts = self.prompts
         places = [output.places for output in self.pictures.outputs]

@@ -22,7 +22,6 @@ from benchmarks.arms import parse_arm, parse_arms, servers_for
 from benchmarks.gpu.pack import pack_benchmarks
 from benchmarks.llava import random_llava
 from benchmarks.machine import commit_of
-from benchmarks.processes import ServerProcess
 from benchmarks.servers import (
     PLAIN,
     PRUNING,
@@ -35,6 +34,7 @@ from tests.benchmarks.conftest import DECODER, TOWER
 from tests.conftest import REPOSITORY
 from tests.helpers.family_checkpoints import qwen2_5_vl
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.processes import ServerProcess
 
 
 def test_a_random_checkpoint_loads_whole(tiny: Path) -> None:

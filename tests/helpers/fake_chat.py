@@ -79,7 +79,9 @@ class FakeChat:
         if preset == "auto":
             headers["X-VTPrune-Level"] = ("off", "balanced")[len(self.bodies) % 2]
         if not body.get("stream"):
-            return JSONResponse({"choices": [{"message": {"content": "a"}}]}, headers=headers)
+            counts = {"vision_tokens": VISION_TOKENS, "vision_tokens_kept": KEPT[preset]}
+            usage = {"usage": {"vtprune": counts}} if self.prunes else {}
+            return JSONResponse({"choices": [{"message": {"content": "a"}}], **usage}, headers=headers)
         events = self._stream(body, preset, failure)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
@@ -158,7 +160,8 @@ def _app(fake: FakeChat) -> FastAPI:
             return JSONResponse({"message": "welcome"})
         if not fake.prunes or fake.hides_config:
             return JSONResponse({"detail": "Not Found"}, 404)
-        return JSONResponse({"policy": {}, "model": {"vision_tokens_per_image": fake.tokens_per_image}})
+        model = {"id": "fake", "vision_tokens_per_image": fake.tokens_per_image}
+        return JSONResponse({"policy": {}, "model": model, "versions": {"vtprune": "0", "vllm": "0"}})
 
     app.post("/v1/chat/completions", response_model=None)(fake.chat)
     return app

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +60,68 @@ def load_vision_weights(
                     )
                 weights[name] = tensor
     return weights
+
+
+def check_vision_weights(
+    model: str,
+    rename: Callable[[str], str | None],
+    prefixes: Mapping[str, str],
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+) -> None:
+    """Refuse, before an engine starts, a checkpoint that lacks its vision tower or its projector.
+
+    Reads names alone. Where a hub id's names cannot be read without its weights, nothing is said: the check
+    follows when they are there.
+
+    Args:
+        model: local folder or hub id.
+        rename: as in `load_vision_weights`.
+        prefixes: of the weights' names -> what `rename` makes of them, one for each part.
+        revision: branch, tag or commit of a hub id.
+        download_dir: cache folder of the hub client; None for its default.
+
+    Raises:
+        CheckpointError: a part is missing, or a local folder holds no safetensors files.
+    """
+    keys = _keys(model, revision, download_dir)
+    if keys is None:
+        return
+    names = [name for key in keys if (name := rename(key)) is not None]
+    refuse_missing_parts(model, names, prefixes)
+
+
+def refuse_missing_parts(model: str, names: Iterable[str], prefixes: Mapping[str, str]) -> None:
+    """Refuse new names among which one of the parts is missing.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    found = list(names)
+    for prefix, new in prefixes.items():
+        if not any(name.startswith(new) for name in found):
+            raise CheckpointError(
+                f"{model} holds no {prefix}* weights: vtprune needs a checkpoint in safetensors format with "
+                "its vision tower and projector."
+            )
+
+
+def _keys(model: str, revision: str | None, download_dir: str | None) -> list[str] | None:
+    """The names of all weights; None where a hub id does not tell without them."""
+    if Path(model).is_dir():
+        names: list[str] = []
+        for path in _shards(model, lambda key: key, revision, download_dir):
+            with safe_open(path, framework="pt") as shard:
+                names += shard.keys()
+        return names
+    from huggingface_hub import hf_hub_download
+
+    try:
+        index = hf_hub_download(model, _INDEX, revision=revision, cache_dir=download_dir)
+    except (OSError, ValueError):  # no index, no network, no such model: vLLM says it better
+        return None
+    return list(json.loads(Path(index).read_text())["weight_map"])
 
 
 class EmbeddingRows:
