@@ -129,6 +129,11 @@ def policy_for(policy: PrunePolicy, family: Family) -> PrunePolicy:
             f"vtprune: methods names {', '.join(unable)}, which do not work with this model's vision tower; "
             f"choose among {', '.join(methods)}."
         )
+    if policy.default_method and policy.default_method not in methods:
+        raise PolicyError(
+            f"vtprune: default_method {policy.default_method!r} does not work with this model's vision "
+            f"tower; choose among {', '.join(methods)}."
+        )
     return PrunePolicy(
         **{**policy.to_config(), "score": score, "methods": methods if every else policy.methods}
     )

@@ -138,6 +138,10 @@ class PrunePolicy(OperatorModel):
         description="selection methods clients may name, separated by commas; without "
         f"{DEFAULT_METHOD} among them the first is the default",
     )
+    default_method: Annotated[str, _one_of(METHODS)] = Field(
+        default="",
+        description=f"the method of a request that names none, one of those above; off is {DEFAULT_METHOD}",
+    )
     max_aggressiveness: float = Field(
         default=1.0,
         ge=0,
@@ -186,7 +190,12 @@ class PrunePolicy(OperatorModel):
             raise ValueError(f"prune_layers: {error}") from error
 
     @model_validator(mode="after")
-    def _default_within_caps(self) -> PrunePolicy:
+    def _within_caps(self) -> PrunePolicy:
+        if self.default_method and self.default_method not in self.methods:
+            raise ValueError(
+                f"default_method {self.default_method!r} is not among the methods clients may name: "
+                f"{', '.join(self.methods)}"
+            )
         names = list(PRESETS)
         if names.index(self.auto_floor) > names.index(self.auto_ceiling):
             raise ValueError(
@@ -305,7 +314,8 @@ class PrunePolicy(OperatorModel):
         by_load = preset_name == AUTO
         level = (level or self.auto_levels[0]) if by_load else None
         preset = PRESETS[level or preset_name]
-        method = controls.get("method", DEFAULT_METHOD if DEFAULT_METHOD in self.methods else self.methods[0])
+        usual = DEFAULT_METHOD if DEFAULT_METHOD in self.methods else self.methods[0]
+        method = controls.get("method", self.default_method or usual)
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")
             raise SettingsError(
