@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make help` lists the targets. Each makes .venv first if it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients test-next wheel lint format bench lock clean
+.PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients tasks-env test-next wheel lint format bench lock clean
 
 python := .venv/bin/python
 PORT ?=
@@ -27,6 +27,9 @@ test-next: setup  ## run the tests that start no engine over vLLM 0.33's sources
 
 test-images: setup  ## build the container images and run them (root, buildah, debootstrap)
 	@exec $(python) -m pytest tests/deploy/images.py $(ARGS)
+
+tasks-env: setup  ## make the environment of `vtprune eval --tasks` (lmms-eval, some GB)
+	@exec $(python) tools/tasks_env.py
 
 test-clients: setup  ## run docs/clients.md in environments of its own (ARGS="-k litellm")
 	@exec $(python) -m pytest tests/clients/environments.py $(ARGS)

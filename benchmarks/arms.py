@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import AutoConfig
+
 from benchmarks.models import BenchModel
 from benchmarks.servers import PLAIN, PRUNING, ServerSpec, pruning_kv
 from vllm_vtprune.contract import HEADERS
+from vllm_vtprune.families.registry import family_of
 from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.sweep import SweepSetting
+from vtprune_loadtest.sweep import DOWNSCALE, SweepSetting, parse_settings
 
 #: Spelling of an arm's parts -> the header that carries the number after it.
 _HEADERS = {"a": HEADERS["aggressiveness"], "keep": HEADERS["keep_ratio"], "kv": HEADERS["kv_keep"]}
@@ -24,23 +27,26 @@ class Arm:
         label: as the reports call it; also how it is spelt on the command line.
         server: the name of its server.
         headers: of its requests.
+        pixels: share of each picture's pixels that is sent.
     """
 
     label: str
     server: str
     headers: tuple[tuple[str, str], ...] = ()
+    pixels: float = 1.0
 
     @property
     def setting(self) -> SweepSetting:
         """The arm as the load tester knows it."""
-        return SweepSetting(self.label, self.headers)
+        return SweepSetting(self.label, self.headers, pixels=self.pixels)
 
 
 def parse_arm(text: str) -> Arm:
     """Read `vllm` (no plugin), `off` (plugin loaded, nothing pruned), or parts such as `keep0.22+kv0.5`.
 
-    The parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the
-    prompt above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
+    `downscale0.22` is `off` with pictures of 0.22 times the pixels: as few tokens without a pruning rule. The
+    parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the prompt
+    above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
 
     Raises:
         LoadTestError: not of that form.
@@ -49,13 +55,17 @@ def parse_arm(text: str) -> Arm:
         return Arm(text, PLAIN.name)
     if text == "off":
         return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),))
+    if text.startswith(DOWNSCALE):
+        (setting,) = parse_settings(text, ())
+        return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),), setting.pixels)
     headers = []
     for part in text.split("+"):
         name = part.rstrip("0123456789.")
         number = part[len(name) :]
         if name not in _HEADERS or not number:
             raise LoadTestError(
-                f"An arm is vllm, off, or parts such as a0.5, keep0.22 or keep0.22+kv0.5, not {text!r}."
+                f"An arm is vllm, off, {DOWNSCALE}0.22, or parts such as a0.5, keep0.22 or keep0.22+kv0.5, "
+                f"not {text!r}."
             )
         headers.append((_HEADERS[name], number))
     has_kv = any(name == _HEADERS["kv"] for name, _ in headers)
@@ -78,6 +88,18 @@ def parse_arms(text: str) -> list[Arm]:
 
 
 def servers_for(arms: Sequence[Arm], model: BenchModel) -> list[ServerSpec]:
-    """The servers that the arms run on."""
+    """The servers that the arms run on.
+
+    Raises:
+        LoadTestError: an arm sends smaller pictures, and the model's tower resizes all to one size.
+    """
+    smaller = next((arm.label for arm in arms if arm.pixels < 1), None)
+    tokens = None if smaller is None else family_of(AutoConfig.from_pretrained(model.folder)).places()
+    if tokens is not None:
+        raise LoadTestError(
+            f"The arm {smaller!r} cannot be measured on {model.name}: its tower resizes every picture to one "
+            f"size, {tokens} tokens whatever the picture. Leave it out, or measure a model whose tower takes "
+            "pictures of any size (--model FOLDER of a Qwen-VL or LLaVA-NeXT)."
+        )
     wanted = {arm.server for arm in arms}
     return [spec for spec in (PLAIN, PRUNING, pruning_kv(model)) if spec.name in wanted]

@@ -182,9 +182,15 @@ def _positive(text: str) -> int:
 
 def _parser(prog: str) -> SentenceParser:
     parser = bench_parser(prog, "Compare vLLM without the plugin and our server.")
-    parser.add_argument("--model", default="demo,decoder-150m", help=f"{', '.join(MODELS)}; several by comma")
     parser.add_argument(
-        "--arms", default=DEFAULT_ARMS, help="default: %(default)s; also keep0.22, keep0.22+kv0.5"
+        "--model",
+        default="demo,decoder-150m",
+        help=f"{', '.join(MODELS)}, or a folder; several by comma",
+    )
+    parser.add_argument(
+        "--arms",
+        default=DEFAULT_ARMS,
+        help="default: %(default)s; also keep0.22+kv0.5, downscale0.22",
     )
     parser.add_argument("--concurrency", default="1", metavar="N[,N]")
     parser.add_argument("--seconds", type=float, default=60.0, help="per load point; three rounds at least")

@@ -125,7 +125,7 @@ class Comparison:
             seed=traffic.seed,
         )
         pictures = DrawnPictures(*traffic.picture_size, "jpeg", traffic.seed)
-        self._workload = Workload(spec, pictures, len(self.arms))
+        self._workload = Workload(spec, pictures, [arm.pixels for arm in self.arms])
         settings = [arm.setting for arm in self.arms]
         run_id = f"paired-{time.time_ns():x}"
         self._runners = {

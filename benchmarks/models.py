@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from benchmarks.llava import DecoderShape, TowerShape, random_llava, write_config
 from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from vtprune_loadtest.errors import LoadTestError
@@ -57,18 +59,28 @@ _EAGER = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16")
 
 
 def model_named(name: str, model_dir: Path | None = None) -> BenchModel:
-    """A model by name, built on first use: one of `MODELS`.
+    """A model by name, built on first use (one of `MODELS`), or a checkpoint's folder.
 
     Args:
-        name: the model's.
+        name: the model's, or the folder.
         model_dir: where built checkpoints are kept; None is `default_model_dir()`.
 
     Raises:
         LoadTestError: there is no such model.
     """
+    if (Path(name) / "config.json").is_file():
+        return checkpoint(Path(name))
     if name not in MODELS:
-        raise LoadTestError(f"There is no model {name!r}: the models are {', '.join(MODELS)}.")
+        raise LoadTestError(
+            f"There is no model {name!r}: the models are {', '.join(MODELS)}, or a checkpoint's folder."
+        )
     return MODELS[name](model_dir or default_model_dir())
+
+
+def checkpoint(folder: Path) -> BenchModel:
+    """A checkpoint of one's own, served as it asks to be."""
+    layers = int(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers)
+    return BenchModel(folder.resolve().name, folder, ("--enforce-eager",), 4, max(1, layers // 4))
 
 
 def default_model_dir() -> Path:

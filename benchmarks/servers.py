@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.models import BenchModel
-from benchmarks.processes import ServerProcess
+from vtprune_loadtest.processes import ServerProcess
 
 _START_S = 600.0
 

@@ -31,9 +31,9 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.commands import bench_parser, write_json
-from benchmarks.processes import ServerProcess
 from vtprune_loadtest.command import command
 from vtprune_loadtest.images import DrawnPictures
+from vtprune_loadtest.processes import ServerProcess
 from vtprune_loadtest.prometheus import parse_counters
 
 #: Growth that counts as flat, per hour of the fitted line.

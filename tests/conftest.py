@@ -18,9 +18,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import hypothesis
 import pytest
 
-from benchmarks.processes import ServerProcess as LiveServer
 from vllm_vtprune import demo_model
 from vllm_vtprune.error_text import withhold_everywhere
+from vtprune_loadtest.processes import ServerProcess as LiveServer
 
 # how fast the machine is decides no test
 hypothesis.settings.register_profile("unhurried", deadline=None)

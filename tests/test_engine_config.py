@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import DEMO_MODEL
 from tests.helpers.kv_config import config
@@ -25,6 +27,21 @@ from tests.helpers.kv_config import config
 def test_an_encoder_that_cannot_run_is_refused(policy: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         config(DEMO_MODEL, policy=policy)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
+def test_a_checkpoint_without_a_tower_or_a_projector_is_refused(tmp_path: Path, part: str) -> None:
+    for path in DEMO_MODEL.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if part not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds no {part}.* weights"):
+        config(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="lacks safetensors files"):
+        config(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -54,8 +54,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "aggressive": Preset(aggressiveness=0.7, kv_keep=0.5, max_share=0.165),
     }
 )
+#: The preset of those above that the load demands, on a server (`vtprune_server.auto`).
+AUTO = "auto"
 #: How metrics and logs call settings that are no preset's.
 CUSTOM = "custom"
+#: The response header that says which preset `auto` was.
+LEVEL_HEADER = "X-VTPrune-Level"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +149,9 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
             ContractField(
                 "preset",
                 "X-VTPrune-Preset",
-                "`off`, `light`, `balanced` or `aggressive`: a whole set of settings",
-                choices=tuple(PRESETS),
+                "`off`, `light`, `balanced` or `aggressive`: a whole set of settings; `auto`: the one "
+                "that the load demands",
+                choices=(*PRESETS, AUTO),
             ),
             ContractField(
                 "aggressiveness",

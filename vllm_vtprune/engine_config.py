@@ -20,8 +20,10 @@ from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
 from vllm_vtprune.policy import AUTO_METHOD, CONFIG_KEY, PrunePolicy
 from vllm_vtprune.settings import AUTO_SCORE
+from vllm_vtprune.vision.checkpoint import check_vision_weights
 from vllm_vtprune.vision.features import check_servable, servable_methods
 from vllm_vtprune.vision.gpu_budget import place_tower
+from vllm_vtprune.vision.question import check_text_tower
 from vllm_vtprune.vision.service import check_encoder
 from vllm_vtprune.weight_updates import refuse_weight_transfer
 
@@ -63,6 +65,17 @@ class PruneConfig(VerifyAndUpdateConfig):
         _refuse_conflicts(model_config, vllm_config)
         refuse_weight_transfer(vllm_config)
         device, dtype = check_encoder(policy, model_config)
+        if policy.text_tower:
+            check_text_tower(policy.text_tower, family)
+        dummy = vllm_config.load_config.load_format == "dummy"
+        if not dummy:
+            check_vision_weights(
+                model_config.model,
+                family.rename,
+                family.prefixes,
+                revision=model_config.revision,
+                download_dir=vllm_config.load_config.download_dir,
+            )
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:
@@ -75,7 +88,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             policy=policy,
             encoder_device=place.device,
             video_gpu_gb=place.video_gpu_gb,
-            dummy_weights=vllm_config.load_config.load_format == "dummy",
+            dummy_weights=dummy,
             download_dir=vllm_config.load_config.download_dir,
             special_ids=special_ids,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vtprune.contract import KWARG
+from vllm_vtprune.contract import AUTO, KWARG
+from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls
 
 
@@ -28,7 +29,7 @@ def engine_kwargs(**policy: Any) -> dict[str, Any]:
     return {"additional_config": {CONFIG_KEY: settings.to_config()}}
 
 
-def request_kwargs(**controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def request_kwargs(question: str = "", **controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """One request's settings: `mm_processor_kwargs` of its prompt and `extra_args` of its `SamplingParams`.
 
     Example::
@@ -39,14 +40,25 @@ def request_kwargs(**controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     since the caller is the operator.
 
     Args:
+        question: the text of the prompt's last turn, for a method that reads it (`cdpruner`); without it such
+            a method goes by the picture alone.
         **controls: `preset`, `aggressiveness`, `keep_ratio`, `method`, `kv_keep`, `kv_scope`.
 
     Raises:
         vllm_vtprune.settings.SettingsError: an unknown field, a bad value, or two that exclude each other.
     """
     from vllm_vtprune.policy import PrunePolicy
+    from vllm_vtprune.selection.registry import get_method
 
     asked = Controls.from_mapping(controls, where="request_kwargs")
+    if asked.get("preset") == AUTO:
+        name = asked.name("preset")
+        raise SettingsError(
+            f"{name} cannot be auto, which follows a server's load: name another preset.", name
+        )
     # the engine's prune layers are not known here: resolve as if there were as many as may be
     settings = PrunePolicy(prune_layers="1,2,3,4").resolve(asked)
-    return {KWARG: settings.vision.canonical()}, settings.kv.extra_args()
+    vision = settings.vision
+    if get_method(vision.method).reads_question:
+        vision = vision.asking(question)
+    return {KWARG: vision.canonical()}, settings.kv.extra_args()

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import CUSTOM, KWARG, PRESETS
+from vllm_vtprune.contract import AUTO, CUSTOM, KWARG, PRESETS
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
@@ -96,8 +96,41 @@ class PrunePolicy(OperatorModel):
         description=f"what ranks vision tokens: {', '.join(SCORES)}; auto is the model family's own",
     )
     min_tokens: int = Field(default=1, ge=1, description="vision tokens every image keeps at least")
-    default_preset: Annotated[str, _one_of(PRESETS)] = Field(
+    default_preset: Annotated[str, _one_of((*PRESETS, AUTO))] = Field(
         default="off", description="the preset of a request that says nothing"
+    )
+    auto_floor: Annotated[str, _one_of(PRESETS)] = Field(
+        default="off", description="the preset auto is without load"
+    )
+    auto_ceiling: Annotated[str, _one_of(PRESETS)] = Field(
+        default="balanced", description="the preset auto is under any load, if within the caps"
+    )
+    auto_waiting: int = Field(
+        default=8,
+        ge=0,
+        description="waiting requests at which auto prunes more; 0 ignores them",
+    )
+    auto_kv_use: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="share of the KV cache in use at which auto prunes more; 0 ignores it",
+    )
+    auto_images: int = Field(
+        default=16,
+        ge=0,
+        description="images waiting for the vision tower at which auto prunes more; 0 ignores them",
+    )
+    auto_ttft_ms: int = Field(
+        default=0,
+        ge=0,
+        description="goal for the time to first token, in ms: auto prunes more when a request may expect to "
+        "miss it; 0 for none",
+    )
+    auto_calm_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="seconds below half of every mark after which auto prunes less, one preset at a time",
     )
     client_controls: bool = Field(default=True, description="whether clients may choose at all")
     # strict=False: JSON and YAML have lists
@@ -128,6 +161,11 @@ class PrunePolicy(OperatorModel):
     )
     encoder_dtype: str = Field(
         default="auto", description="their precision: auto (the model's), float32, bfloat16, float16"
+    )
+    text_tower: str = Field(
+        default="",
+        description="folder or Hugging Face id of the CLIP model that the vision tower is from: its text "
+        "tower rates questions for methods that read them; without one the language model's embeddings do",
     )
     encoder_threads: int = Field(default=0, ge=0, description="the tower's CPU threads; 0 leaves it to torch")
     encoder_batch: int = Field(default=16, ge=1, description="most images in one pass of the tower")
@@ -166,7 +204,15 @@ class PrunePolicy(OperatorModel):
         return self
 
     @model_validator(mode="after")
-    def _default_within_caps(self) -> PrunePolicy:
+    def _within_caps(self) -> PrunePolicy:
+        names = list(PRESETS)
+        if names.index(self.auto_floor) > names.index(self.auto_ceiling):
+            raise ValueError(
+                f"auto_floor {self.auto_floor!r} prunes more than auto_ceiling {self.auto_ceiling!r}: the "
+                "floor is what auto is without load"
+            )
+        if self.auto_floor not in self.auto_levels:
+            raise ValueError(f"auto_floor {self.auto_floor!r} is beyond the caps")
         try:
             _ = self.default_settings
         except SettingsError as error:
@@ -231,19 +277,39 @@ class PrunePolicy(OperatorModel):
         """What a request gets that says nothing."""
         return self._resolve(Controls())
 
-    def resolve(self, controls: Controls) -> PruneSettings:
+    @cached_property
+    def auto_levels(self) -> tuple[str, ...]:
+        """The presets that `auto` moves between, the least pruning first: those that the caps allow."""
+        names = list(PRESETS)
+        ladder = names[names.index(self.auto_floor) : names.index(self.auto_ceiling) + 1]
+        return tuple(name for name in ladder if self._allows(name))
+
+    def _allows(self, preset: str) -> bool:
+        controls = Controls({"preset": (preset, "preset")})
+        settings = self._combine(controls, None)
+        try:
+            self._check_caps(controls, settings.vision, settings.kv)
+        except SettingsError:
+            return False
+        return True
+
+    def resolve(self, controls: Controls, level: str | None = None) -> PruneSettings:
         """What the client asked for, checked against this policy.
+
+        Args:
+            controls: the client's.
+            level: the preset that `auto` is now; its floor where nobody follows the load.
 
         Raises:
             SettingsError: fields that exclude each other, a cap, a method that is not allowed, controls
                 that are switched off, or `kv_keep` below 1 on a server without a prune layer.
         """
         if not controls.fields:
-            return self.default_settings
+            return self.default_settings if self.default_preset != AUTO else self._resolve(controls, level)
         if not self.client_controls:
             name = controls.name(next(iter(controls.fields)))
             raise SettingsError(f"{name} cannot be set: the operator of this server fixed the pruning.", name)
-        return self._resolve(controls)
+        return self._resolve(controls, level)
 
     def check_extra_args(self, extra_args: Mapping[str, Any] | None) -> None:
         """Judge second-stage settings in `SamplingParams.extra_args`, as `KVSettings` writes them.
@@ -268,16 +334,16 @@ class PrunePolicy(OperatorModel):
             )
         self._check_caps(controls, self.default_settings.vision, self._resolve_kv(controls, 1.0))
 
-    def _resolve(self, controls: Controls) -> PruneSettings:
-        settings = self._combine(controls)
+    def _resolve(self, controls: Controls, level: str | None = None) -> PruneSettings:
+        settings = self._combine(controls, level)
         self._check_caps(controls, settings.vision, settings.kv)
         if controls.fields.keys() <= {"preset"}:
             return settings
         # what was named besides the preset must not be counted under the preset's name
-        alone = self._combine(Controls({"preset": (settings.preset, "preset")}))
+        alone = self._combine(Controls({"preset": (settings.preset, "preset")}), level)
         return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
 
-    def _combine(self, controls: Controls) -> PruneSettings:
+    def _combine(self, controls: Controls, level: str | None) -> PruneSettings:
         keep_ratio = controls.get("keep_ratio")
         if keep_ratio is not None and controls.get("aggressiveness") is not None:
             name = controls.name("keep_ratio")
@@ -287,7 +353,9 @@ class PrunePolicy(OperatorModel):
                 name,
             )
         preset_name = controls.get("preset", self.default_preset)
-        preset = PRESETS[preset_name]
+        by_load = preset_name == AUTO
+        level = (level or self.auto_levels[0]) if by_load else None
+        preset = PRESETS[level or preset_name]
         method = controls.get("method", self.method_named_by_none())
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")
@@ -306,7 +374,7 @@ class PrunePolicy(OperatorModel):
             max_share=preset.max_share if of_preset else 1.0,
         )
         kv = self._resolve_kv(controls, preset.kv_keep)
-        return PruneSettings(preset_name, vision, kv)
+        return PruneSettings(preset_name, vision, kv, level)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from vllm_vtprune.errors import SettingsError
 
 #: The score that the model's family names (`families.base.Family.default_score`).
 AUTO_SCORE = "auto"
+#: Characters of a question that a method is given, the last ones: about four segments of CLIP's text tower.
+LONGEST_QUESTION = 1200
 _FIELD_OF_HEADER = {field.header.lower(): field for field in FIELDS.values()}
 
 
@@ -36,6 +38,7 @@ class VisionSettings:
         score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
         max_share: in (0, 1]; of each image no more than this share stays (but `min_tokens`), whatever the
             curve says.
+        question: what is asked, for a method that reads it (`asking`); else empty.
 
     Raises:
         ValueError: a value is out of its range.
@@ -47,6 +50,7 @@ class VisionSettings:
     min_tokens: int = 1
     score: str = "cosine"
     max_share: float = 1.0
+    question: str = ""
 
     def __post_init__(self) -> None:
         if self.aggressiveness is not None and not 0.0 <= self.aggressiveness <= 1.0:
@@ -65,6 +69,17 @@ class VisionSettings:
             return self.keep_ratio >= 1.0
         return not self.aggressiveness
 
+    def asking(self, text: str) -> VisionSettings:
+        """These settings with a question: its end, up to `LONGEST_QUESTION` characters, in single spaces.
+
+        It becomes a part of what stays, and so of the picture's key in vLLM's caches; not of the key of the
+        tower's output.
+        """
+        if self.keeps_all:
+            return self
+        words = " ".join(text.split())
+        return replace(self, question=words[-LONGEST_QUESTION:].lstrip())
+
     def canonical(self) -> str:
         """One text per meaning: it enters vLLM's multimodal hash, which compares spelling.
 
@@ -80,6 +95,8 @@ class VisionSettings:
         if self.max_share < 1.0:
             amount["max_share"] = float(self.max_share)
         fields = {"method": self.method, "min_tokens": self.min_tokens, "score": self.score, **amount}
+        if self.question:
+            fields["question"] = self.question
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -168,11 +185,13 @@ class PruneSettings:
         preset: the preset whose settings these are, or ``custom``.
         vision: stage 1.
         kv: stage 2.
+        level: under `auto`, the preset that it was.
     """
 
     preset: str = "off"
     vision: VisionSettings = VisionSettings()
     kv: KVSettings = KVSettings()
+    level: str | None = None
 
     def prunes_as(self, other: PruneSettings) -> bool:
         """Whether the two keep the same tokens of any request."""
@@ -188,6 +207,7 @@ class PruneSettings:
             "keep_ratio": self.vision.keep_ratio,
             "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
+            **({"level": self.level} if self.level is not None else {}),
         }
 
 

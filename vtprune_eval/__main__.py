@@ -7,6 +7,7 @@
     vtprune eval llava-hf/llava-1.5-7b-hf --questions mine.jsonl --device cuda --dtype float16
     vtprune eval --draw picture.png --aggressiveness 0.5
     vtprune eval --study --out docs/evaluation
+    vtprune eval llava-hf/llava-1.5-7b-hf --tasks pope,gqa,textvqa --prune-layer 8 --out results
 
 Without MODEL the embedded demo model answers, on transformers. `random`, `uniform` and `downscale` (a smaller
 picture) at the same counts, and the agreement with the unpruned answers, stand beside every result. Also
@@ -16,8 +17,12 @@ picture) at the same counts, and the agreement with the unpruned answers, stand 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_vtprune import demo_model
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.vision.features import needs_of
+from vtprune_eval import published
 from vtprune_eval.arguments import make_parser
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.draw import draw_kept
@@ -43,6 +49,10 @@ from vtprune_eval.tasks import DataError, Questions, drawn_questions, file_quest
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 from vtprune_loadtest.command import command, make_folder
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.processes import ServerProcess
+
+#: A large checkpoint may have to be fetched first.
+_START_SECONDS = 3600
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vtprune eval") -> int:
@@ -62,6 +72,8 @@ def _run(options: argparse.Namespace) -> None:
         _draw(options)
     elif options.study:
         _study(options)
+    elif options.tasks:
+        _published(options)
     else:
         _evaluate(options)
 
@@ -91,6 +103,45 @@ def _study(options: argparse.Namespace) -> None:
     size = StudySize(options.scenes, options.validation_scenes, options.deciding_scenes)
     for path in run_study(_model(options), size, options.out, _progress):
         print(f"wrote {path}")
+
+
+def _published(options: argparse.Namespace) -> None:
+    plan = published.Plan(
+        options.server or "",
+        options.tasks_python or published.default_python(),
+        options.tasks,
+        [name for name in options.preset or ["balanced"] if name != "off"],
+        options.out,
+        options.api_key,
+        options.limit,
+        options.tasks_include,
+    )
+    published.judge(plan)
+    with contextlib.ExitStack() as stack:
+        if not options.server:
+            server = _start_server(options)
+            stack.callback(server.stop)
+            plan = replace(plan, server=server.url)
+        document = published.run_tasks(plan, _progress)
+    for path, text in (
+        (options.out / "tasks.json", json.dumps(document, indent=1)),
+        (options.out / "tasks.md", published.page(document)),
+    ):
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+    try:
+        print(f"wrote {published.plot(document, options.out / 'tasks.png')}")
+    except ImportError:
+        print("No plot: matplotlib is not installed (pip install 'vtprune[bench]').", file=sys.stderr)
+
+
+def _start_server(options: argparse.Namespace) -> ServerProcess:
+    """`vtprune serve` for MODEL, on a free port."""
+    layers = ["--prune-layer", ",".join(map(str, options.prune_layer))] if options.prune_layer else []
+    model = [options.model] if options.model else []
+    command = [sys.executable, "-m", "vtprune_server.cli", "serve", *model, *layers]
+    _progress("starting the server")
+    return ServerProcess.start(command, options.out / "server.log", os.environ, within_s=_START_SECONDS)
 
 
 def _draw(options: argparse.Namespace) -> None:

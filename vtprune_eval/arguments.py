@@ -32,6 +32,23 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--split", choices=tuple(SPLITS), default="test", help="default: %(default)s")
     what.add_argument("--scenes", type=_count, default=300, help="drawn pictures; default: %(default)s")
     what.add_argument("--domain", choices=DOMAINS, default="scenes", help="of them; default: %(default)s")
+    what.add_argument(
+        "--tasks",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        metavar="TASK[,TASK]",
+        help="published benchmarks by lmms-eval's names, such as pope,gqa,textvqa, on a server",
+    )
+    what.add_argument("--limit", type=_count, metavar="N", help="questions of each task; default: all")
+    what.add_argument(
+        "--tasks-include", type=Path, metavar="FOLDER", help="tasks of your own, in lmms-eval's format"
+    )
+    what.add_argument(
+        "--tasks-python",
+        type=Path,
+        metavar="PYTHON",
+        help="of an environment with lmms-eval; default: the one of `make tasks-env`",
+    )
     how = parser.add_argument_group("how it is pruned (comma-separated values make a grid)")
     how.add_argument("--preset", type=_names(PRESETS), default=[], help="instead of the options below")
     how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from vllm_vtprune import demo_model
+from vllm_vtprune.selection import DEFAULT_METHOD
 from vllm_vtprune.settings import KVSettings, VisionSettings
 from vtprune_eval.setting import Setting
 
@@ -37,7 +38,9 @@ def judge(options: argparse.Namespace) -> None:
         raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
     if missing := [str(path) for path in options.draw or () if not path.is_file()]:
         raise ValueError(f"--draw: there is no picture {', '.join(missing)}.")
-    if options.server:
+    if options.tasks:
+        _judge_tasks(options)
+    elif options.server:
         _judge_for_server(options)
     else:
         _judge_for_transformers(options)
@@ -81,6 +84,23 @@ def model_config(model: str | None) -> Any:
         raise ValueError(
             f"MODEL {name} is neither a folder with a checkpoint nor a model found by that name ({reason})."
         ) from None
+
+
+def _judge_tasks(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise ValueError("--tasks needs --out, a folder where what is done is found again.")
+    if not options.server and options.model is not None:
+        model_config(options.model)
+    for flag, given in (
+        ("--method", options.method != [DEFAULT_METHOD]),
+        ("--aggressiveness", options.aggressiveness),
+        ("--keep-ratio", options.keep_ratio),
+        ("--questions", options.questions),
+        ("--study", options.study),
+        ("--draw", options.draw),
+    ):
+        if given:
+            raise ValueError(f"--tasks compares presets (--preset): leave out {flag}.")
 
 
 def _judge_for_server(options: argparse.Namespace) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -70,16 +72,49 @@ class EncodedPictures:
         """What stays of each picture, [P]."""
         return [chosen for batch in self.batches for chosen in _select(batch, setting)]
 
+    def select_asked(self, setting: Setting, asked: Sequence[tuple[int, Tensor]]) -> list[Selection]:
+        """What stays under a method that reads the question, per question.
+
+        Args:
+            setting: no baseline.
+            asked: per question its picture's number, and how relevant each of its N patches is [N].
+        """
+        chosen: dict[int, Selection] = {}
+        order = sorted(range(len(asked)), key=lambda number: asked[number][0])
+        for batch, numbers in groupby(order, key=lambda number: asked[number][0] // _BATCH):
+            members = list(numbers)
+            rows = [asked[number][0] % _BATCH for number in members]
+            features = _rows(self.batches[batch], rows)
+            relevance = torch.stack([asked[number][1] for number in members])
+            method = get_method(setting.vision.method)
+            picked = method.select(replace(features, relevance=relevance), setting.vision)
+            chosen |= zip(members, picked, strict=True)
+        return [chosen[number] for number in range(len(asked))]
+
     def counts(self, setting: Setting) -> list[int]:
         """How many tokens of each picture stay, [P], though they be others than a selection method's."""
         return [selection.count for selection in self.select(Setting(setting.counted))]
 
-    def embed(self, selections: Sequence[Selection]) -> list[Tensor]:
-        """The embeddings the language model is given, per picture [k, hidden]."""
-        pairs = zip(self.outputs, selections, strict=True)
+    def embed(self, selections: Sequence[Selection], pictures: Sequence[int] | None = None) -> list[Tensor]:
+        """The embeddings the language model is given, per selection [k, hidden].
+
+        Args:
+            selections: one per picture, or of these `pictures`.
+            pictures: their numbers.
+        """
+        outputs = self.outputs if pictures is None else [self.outputs[picture] for picture in pictures]
+        pairs = zip(outputs, selections, strict=True)
         kept = [kept_of(output, [selection]) for output, selection in pairs]
         batches = (kept[first : first + _BATCH] for first in range(0, len(kept), _BATCH))
         return [embeddings for batch in batches for embeddings, _ in self.encoder.project(batch)]
+
+
+def _rows(features: VisionFeatures, rows: list[int]) -> VisionFeatures:
+    names = ("patches", "cls", "cls_attention", "received", "keys")
+    values = {name: getattr(features, name) for name in names}
+    seeds = tuple(features.seeds[row] for row in rows)
+    taken = {name: value if value is None else value[rows] for name, value in values.items()}
+    return VisionFeatures(grid=features.grid, seeds=seeds, **taken)
 
 
 def _select(features: VisionFeatures, setting: Setting) -> list[Selection]:

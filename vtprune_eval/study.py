@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study in docs/evaluation, by one command: `vtprune eval --study --out docs/evaluation`.
 
+It may be interrupted: the replies of what was run lie in a folder beside the results until all is done, and
+the same command goes on from there.
+
 Validation scenes decide (the presets' aggressiveness, stage 2's defaults), test scenes report.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -50,12 +54,13 @@ class StudySize:
 
 def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progress) -> list[Path]:
     """Calibrate, choose, compare; write results.json, results.md and the plots, and return their paths."""
+    memory = folder / f".replies-{fingerprint(model)}"
     # under a fixed share `inflection` keeps what `topk` keeps; what sets it apart is its own count
     names = [name for name in METHODS if name != "inflection"]
     everything = needs_of([_fixed(name, 0.5) for name in names])
-    held_out = _validation(model, size.validation)
+    held_out = _validation(model, size.validation, memory)
     calibration = calibrate(held_out.pictures, SHARES.values())
-    held_out = _validation(model, size.deciding)
+    held_out = _validation(model, size.deciding, memory)
     presets = {name: calibration.chosen[share] for name, share in SHARES.items()}
     progress(f"calibrated on validation: {presets}")
     balanced = VisionSettings(aggressiveness=presets["balanced"])
@@ -65,7 +70,8 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     progress(f"prune layer {layer}")
     rating = evaluate(held_out, _rating_grid(layer, balanced), progress, baselines=())
 
-    runner = LocalRunner(model, drawn_questions("test", size.test, model.image_size), everything)
+    questions = drawn_questions("test", size.test, model.image_size)
+    runner = LocalRunner(model, questions, everything, memory=memory / f"test-{size.test}")
     fixed = [_fixed(name, share) for share, name in product(SHARES.values(), (*names, DOWNSCALE))]
     adaptive = [
         VisionSettings(method=name, aggressiveness=amount)
@@ -91,7 +97,9 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     }
     path = folder / "results.json"
     path.write_text(dump(result), encoding="utf-8")
-    return [path, write_page(result, folder / "results.md"), *_plots(result, model, runner, folder)]
+    written = [path, write_page(result, folder / "results.md"), *_plots(result, model, runner, folder)]
+    shutil.rmtree(memory, ignore_errors=True)
+    return written
 
 
 def choose_prune_layer(rows: Sequence[dict[str, Any]]) -> int:
@@ -107,8 +115,9 @@ def choose_prune_layer(rows: Sequence[dict[str, Any]]) -> int:
     return min(layer for layer, mean in means.items() if mean >= max(means.values()) - _AS_GOOD)
 
 
-def _validation(model: LocalModel, scenes: int) -> LocalRunner:
-    return LocalRunner(model, drawn_questions("validation", scenes, model.image_size), frozenset())
+def _validation(model: LocalModel, scenes: int, memory: Path) -> LocalRunner:
+    questions = drawn_questions("validation", scenes, model.image_size)
+    return LocalRunner(model, questions, frozenset(), memory=memory / f"validation-{scenes}")
 
 
 def _fixed(method: str, share: float) -> VisionSettings:

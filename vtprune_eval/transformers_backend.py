@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vllm_vtprune.selection.registry import METHODS
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.question import question_rater
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.decoder import Decoder, Dropping, Prompt
 from vtprune_eval.downscale import SmallerPictures
@@ -41,6 +45,7 @@ class LocalModel:
         )
         model.eval().requires_grad_(False)
         self.encoder = VisionEncoder.load(config, checkpoint, device=torch.device(device), dtype=dtype)
+        self.rater = question_rater(self.encoder, self.processor.tokenizer, checkpoint)
         language: nn.Module = model.model.language_model.to(device)
         ends = model.generation_config.eos_token_id
         stop = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -83,7 +88,12 @@ class LocalRunner:
     baselines = BASELINES
 
     def __init__(
-        self, model: LocalModel, questions: Questions, outputs: frozenset[str], limit: int = 16
+        self,
+        model: LocalModel,
+        questions: Questions,
+        outputs: frozenset[str],
+        limit: int = 16,
+        memory: Path | None = None,
     ) -> None:
         """Encode the pictures.
 
@@ -92,7 +102,9 @@ class LocalRunner:
             questions: what is asked.
             outputs: the tower's optional outputs that the settings read (`vision.features.needs_of`).
             limit: tokens of an answer at most.
+            memory: folder of replies, where a setting answered before, by an interrupted run, is found again.
         """
+        self._memory = memory
         self.name, self.layers, self.limit = model.name, model.decoder.layers, limit
         self.model, self.questions = model, questions
         self.pictures = model.encode(questions, outputs)
@@ -107,46 +119,96 @@ class LocalRunner:
         Raises:
             RunnerError: stage 2 is asked for without a prune layer between the decoder's layers.
         """
+        if self._memory is None:
+            return self._answered(setting)
+        path = self._memory / f"{hashlib.blake2b(repr(setting).encode(), digest_size=12).hexdigest()}.json"
+        if path.is_file():
+            return [Reply(*fields) for fields in json.loads(path.read_text())]
+        replies = self._answered(setting)
+        self._memory.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(json.dumps([astuple(reply) for reply in replies]))
+        unfinished.replace(path)
+        return replies
+
+    def _answered(self, setting: Setting) -> list[Reply]:
         dropping = self._dropping(setting)
-        if setting.downscales:
+        prompts = self.prompts
+        places = [output.places for output in self.pictures.outputs]
+        if self._asks(setting):
+            # each question has a picture of its own: what stays of it
+            pictures = [prompt.picture for prompt in self.prompts]
+            relevance = [self._relevance(number) for number in range(len(self.prompts))]
+            chosen = self.pictures.select_asked(setting, list(zip(pictures, relevance, strict=True)))
+            embeddings = self.pictures.embed(chosen, pictures)
+            prompts = [Prompt(p.before, number, p.after) for number, p in enumerate(self.prompts)]
+            places = [places[picture] for picture in pictures]
+        elif setting.downscales:
             embeddings = self._smaller.embed(self.pictures.counts(setting))
         else:
             embeddings = self.pictures.embed(self.pictures.select(setting))
         key = (_digest(embeddings), dropping)
         if key not in self._replies:
-            self._replies[key] = self._answer(embeddings, dropping)
+            self._replies[key] = self._answer(embeddings, dropping, prompts, places)
         return self._replies[key]
 
-    def _answer(self, embeddings: list[Tensor], dropping: Dropping | None) -> list[Reply]:
+    def _asks(self, setting: Setting) -> bool:
+        method = METHODS.get(setting.vision.method)
+        reads = method is not None and method.reads_question and not setting.vision.keeps_all
+        return reads and setting.like is None and self.model.rater is not None
+
+    def _relevance(self, number: int) -> Tensor:
+        picture, text = self.prompts[number].picture, self.questions.asked[number].text
+        rater = self.model.rater
+        rated = None if rater is None else rater.rate(self.pictures.outputs[picture], text)
+        if rated is None:
+            raise RunnerError(f"The question {text!r} has no word that can be rated.")
+        return rated
+
+    def _answer(
+        self,
+        embeddings: list[Tensor],
+        dropping: Dropping | None,
+        prompts: Sequence[Prompt],
+        places: Sequence[int],
+    ) -> list[Reply]:
+        """Answer.
+
+        Args:
+            embeddings: of the pictures that the prompts name.
+            dropping: stage 2.
+            prompts: one per question.
+            places: of the same pictures, before pruning.
+        """
         replies: dict[int, Reply] = {}
-        for numbers in self._batches([len(rows) for rows in embeddings], shared=dropping is None):
-            shown = sorted({self.prompts[n].picture for n in numbers})
+        for numbers in self._batches(prompts, [len(rows) for rows in embeddings], shared=dropping is None):
+            shown = sorted({prompts[n].picture for n in numbers})
             place = {picture: at for at, picture in enumerate(shown)}
-            prompts = [
-                Prompt(p.before, place[p.picture], p.after) for p in (self.prompts[n] for n in numbers)
-            ]
+            asked = [Prompt(p.before, place[p.picture], p.after) for p in (prompts[n] for n in numbers)]
             answers = self.model.decoder.answer(
-                [embeddings[picture] for picture in shown], prompts, dropping, self.limit
+                [embeddings[picture] for picture in shown], asked, dropping, self.limit
             )
-            for number, prompt, (tokens, kept) in zip(numbers, prompts, answers, strict=True):
+            for number, prompt, (tokens, kept) in zip(numbers, asked, answers, strict=True):
                 vision = len(embeddings[shown[prompt.picture]])
                 replies[number] = Reply(
                     self.model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                    self.pictures.outputs[shown[prompt.picture]].places,
+                    places[shown[prompt.picture]],
                     vision,
                     len(prompt.before) + vision + len(prompt.after),
                     kept,
                 )
         return [replies[number] for number in range(len(self.prompts))]
 
-    def _batches(self, kept: Sequence[int], *, shared: bool) -> Iterator[list[int]]:
+    def _batches(
+        self, prompts: Sequence[Prompt], kept: Sequence[int], *, shared: bool
+    ) -> Iterator[list[int]]:
         """Numbers of questions to answer together: of similar length, those of a picture side by side."""
-        order = sorted(range(len(self.prompts)), key=lambda n: (kept[self.prompts[n].picture], n))
+        order = sorted(range(len(prompts)), key=lambda n: (kept[prompts[n].picture], n))
         batch: list[int] = []
         tokens = 0
-        for picture, numbers in groupby(order, key=lambda n: self.prompts[n].picture):
+        for picture, numbers in groupby(order, key=lambda n: prompts[n].picture):
             members = list(numbers)
-            cost = sum(len(self.prompts[n].after) for n in members)
+            cost = sum(len(prompts[n].after) for n in members)
             cost += kept[picture] * (1 if shared else len(members))
             if batch and tokens + cost > _BATCH_TOKENS:
                 yield batch

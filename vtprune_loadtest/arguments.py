@@ -47,7 +47,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("load").add_argument
-    add("--rate", metavar="R[,R]", help="open loop: requests per second; several make several load points")
+    add(
+        "--rate",
+        metavar="R[,R]",
+        help="open loop: requests per second, or multiples of what the first setting reaches in a "
+        "closed loop (0.5x,1x,2x), which is measured first; several make several load points",
+    )
     add(
         "--concurrency",
         metavar="N[,N]",
@@ -87,7 +92,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--sweep",
         metavar="PRESET,...",
-        help="values of X-VTPrune-Preset, for example off,light,balanced,aggressive",
+        help="values of X-VTPrune-Preset, such as off,light,balanced,aggressive,auto; downscale0.22 is off "
+        "with pictures of 0.22 times the pixels, for towers that take any size",
     )
     add(
         "--sweep-header",

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import httpx
 
+from vllm_vtprune.contract import LEVEL_HEADER
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.record import RequestRecord
 from vtprune_loadtest.stream import ChatStream, StreamError, error_message
@@ -85,6 +86,7 @@ class ChatClient:
                 try:
                     if response.status_code != httpx.codes.OK:
                         raise await _http_error(response)
+                    record.level = response.headers.get(LEVEL_HEADER)
                     async for read in response.aiter_raw():
                         stream.feed(read, self._clock() - epoch)
                 finally:

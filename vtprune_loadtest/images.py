@@ -80,6 +80,21 @@ class DrawnPictures:
         return Picture(f"image/{self._encoding}", buffer.getvalue())
 
 
+def smaller(picture: Picture, pixels: float) -> Picture:
+    """The picture at its own shape with `pixels` times as many pixels, encoded as it was.
+
+    What pruning is compared with (arXiv 2510.07143): a tower that takes pictures of any size gives about
+    `pixels` times the tokens.
+    """
+    with Image.open(io.BytesIO(picture.data)) as image:
+        size = tuple(max(1, round(side * pixels**0.5)) for side in image.size)
+        shrunk = image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        encoding = image.format or "png"
+    buffer = io.BytesIO()
+    shrunk.save(buffer, format=encoding, quality=_JPEG_QUALITY)
+    return Picture(picture.mime_type, buffer.getvalue())
+
+
 class FolderPictures:
     """The distinct picture files of a folder, in an order shuffled by the seed, sent byte for byte."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_vtprune.contract import PRESETS
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.record import RequestRecord
 
@@ -85,6 +86,9 @@ def summarise(
         summary |= _statistics(
             "e2el_including_client_queue", [r.e2el_s + queue for r, queue in zip(done, queues, strict=True)]
         )
+    levels = Counter(record.level for record in done if record.level is not None)
+    if levels:
+        summary["levels"] = {level: levels[level] for level in PRESETS if level in levels}
     return summary | _pruning(done)
 
 

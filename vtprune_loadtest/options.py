@@ -99,13 +99,18 @@ def _points(rates: str | None, concurrencies: str | None) -> list[LoadPoint]:
         caps = [_element("--concurrency", text, count) for text in concurrencies.split(",")]
     elif rates is None:
         caps = [DEFAULT_CONCURRENCY]
-    speeds: list[float | None] = [None]
+    points = [LoadPoint(None, cap) for cap in caps]
     if rates is not None:
-        speeds = [_element("--rate", text, positive) for text in rates.split(",")]
-    points = [LoadPoint(rate, cap) for rate in speeds for cap in caps]
+        points = [_open_loop(text.strip(), cap) for text in rates.split(",") for cap in caps]
     if len(set(points)) != len(points):
         raise LoadTestError("--rate or --concurrency names a value twice: every load point runs once.")
     return points
+
+
+def _open_loop(rate: str, cap: int | None) -> LoadPoint:
+    if rate.endswith("x"):
+        return LoadPoint(None, cap, _element("--rate", rate.removesuffix("x"), positive))
+    return LoadPoint(_element("--rate", rate, positive), cap)
 
 
 def _pictures(args: argparse.Namespace) -> PictureSource:

@@ -6,7 +6,7 @@ comes first. Then, interleaved by request, one measured phase in which all setti
 interleaved by blocks, several rounds of one short measured phase per setting.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -23,10 +23,21 @@ class Interleave(StrEnum):
 
 @dataclass(frozen=True)
 class LoadPoint:
-    """Open loop (a rate in requests/s), closed loop (a concurrency), or a rate under a concurrency cap."""
+    """Open loop (a rate in requests/s), closed loop (a concurrency), or a rate under a concurrency cap.
+
+    `times_capacity` is the rate in terms of what the first setting reached in a closed loop beforehand;
+    `rate` is None until that is known.
+    """
 
     rate: float | None
     concurrency: int | None
+    times_capacity: float | None = None
+
+    def at(self, capacity: float) -> "LoadPoint":
+        """This point, with a rate where it was given as a multiple of the capacity in requests/s."""
+        if self.times_capacity is None:
+            return self
+        return replace(self, rate=round(self.times_capacity * capacity, 3))
 
     @property
     def is_closed(self) -> bool:
@@ -38,7 +49,8 @@ class LoadPoint:
         if self.rate is None:
             return f"closed loop, concurrency {self.concurrency}"
         cap = "" if self.concurrency is None else f", at most {self.concurrency} in flight"
-        return f"open loop, {self.rate:g} requests/s{cap}"
+        times = "" if self.times_capacity is None else f" ({self.times_capacity:g} times capacity)"
+        return f"open loop, {self.rate:g} requests/s{times}{cap}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,12 @@ def plan_phases(
             _measured(point, (int(setting),), part, ramp_s) for setting in rng.permutation(settings)
         )
     return phases
+
+
+def capacity_phases(amount: Amount, warmup: int) -> list[Phase]:
+    """A closed loop of the first setting alone."""
+    measured = Phase(Role.MEASURED, (0,), amount.requests, amount.duration_s)
+    return [*([Phase(Role.WARMUP, (0,), warmup, None)] if warmup else []), measured]
 
 
 def total_requests(phases: list[Phase], point: LoadPoint) -> int | None:

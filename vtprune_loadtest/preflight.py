@@ -11,6 +11,7 @@ from vllm_vtprune.contract import HEADER_PREFIX, KWARG
 from vtprune_loadtest.client import ChatClient
 from vtprune_loadtest.config import LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.sweep import DOWNSCALE
 
 _CONFIG_PATH = "/vtprune/config"
 
@@ -41,6 +42,27 @@ async def require_vtprune(client: ChatClient, config: LoadTestConfig, model: str
         f"{config.endpoint.base_url} is not a vtprune server: it passes over {asked}, and every setting "
         "would be the same. Start `vtprune serve`, or load this server without pruning settings."
     )
+
+
+async def require_sizes(client: ChatClient, config: LoadTestConfig) -> None:
+    """Make sure that a smaller picture has fewer tokens, where the test sends some and the server tells.
+
+    Raises:
+        LoadTestError: the model's tower takes pictures of one size.
+    """
+    if all(setting.pixels == 1 for setting in config.settings):
+        return
+    try:
+        shown = await client.get_json(_CONFIG_PATH)
+        tokens = shown["model"]["vision_tokens_per_image"]
+    except (LoadTestError, KeyError, TypeError):
+        return  # it does not tell: the answers' counts will
+    if tokens is not None:
+        raise LoadTestError(
+            f"{DOWNSCALE} in --sweep cannot be measured on this model: its tower resizes every picture to "
+            f"one size, {tokens} tokens whatever the picture. Leave it out; the arm downscale of `vtprune "
+            "eval` shrinks pictures inside such a tower."
+        )
 
 
 def _pruning_asked_for(config: LoadTestConfig) -> str | None:

@@ -27,6 +27,7 @@ class RequestRecord:
         output_tokens: from the usage chunk, else the number of chunks.
         prompt_tokens: from the usage chunk: what the model was given, after pruning.
         vtprune: `usage.vtprune` as the server sent it.
+        level: the preset that `auto` was, from the response's header.
         error_kind: None for a complete answer.
     """
 
@@ -45,6 +46,7 @@ class RequestRecord:
     output_tokens: int = 0
     prompt_tokens: int | None = None
     vtprune: dict[str, int] | None = None
+    level: str | None = None
     finish_reason: str | None = None
     error_kind: str | None = None
     error_message: str | None = None
@@ -104,6 +106,7 @@ class RequestRecord:
             "tpot_ms": None if tpot is None else _ms(tpot),
             "prompt_tokens": self.prompt_tokens,
             "vtprune": self.vtprune,
+            "level": self.level,
         }
         return (
             line

@@ -85,6 +85,10 @@ def _tables(entries: Sequence[Entry]) -> list[str]:
     lines += ["", *columns(*_amounts(entries))]
     if any("total_input_tokens_before_pruning" in entry for entry in entries):
         lines += ["", *columns(*_tokens(entries))]
+    for entry in entries:
+        if (levels := entry.get("levels")) and entry["completed"]:
+            shares = (f"{name} {percent(count / entry['completed'])}" for name, count in levels.items())
+            lines += ["", f"{entry['setting']} was {', '.join(shares)} of the answers"]
     kinds = sorted({kind for entry in entries for kind in entry["errors_by_kind"]})
     if kinds:
         rows = [[e["setting"], *(str(e["errors_by_kind"].get(kind, 0)) for kind in kinds)] for e in entries]

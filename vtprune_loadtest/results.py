@@ -87,6 +87,7 @@ def _point_results(config: LoadTestConfig, session: SessionResult, point: PointR
             "max_concurrency": load.concurrency,
             "setting": setting.label,
             "setting_headers": dict(setting.headers),
+            "picture_pixels": setting.pixels,
             "interleave": config.interleave.value,
         }
         if setting.stands_for:

@@ -15,8 +15,15 @@ from vtprune_loadtest.config import IgnoreEos, LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.images import PicturesUsedUp
 from vtprune_loadtest.interrupt import until_stopped
-from vtprune_loadtest.plan import LoadPoint, plan_phases, requests_needed, total_requests
-from vtprune_loadtest.preflight import require_vtprune
+from vtprune_loadtest.plan import (
+    LoadPoint,
+    Phase,
+    capacity_phases,
+    plan_phases,
+    requests_needed,
+    total_requests,
+)
+from vtprune_loadtest.preflight import require_sizes, require_vtprune
 from vtprune_loadtest.prometheus import Counters, counter_deltas, parse_counters
 from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseResult, PhaseRunner
@@ -24,6 +31,8 @@ from vtprune_loadtest.workload import Workload, WorkloadSpec
 
 _METRICS_PATH = "/metrics"
 _POLL_S = 1.0
+#: Where a rate is given as a multiple of the capacity: the closed loop that measures it.
+_CAPACITY_POINT = LoadPoint(None, 16)
 
 
 class Progress:
@@ -69,6 +78,7 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
             datetime.now().astimezone(), config.model or model, await _describe_server(client)
         )
         await require_vtprune(client, config, result.model)
+        await require_sizes(client, config)
         base: dict[str, Any] = {
             "model": result.model,
             "temperature": config.temperature,
@@ -87,12 +97,22 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
             repeat_share=config.repeat_share,
             seed=config.seed,
         )
-        workload = Workload(spec, config.pictures, len(config.settings))
+        workload = Workload(spec, config.pictures, [setting.pixels for setting in config.settings])
         rng = np.random.default_rng([config.seed, 2])
         run_id = f"load-{config.seed}-{time.time_ns():x}"
         runner = PhaseRunner(client, workload, config.settings, config.process, rng, run_id, progress.done)
         session = _Session(config, client, workload, runner, rng, progress.expect, stop)
-        for number, point in enumerate(config.points):
+        points = list(config.points)
+        if any(point.times_capacity is not None for point in points):
+            measured = await session.run_phases(
+                0, _CAPACITY_POINT, capacity_phases(config.amount, config.warmup)
+            )
+            result.points.append(measured)
+            if stop.is_set():
+                result.interrupted = True
+                return result
+            points = [point.at(_capacity(measured)) for point in points]
+        for number, point in enumerate(points, start=len(result.points)):
             result.points.append(await session.run_point(number, point))
             if stop.is_set():
                 result.interrupted = True
@@ -122,6 +142,11 @@ class _Session:
             config.ramp_s,
             self.rng,
         )
+        return await self.run_phases(number, point, phases)
+
+    async def run_phases(self, number: int, point: LoadPoint, phases: list[Phase]) -> PointResult:
+        """Run a load point's phases, with all bodies prepared as far as their number is known."""
+        settings = len(self.config.settings)
         ahead = max(16, 2 * (point.concurrency or 0))
         counts, all_known = requests_needed(phases, point, settings, ahead)
         try:
@@ -162,6 +187,21 @@ class _Session:
             return None if text is None else parse_counters(text)
         except ValueError:  # a page at /metrics that is no Prometheus exposition
             return None
+
+
+def _capacity(measured: PointResult) -> float:
+    """Answers per second of a closed loop.
+
+    Raises:
+        LoadTestError: nothing was answered.
+    """
+    (phase,) = (p for p in measured.phases if p.phase.role is Role.MEASURED)
+    answered = sum(record.ok for record in phase.records if record.role is Role.MEASURED)
+    if not answered or not phase.duration_s:
+        raise LoadTestError(
+            "No request was answered while the capacity was measured: give --rate in requests per second."
+        )
+    return answered / phase.duration_s
 
 
 def _check_warmup(outcome: PhaseResult) -> None:

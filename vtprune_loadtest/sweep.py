@@ -20,6 +20,10 @@ from vllm_vtprune.settings import Controls
 from vtprune_loadtest.errors import LoadTestError
 
 PRESET_HEADER = HEADERS["preset"]
+#: Ahead of a share in `--sweep`: not a preset but the picture itself made smaller.
+DOWNSCALE = "downscale"
+#: Headers and share of the pixels.
+_Point = tuple[tuple[tuple[str, str], ...], float]
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name, RFC 9110 section 5.6.2
 
 
@@ -31,18 +35,21 @@ class SweepSetting:
         label: what the reports call it.
         headers: what its requests carry.
         stands_for: the combinations, as they were asked for, that this one is; empty if only itself.
+        pixels: share of each picture's pixels that is sent: below 1, the same picture, smaller.
     """
 
     label: str
     headers: tuple[tuple[str, str], ...] = ()
     stands_for: tuple[str, ...] = ()
+    pixels: float = 1.0
 
 
 def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[SweepSetting]:
     """The product of the presets and of every swept header; one setting without headers if nothing is swept.
 
     Args:
-        presets: comma-separated values of X-VTPrune-Preset.
+        presets: comma-separated values of X-VTPrune-Preset; `downscale0.22` among them is `off` with pictures
+            of so many times the pixels.
         header_sweeps: items `NAME=value,value`, or `NAME=value;value` where values hold commas; an empty
             value leaves the header out.
 
@@ -67,19 +74,41 @@ def parse_settings(presets: str | None, header_sweeps: Sequence[str]) -> list[Sw
         raise LoadTestError("A header is swept twice: give all its values in one --sweep or --sweep-header.")
     if not axes:
         return [SweepSetting("default")]
-    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    labels: dict[tuple[tuple[str, str], ...], str] = {}
+    found: dict[_Point, list[str]] = {}
+    labels: dict[_Point, str] = {}
     for chosen in product(*(values for _, values in axes)):
-        point = [(name, value) for (name, _), value in zip(axes, chosen, strict=True)]
+        asked_for = [(name, value) for (name, _), value in zip(axes, chosen, strict=True)]
+        point, pixels = _smaller(asked_for)
         idle = _idle_headers([(name, value) for name, value in point if value])
         acting = [(name, value) for name, value in point if name.lower() not in idle]
         headers = tuple((name, value) for name, value in acting if value)
-        found.setdefault(headers, []).append(_label(point))
-        labels.setdefault(headers, _label(acting))
+        found.setdefault((headers, pixels), []).append(_label(asked_for))
+        shown = [(name, dict(asked_for)[name]) for name, _ in acting]
+        labels.setdefault((headers, pixels), _label(shown))
     return [
-        SweepSetting(labels[headers], headers, tuple(asked) if asked != [labels[headers]] else ())
-        for headers, asked in found.items()
+        SweepSetting(labels[key], key[0], tuple(asked) if asked != [labels[key]] else (), key[1])
+        for key, asked in found.items()
     ]
+
+
+def _smaller(point: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], float]:
+    """The headers, and the share of the pixels where the preset is `downscale0.22`.
+
+    Raises:
+        LoadTestError: the share is not above 0 and below 1.
+    """
+    preset = dict(point).get(PRESET_HEADER, "")
+    if not preset.startswith(DOWNSCALE):
+        return point, 1.0
+    try:
+        pixels = float(preset.removeprefix(DOWNSCALE))
+    except ValueError:
+        pixels = 0.0
+    if not 0 < pixels < 1:
+        raise LoadTestError(
+            f"--sweep has {preset!r}: write the share of the pixels behind it, like {DOWNSCALE}0.22."
+        )
+    return [(name, "off" if name == PRESET_HEADER else value) for name, value in point], pixels
 
 
 def _idle_headers(headers: Sequence[tuple[str, str]]) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.images import PictureSource, PicturesUsedUp
+from vtprune_loadtest.images import PictureSource, PicturesUsedUp, smaller
 
 AHEAD_BYTES = 512 * 2**20  # bodies held in memory; the rest of a longer run is encoded while it goes
 _IDLE_S = 0.01
@@ -89,10 +89,12 @@ class Workload:
     Runs on the event loop; only the encoding during a run happens in a thread, one body at a time.
     """
 
-    def __init__(self, spec: WorkloadSpec, pictures: PictureSource, settings: int) -> None:
-        """Prepare nothing yet."""
-        self._streams = [_SettingStream(spec, pictures, index, settings) for index in range(settings)]
-        self._ready: list[deque[PreparedRequest]] = [deque() for _ in range(settings)]
+    def __init__(self, spec: WorkloadSpec, pictures: PictureSource, pixels: Sequence[float]) -> None:
+        """Prepare nothing yet; `pixels` is each setting's share of a picture's pixels."""
+        self._streams = [
+            _SettingStream(spec, pictures, index, len(pixels), share) for index, share in enumerate(pixels)
+        ]
+        self._ready: list[deque[PreparedRequest]] = [deque() for _ in pixels]
         self._bytes = 0
         self._encoding = asyncio.Lock()
 
@@ -152,8 +154,11 @@ class Workload:
 class _SettingStream:
     """One setting's requests in order; they depend on no other setting, so timing cannot change them."""
 
-    def __init__(self, spec: WorkloadSpec, pictures: PictureSource, setting: int, settings: int) -> None:
+    def __init__(
+        self, spec: WorkloadSpec, pictures: PictureSource, setting: int, settings: int, pixels: float
+    ) -> None:
         self._spec = spec
+        self._pixels = pixels
         self._pictures = pictures
         self._setting = setting
         self._settings = settings
@@ -172,6 +177,8 @@ class _SettingStream:
             number, is_repeat = self._next_picture()
             repeated += is_repeat
             picture = self._pictures.picture(number)
+            if self._pixels < 1:
+                picture = smaller(picture, self._pixels)
             encoded = base64.b64encode(picture.data).decode("ascii")
             content.append(
                 {"type": "image_url", "image_url": {"url": f"data:{picture.mime_type};base64,{encoded}"}}

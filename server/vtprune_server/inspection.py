@@ -25,6 +25,7 @@ from vllm_vtprune.vision.features import servable_scores
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server.context import current_request, refusal
 from vtprune_server.limits import ServerLimits
+from vtprune_server.question import with_question
 from vtprune_server.routes import HEADER_PARAMETERS, VTPRUNE_SCHEMA, prune_headers
 
 
@@ -33,6 +34,7 @@ class ExplainRequest(BaseModel):
 
     image_url: str = Field(min_length=1, description="A data: URL, or one the server may fetch.")
     vtprune: Any = Field(None, json_schema_extra=VTPRUNE_SCHEMA)
+    question: str = Field("", description="What is asked of it, for a method that reads the question.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         },
         "limits": _limits(model_config),
         "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
+        "auto": {"level": state.vtprune_auto.level, "levels": list(state.vtprune_auto.levels)},
         "methods": list(context.policy.methods),
         "versions": _versions(),
     }
@@ -104,9 +107,11 @@ async def explain_image(request: ExplainRequest, raw_request: Request) -> Explai
         controls = Controls.from_mapping(request.vtprune)
         if context is not None:
             controls = context.headers.over(controls)
-        settings = plugin_context(model_config).policy.resolve(controls)
+        level = state.vtprune_auto.level if hasattr(state, "vtprune_auto") else None
+        settings = plugin_context(model_config).policy.resolve(controls, level)
     except SettingsError as error:
         raise refusal(error) from error
+    settings = with_question(settings, request.question)
     mm_config = model_config.multimodal_config
     # as vLLM's chat parser loads it: the same URLs are refused, the same pixels decoded
     connector = MEDIA_CONNECTOR_REGISTRY.load(

@@ -9,6 +9,8 @@ prometheus_client's multi-process mode, in which the counters of all processes a
 
 from __future__ import annotations
 
+import threading
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from vtprune_server.counts import TokenCounts
@@ -66,14 +68,35 @@ RESENT = Counter(
 )
 
 
-def count_response(preset: str, counts: TokenCounts) -> None:
+AUTO_LEVEL = Gauge(
+    "vtprune_auto_level",
+    "What the preset auto is now: 0 off, 1 light, 2 balanced, 3 aggressive; of several processes the most.",
+    multiprocess_mode="livemax",
+)
+AUTO_PRESSURE = Gauge(
+    "vtprune_auto_pressure",
+    "The load that auto follows, as a share of its marks; of several processes the most.",
+    multiprocess_mode="livemax",
+)
+AUTO_MOVES = Counter(
+    "vtprune_auto_moves", "Steps of the preset auto, up (prune more) or down.", ["direction"]
+)
+AUTO_REQUESTS = Counter(
+    "vtprune_auto_requests", "Answered requests under the preset auto, by the preset it was.", ["level"]
+)
+
+
+def count_response(preset: str, level: str | None, counts: TokenCounts) -> None:
     """Count one answered request.
 
     Args:
         preset: the preset whose settings it had, or ``custom``.
+        level: the preset that `auto` was, where it was asked for.
         counts: those its headers and usage carry.
     """
     REQUESTS.labels(preset).inc()
+    if level is not None:
+        AUTO_REQUESTS.labels(level).inc()
     VISION_TOKENS.inc(counts.vision_tokens)
     VISION_TOKENS_KEPT.inc(counts.vision_tokens_kept)
     VISION_TOKENS_DROPPED.inc(counts.vision_tokens - counts.vision_tokens_kept)
@@ -90,6 +113,18 @@ def observe_tower_pass(images: int, seconds: float) -> None:
     TOWER_SECONDS.observe(seconds)
 
 
+_waiting_images = 0
+_waiting_lock = threading.Lock()
+
+
 def count_waiting_images(change: int) -> None:
     """What `vision.service.VisionService` calls as images queue up for a pass and leave for one."""
+    global _waiting_images
     TOWER_WAITING.inc(change)
+    with _waiting_lock:
+        _waiting_images += change
+
+
+def waiting_images() -> int:
+    """Images of this process that wait for the tower."""
+    return _waiting_images

@@ -12,7 +12,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.contract import AUTO, PRESETS
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import Controls
@@ -36,7 +36,7 @@ def add_preset_models(models: OpenAIServingModels, policy: PrunePolicy) -> dict[
     """
     taken = {path.name for path in models.base_model_paths} | set(models.lora_requests)
     added: dict[str, str] = {}
-    for path, separator, preset in product(tuple(models.base_model_paths), _SEPARATORS, PRESETS):
+    for path, separator, preset in product(tuple(models.base_model_paths), _SEPARATORS, (*PRESETS, AUTO)):
         name = f"{path.name}{separator}{preset}"
         # where nothing is pruned by default, MODEL itself is MODEL:off
         redundant = preset == "off" and policy.default_preset == "off"

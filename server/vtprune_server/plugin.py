@@ -69,6 +69,7 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.vision.processor import PrunedProcessor
         from vllm_vtprune.weight_updates import refuse_in_front_end
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
+        from vtprune_server.engine_load import auto_level, follow, listen
         from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.kv_plan import KVPlanner
         from vtprune_server.metrics import count_waiting_images, observe_tower_pass
@@ -92,7 +93,11 @@ class VTPruneEndpointPlugin:
         if state.anthropic_serving_messages is not None:
             disclose_in_messages(state.anthropic_serving_messages)
         model_presets = add_preset_models(state.openai_serving_models, context.policy)
-        PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets)
+        auto = state.vtprune_auto = auto_level(context.policy)
+        # kept: the loop holds tasks weakly
+        load = listen(engine_client, max(1, getattr(args, "api_server_count", None) or 1))
+        state.vtprune_auto_task = asyncio.create_task(follow(auto, load))
+        PrunedOnlineRenderer.install(state.online_renderer, context, kv_planner, model_presets, auto)
         renderer: Any = engine_client.renderer
         if isinstance(renderer.mm_processor, PrunedProcessor):
             await asyncio.to_thread(renderer.mm_processor.warm_up)

@@ -29,12 +29,12 @@ class _Queued:
     def __init__(self, images: int) -> None:
         self._images = images
         self._lock = threading.Lock()
-        metrics.TOWER_WAITING.inc(images)
+        metrics.count_waiting_images(images)
 
     def leave(self) -> None:
         """Count them no longer; more calls change nothing."""
         with self._lock:
-            metrics.TOWER_WAITING.dec(self._images)
+            metrics.count_waiting_images(-self._images)
             self._images = 0
 
 

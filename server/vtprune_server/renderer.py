@@ -9,8 +9,9 @@ entry added, so that flag never needs opening.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
@@ -18,13 +19,15 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_vtprune.context import PluginContext
-from vllm_vtprune.contract import KWARG
+from vllm_vtprune.contract import AUTO, KWARG
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls, PruneSettings
 from vllm_vtprune.vision.processor import VISION_TOKENS
+from vtprune_server.auto import AutoLevel
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
 from vtprune_server.kv_plan import KVPlanner
+from vtprune_server.question import question_of, with_question
 
 
 class PrunedOnlineRenderer(OnlineRenderer):
@@ -33,6 +36,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
     vtprune_context: PluginContext
     kv_planner: KVPlanner | None
     model_presets: Mapping[str, str]
+    auto: AutoLevel
     client_mm_kwargs_trusted: bool
 
     @staticmethod
@@ -41,6 +45,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         context: PluginContext,
         kv_planner: KVPlanner | None,
         model_presets: Mapping[str, str],
+        auto: AutoLevel,
     ) -> PrunedOnlineRenderer:
         """Turn vLLM's renderer into this class, in place.
 
@@ -52,6 +57,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             context: the operator's policy and the model's facts.
             kv_planner: None without a prune layer.
             model_presets: the preset of each model name that names one.
+            auto: which preset `auto` is.
         """
         if not isinstance(renderer, PrunedOnlineRenderer):
             renderer.__class__ = PrunedOnlineRenderer
@@ -61,12 +67,13 @@ class PrunedOnlineRenderer(OnlineRenderer):
         renderer.vtprune_context = context
         renderer.kv_planner = kv_planner
         renderer.model_presets = model_presets
+        renderer.auto = auto
         return renderer
 
-    async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+    async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
-        with self._injected(request) as settings:
-            conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
+        with self._injected(request, messages) as settings:
+            conversation, engine_inputs = await super().preprocess_chat(request, messages, *args, **kwargs)
         self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
 
@@ -92,7 +99,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             if controls.fields and not self.vtprune_context.prunes:
                 name = controls.name(next(iter(controls.fields)))
                 raise SettingsError(f"{name} cannot be set: this server's model is not pruned.", name)
-            context.settings = self.vtprune_context.policy.resolve(controls)
+            context.settings = self.vtprune_context.policy.resolve(controls, self.auto.level)
         except SettingsError as error:
             raise refusal(error) from error
         return context.settings
@@ -102,7 +109,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
-    def _injected(self, request: Any) -> Iterator[PruneSettings]:
+    def _injected(self, request: Any, messages: Sequence[Any] = ()) -> Iterator[PruneSettings]:
         client_kwargs = getattr(request, "mm_processor_kwargs", None)
         validate_request_mm_kwargs(
             mm_processor_kwargs=client_kwargs,
@@ -110,10 +117,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
-        settings = self.resolve(request)
+        settings = with_question(self.resolve(request), question_of(messages))
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
-            _check_kv_compatible(request, settings)
+            settings = _kv_compatible(request, settings)
+            if (context := current_request.get()) is not None:
+                context.settings = settings
             request.vllm_xargs = {**(request.vllm_xargs or {}), **settings.kv.extra_args()}
         # the request object belongs to this request alone; what follows must see the client's own value again
         request.mm_processor_kwargs = {**(client_kwargs or {}), KWARG: settings.vision.canonical()}
@@ -162,14 +171,14 @@ def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:
         )
 
 
-def _check_kv_compatible(request: Any, settings: PruneSettings) -> None:
-    """Refuse what cannot be answered once prompt tokens were dropped."""
+def _kv_compatible(request: Any, settings: PruneSettings) -> PruneSettings:
+    """Refuse what cannot be answered once prompt tokens were dropped; `auto` then drops none."""
     if not settings.kv.drops:
-        return
+        return settings
+    if settings.level is not None and settings.preset == AUTO and not _stands_kv_drop(request):
+        return replace(settings, kv=replace(settings.kv, keep=1.0, above=()))
     advice = "set kv_keep (header X-VTPrune-KV-Keep) to 1"
-    if getattr(request, "prompt_logprobs", None) is not None or (
-        getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
-    ):
+    if _asks_prompt_logprobs(request):
         raise VLLMValidationError(
             f"Prompt log-probabilities do not exist for dropped tokens: {advice}, or leave them out.",
             parameter="prompt_logprobs",
@@ -179,3 +188,13 @@ def _check_kv_compatible(request: Any, settings: PruneSettings) -> None:
             f"Beam search does not carry kv_keep: {advice}, or leave use_beam_search out.",
             parameter="use_beam_search",
         )
+    return settings
+
+
+def _asks_prompt_logprobs(request: Any) -> bool:
+    echoed = getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
+    return getattr(request, "prompt_logprobs", None) is not None or bool(echoed)
+
+
+def _stands_kv_drop(request: Any) -> bool:
+    return not (_asks_prompt_logprobs(request) or getattr(request, "use_beam_search", False))

@@ -80,7 +80,8 @@ class RequestRecord:
         if self._route in _COUNTING_ROUTES:
             return
         settings = self._context.settings
-        metrics.count_response(settings.preset if settings is not None else "off", counts)
+        preset, level = ("off", None) if settings is None else (settings.preset, settings.level)
+        metrics.count_response(preset, level, counts)
         kv_planner = self._context.kv_planner
         if kv_planner is not None:
             for plan in self._context.plans:

@@ -9,17 +9,21 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from vllm_vtprune.contract import LEVEL_HEADER
 from vtprune_server.counts import TokenCounts
 from vtprune_server.request_log import RequestRecord
 
 
-def annotate(response: Any, counts: TokenCounts | None, record: RequestRecord) -> Any:
+def annotate(
+    response: Any, counts: TokenCounts | None, record: RequestRecord, level: str | None = None
+) -> Any:
     """Put the counts on a response of one of vLLM's handlers, and record it.
 
     Args:
         response: what the handler returned; None when the client went away.
         counts: None when no prompt was rendered (an error, or a route without one).
         record: told when the answer is complete, for a stream when its last event was sent.
+        level: the preset that `auto` was; None where it was not asked for.
 
     Returns:
         The response to send. Errors (status 400 and above) are passed on untouched.
@@ -41,6 +45,8 @@ def annotate(response: Any, counts: TokenCounts | None, record: RequestRecord) -
     if not isinstance(response, StreamingResponse):
         record.answered(status)
     response.headers.update(counts.as_headers())
+    if level is not None:
+        response.headers[LEVEL_HEADER] = level
     return response
 
 

@@ -109,7 +109,8 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             if (answered := disclosable(error)) is error:
                 raise
             raise answered from error
-        return annotate(response, context.counts, record)
+        level = context.settings.level if context.settings is not None else None
+        return annotate(response, context.counts, record, level)
 
     parameters = [
         parameter.replace(annotation=_with_field(hints[name]) if name == "request" else hints[name])

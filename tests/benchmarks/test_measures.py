@@ -23,12 +23,12 @@ from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
 from benchmarks.flops import CostShape, RequestShape, Work, request_work
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
-from benchmarks.processes import ServerProcess
 from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer, tower_seconds_in
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.processes import ServerProcess
 from vtprune_loadtest.spread import Spread
 
 

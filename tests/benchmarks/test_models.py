@@ -34,7 +34,9 @@ from benchmarks.servers import (
 )
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.conftest import REPOSITORY
+from tests.helpers.family_checkpoints import qwen2_5_vl
 from vtprune_loadtest.errors import LoadTestError
+from vtprune_loadtest.processes import ServerProcess
 
 
 def test_a_random_checkpoint_loads_whole(tiny: Path) -> None:
@@ -218,3 +220,18 @@ def test_the_packed_benchmarks_run_without_a_checkout(tmp_path: Path) -> None:
         run, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     ).stdout.split()
     assert told[0].startswith(str(site)) and told[1] == commit_of(REPOSITORY).split()[0]
+
+
+def test_smaller_pictures_are_an_arm_where_the_tower_takes_any_size(tmp_path: Path) -> None:
+    arm = parse_arm("downscale0.22")
+    assert (arm.server, arm.setting.pixels) == ("vtprune", 0.22)
+    assert dict(arm.setting.headers) == dict(parse_arm("off").headers)
+    fixed = models.demo()
+    with pytest.raises(LoadTestError, match="one size, 144 tokens"):
+        servers_for([arm], fixed)
+    any_size = qwen2_5_vl(tmp_path / "qwen")
+    own = models.model_named(str(any_size))
+    assert own.name == "qwen" and own.prune_layer >= 1
+    assert [spec.name for spec in servers_for([arm], own)] == ["vtprune"]
+    with pytest.raises(LoadTestError, match=r"like downscale0\.22"):
+        parse_arm("downscale2")

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 PROMPT_TOKENS = 20
 VISION_TOKENS = 100
-KEPT = {"off": 100, "light": 50, "balanced": 22, "aggressive": 5}
+KEPT = {"off": 100, "light": 50, "balanced": 22, "aggressive": 5, "auto": 22}
 Failure = int | str | None
 
 
@@ -33,6 +33,7 @@ class FakeChat:
         prefill_s, token_s: seconds before the first token and between tokens.
         prefill_of: by preset, instead of `prefill_s`.
         one_chunk: all of an answer's text comes at its end, as where no token alone is valid text.
+        tokens_per_image: what `/vtprune/config` says: None where it depends on the picture.
         fail: from a chat request's number to how it fails: an HTTP status, "cut" (the connection breaks after
             the first token), "event" (an error event), or None.
         bodies, headers: of every chat request, in order of arrival.
@@ -56,6 +57,7 @@ class FakeChat:
         self.prefill_s = self.token_s = 0.0
         self.prefill_of: dict[str, float] = {}
         self.one_chunk = False
+        self.tokens_per_image: int | None = None
         self.fail: Callable[[int], Failure] = lambda number: None
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -74,8 +76,12 @@ class FakeChat:
         if self.counts_caches:
             self._count_pictures(body)
         headers = {"X-VTPrune-Vision-Tokens-Kept": str(KEPT[preset])} if self.prunes else {}
+        if preset == "auto":
+            headers["X-VTPrune-Level"] = ("off", "balanced")[len(self.bodies) % 2]
         if not body.get("stream"):
-            return JSONResponse({"choices": [{"message": {"content": "a"}}]}, headers=headers)
+            counts = {"vision_tokens": VISION_TOKENS, "vision_tokens_kept": KEPT[preset]}
+            usage = {"usage": {"vtprune": counts}} if self.prunes else {}
+            return JSONResponse({"choices": [{"message": {"content": "a"}}], **usage}, headers=headers)
         events = self._stream(body, preset, failure)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
@@ -154,7 +160,8 @@ def _app(fake: FakeChat) -> FastAPI:
             return JSONResponse({"message": "welcome"})
         if not fake.prunes or fake.hides_config:
             return JSONResponse({"detail": "Not Found"}, 404)
-        return JSONResponse({"policy": {}})
+        model = {"id": "fake", "vision_tokens_per_image": fake.tokens_per_image}
+        return JSONResponse({"policy": {}, "model": model, "versions": {"vtprune": "0", "vllm": "0"}})
 
     app.post("/v1/chat/completions", response_model=None)(fake.chat)
     return app

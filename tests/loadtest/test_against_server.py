@@ -2,6 +2,7 @@
 """The load tester over real HTTP, against a small chat server that behaves exactly as told."""
 
 import hashlib
+import io
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,3 +209,58 @@ def test_result_has_the_keys_of_vllm_bench_serve(fake: FakeChat, tmp_path: Path)
     source = (Path(vllm.origin).parent / "benchmarks" / "serve.py").read_text()
     missing = [name for name in names if f'"{name}"' not in source]
     assert not missing, "vLLM writes no such keys"
+
+
+def test_rates_in_terms_of_the_capacity_and_the_levels_of_auto(
+    fake: FakeChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.prefill_s = 0.02
+    status, document, lines = run(
+        fake,
+        tmp_path,
+        *("--sweep", "off,auto", "--interleave", "blocks", "--rounds", "1", "--num-prompts", "6"),
+        *("--rate", "0.5x,2x"),
+    )
+    assert status == 0
+    first, *points = document["load_points"]
+    assert (first["request_rate"], first["max_concurrency"]) == ("inf", 16)
+    (alone,) = (e for e in document["results"] if e["request_rate"] == "inf")
+    assert alone["setting"] == "off" and alone["completed"] == 6
+    capacity = alone["request_throughput"]
+    assert [p["request_rate"] for p in points] == pytest.approx([0.5 * capacity, 2 * capacity], rel=1e-3)
+    assert "(0.5 times capacity)" in points[0]["load"]
+    autos = [e for e in document["results"] if e["setting"] == "auto"]
+    assert [sum(e["levels"].values()) for e in autos] == [6, 6]
+    assert set(autos[0]["levels"]) == {"off", "balanced"}
+    assert {line.get("level") for line in lines if line["setting"] == "off"} == {None}
+    assert "auto was off 50.0%, balanced 50.0% of the answers" in capsys.readouterr().out
+
+
+def test_smaller_pictures_are_an_arm_of_their_own(fake: FakeChat, tmp_path: Path) -> None:
+    status, document, _ = run(
+        fake, tmp_path, *("--sweep", "off,downscale0.25", "--num-prompts", "3", "--image-format", "png")
+    )
+    assert status == 0
+    assert presets(fake) == ["off"] * 6, "both ask for no pruning"
+    sizes = [Image.open(io.BytesIO(data)).size for body in fake.bodies for data in pictures(body)]
+    assert Counter(sizes) == {(32, 32): 3, (16, 16): 3}
+    assert {e["setting"]: e["picture_pixels"] for e in document["results"]} == {
+        "off": 1.0,
+        "downscale0.25": 0.25,
+    }
+
+
+@pytest.mark.parametrize("preset", ["downscale", "downscale0", "downscale1", "downscalex"])
+def test_a_share_of_the_pixels_lies_between_0_and_1(
+    fake: FakeChat, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--base-url", fake.url, "--sweep", f"off,{preset}"]) == 2
+    assert "like downscale0.22" in capsys.readouterr().err and not fake.bodies
+
+
+def test_a_tower_of_one_size_takes_no_smaller_pictures(
+    fake: FakeChat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.tokens_per_image = 144
+    assert main(["--base-url", fake.url, "--sweep", "off,downscale0.25", "--num-prompts", "2"]) == 2
+    assert "one size, 144 tokens" in capsys.readouterr().err and not fake.bodies

@@ -234,7 +234,7 @@ def make_workload(settings: int, **changes: Any) -> Workload:
         "repeat_share": 0.0,
         "seed": 0,
     }
-    return Workload(WorkloadSpec(**fields | changes), DrawnPictures(16, 12, "png", 0), settings)
+    return Workload(WorkloadSpec(**fields | changes), DrawnPictures(16, 12, "png", 0), [1.0] * settings)
 
 
 def take(workload: Workload, setting: int, count: int) -> list[PreparedRequest]:

@@ -2,6 +2,7 @@
 """The rules that weigh importance against likeness, against slow and plain versions of them."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.helpers.slow_selection import (
     top,
 )
 from vllm_vtprune.selection import VisionFeatures, share_count
+from vllm_vtprune.selection.base import required
 
 
 def attended_first(attention: Array) -> list[int]:
@@ -150,6 +152,27 @@ def test_cdpruner_picks_the_largest_conditional_volume(number: int, ratio: float
         }
         picks.append(max(volumes, key=lambda token: (volumes[token], -token)))
     assert kept(select("cdpruner", given, ratio)) == sorted(picks)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1])
+@image_numbers
+def test_cdpruner_takes_the_questions_relevance_where_there_is_one(number: int, ratio: float) -> None:
+    given = features(number)
+    # what the score would have been, asked as a question: the same choice, though the score is another
+    score = torch.from_numpy(cosines(field(given, "patches"), field(given, "cls")[None])[:, 0]).float()
+    asked = replace(given, cls=-required(given.cls), relevance=score[None])
+    assert kept(select("cdpruner", asked, ratio)) == kept(select("cdpruner", given, ratio))
+    turned = replace(given, relevance=-score[None])
+    assert kept(select("cdpruner", turned, ratio)) != kept(select("cdpruner", given, ratio))
+    assert kept(select("scope", turned, ratio)) == kept(select("scope", given, ratio))
+
+
+def test_a_relevance_that_is_not_finite_or_of_another_shape_is_refused() -> None:
+    given = features(0)
+    with pytest.raises(ValueError, match="relevance to the question"):
+        select("cdpruner", replace(given, relevance=torch.full((1, TOKENS), torch.nan)), 0.1)
+    with pytest.raises(ValueError, match="relevance must be"):
+        replace(given, relevance=torch.zeros(1, TOKENS + 1))
 
 
 def test_cdpruner_prefers_the_relevant_and_the_unlike() -> None:

@@ -26,9 +26,11 @@ def test_an_adapters_name_takes_no_preset() -> None:
         "m:light": "light",
         "m:balanced": "balanced",
         "m:aggressive": "aggressive",
+        "m:auto": "auto",
         "m--light": "light",
         "m--balanced": "balanced",
         "m--aggressive": "aggressive",
+        "m--auto": "auto",
     }
     assert is_base_model(models, "m:balanced")
     assert not is_base_model(models, "tuned:balanced")

@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import MODEL_NAME, LiveServer, start_server, stop_server
 from tests.helpers.client import CHAT, chat_body, metric
 from tests.helpers.pictures import data_url, scene
+from vllm_vtprune.contract import LEVEL_HEADER
 
 pytestmark = pytest.mark.engine
 
@@ -29,21 +30,39 @@ min_tokens: 7
 methods: [inflection, topk]
 max_images: 2
 max_body_mb: 50
+auto_calm_s: 0.5
 """
+#: The variable of `tests.helpers.server_under_load`, which sets this process up for a server when imported.
+LOAD_FILE = "TEST_LOAD_FILE"
+IDLE, OVERLOADED = {"waiting": 0}, {"waiting": 50, "kv_use": 0.99}
+
+
+def tell_load(path: Path, load: dict[str, float]) -> None:
+    """Replace the file at once: the server reads it meanwhile."""
+    path.with_suffix(".new").write_text(json.dumps(load))
+    path.with_suffix(".new").replace(path)
 
 
 @pytest.fixture(scope="module")
 def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("operator")
     (folder / "policy.yaml").write_text(POLICY)
+    tell_load(folder / "load.json", IDLE)
     live = start_server(
         folder / "server.log",
+        "serve",
         *("--vtprune-config", str(folder / "policy.yaml")),
         *("--vtprune-max-body-mb", "1"),
         *("--vtprune-max-image-megapixels", "2"),
         *("--api-server-count", "2"),
         *("--max-num-batched-tokens", "160"),
-        env={"VLLM_API_KEY": "a-key", "VTPRUNE_MIN_KEEP_RATIO": "0.2", "VTPRUNE_MAX_IMAGES": "3"},
+        module="tests.helpers.server_under_load",
+        env={
+            "VLLM_API_KEY": "a-key",
+            "VTPRUNE_MIN_KEEP_RATIO": "0.2",
+            "VTPRUNE_MAX_IMAGES": "3",
+            LOAD_FILE: str(folder / "load.json"),
+        },
     )
     yield live
     stop_server(live)
@@ -89,7 +108,7 @@ def test_caps_are_named(client: httpx.Client) -> None:
 def test_only_presets_within_the_caps_are_models(client: httpx.Client) -> None:
     names = [card["id"] for card in client.get("/v1/models").json()["data"]]
     # nothing asked for means balanced here, so the name for pruning nothing is listed too
-    within = ("off", "light", "balanced")
+    within = ("off", "light", "balanced", "auto")
     assert names == [MODEL_NAME, *(f"{MODEL_NAME}{by}{p}" for by in (":", "--") for p in within)]
     assert chat(client, model=f"{MODEL_NAME}:off").headers["X-VTPrune-Vision-Tokens-Kept"] == "144"
     assert chat(client, model=f"{MODEL_NAME}:aggressive").status_code == 404
@@ -152,6 +171,51 @@ def test_a_prompt_longer_than_a_step_is_served_whole(operated: LiveServer, clien
     assert metric(operated.url, "vtprune_requests_unpruned_total", '"too_long"') == before + 1
     fits = chat(client, vtprune={"keep_ratio": 0.5, "kv_keep": 0.5}).json()["usage"]["vtprune"]
     assert fits["kv_tokens_kept"] < fits["kv_tokens"]
+
+
+def auto_answers(operated: LiveServer, level: str) -> httpx.Response:
+    """Ask with `auto`, a connection each so that both processes get some, until each is at that level."""
+    deadline = time.monotonic() + 60
+    alike = 0
+    while True:
+        response = httpx.post(
+            operated.url + CHAT,
+            json=chat_body(scene()),
+            headers=KEY | {"X-VTPrune-Preset": "auto"},
+            timeout=60,
+        )
+        assert response.status_code == 200, response.text
+        assert response.headers[LEVEL_HEADER] in ("off", "light", "balanced")
+        alike = alike + 1 if response.headers[LEVEL_HEADER] == level else 0
+        if alike == 8:
+            return response
+        assert time.monotonic() < deadline, f"auto stays at {response.headers[LEVEL_HEADER]}"
+
+
+def test_auto_follows_the_load_and_says_which_preset_it_was(
+    operated: LiveServer, client: httpx.Client
+) -> None:
+    load_file = Path(operated.log).parent / "load.json"
+    requests = "vtprune_auto_requests_total"
+    before = metric(operated.url, requests, '"balanced"')
+    kept = "X-VTPrune-Vision-Tokens-Kept"
+    assert auto_answers(operated, "off").headers[kept] == "144"
+    tell_load(load_file, OVERLOADED)
+    pruned = auto_answers(operated, "balanced")
+    named = chat(client, vtprune={"preset": "balanced"})
+    assert pruned.headers[kept] == named.headers[kept] != "144"
+    assert LEVEL_HEADER not in named.headers
+    assert metric(operated.url, requests, '"balanced"') >= before + 8
+    assert metric(operated.url, "vtprune_auto_level") == 2
+    assert metric(operated.url, "vtprune_auto_pressure") == pytest.approx(50 / 8)
+    assert metric(operated.url, "vtprune_auto_moves_total", '"up"') >= 4
+    # what cannot stand a dropped prompt is served, whatever the load
+    answered = chat(client, vtprune={"preset": "auto"}, prompt_logprobs=1, max_tokens=1)
+    assert answered.status_code == 200, answered.text
+    usage = answered.json()["usage"]["vtprune"]
+    assert usage["kv_tokens_kept"] == usage["kv_tokens"] and usage["vision_tokens_kept"] < 144
+    tell_load(load_file, IDLE)
+    assert auto_answers(operated, "off").headers[kept] == "144"
 
 
 def test_explain_obeys_the_policy(client: httpx.Client) -> None:

@@ -31,7 +31,7 @@ def by_preset(server: str) -> dict[str, int]:
 
 def test_the_names_are_listed(server: str) -> None:
     names = [card["id"] for card in httpx.get(f"{server}/v1/models").json()["data"]]
-    presets = ("light", "balanced", "aggressive")
+    presets = ("light", "balanced", "aggressive", "auto")
     assert names == [MODEL_NAME, *(f"{MODEL_NAME}{by}{p}" for by in (":", "--") for p in presets)]
 
 

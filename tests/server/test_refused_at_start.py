@@ -20,6 +20,14 @@ pytestmark = pytest.mark.engine
 
 def serve(folder: Path, *arguments: str, **env: str) -> str:
     """The sentence on standard error."""
+    log = serve_log(folder, *arguments, **env)
+    lines = [line for line in log.splitlines() if line.startswith("vtprune: ")]
+    assert len(lines) == 1, log
+    return lines[0]
+
+
+def serve_log(folder: Path, *arguments: str, **env: str) -> str:
+    """All of standard error."""
     run = subprocess.run(
         [sys.executable, "-m", "vtprune_server.cli", "serve", *arguments],
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **env},
@@ -30,9 +38,7 @@ def serve(folder: Path, *arguments: str, **env: str) -> str:
     )
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
-    lines = [line for line in run.stderr.splitlines() if line.startswith("vtprune: ")]
-    assert len(lines) == 1, run.stderr
-    return lines[0]
+    return run.stderr
 
 
 def test_a_tower_that_cannot_be_pruned_where_the_operator_asks_for_it(tmp_path: Path) -> None:
@@ -81,4 +87,6 @@ def test_a_checkpoint_without_a_tower(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     text_only = {name: t for name, t in load_file(weights).items() if "vision_tower" not in name}
     save_file(text_only, weights, metadata={"format": "pt"})
-    assert "vision_tower" in serve(tmp_path, str(tmp_path), "--enforce-eager")
+    log = serve_log(tmp_path, str(tmp_path), "--enforce-eager", VLLM_LOGGING_LEVEL="INFO")
+    assert "holds no vision_tower" in log.splitlines()[-1]
+    assert "EngineCore" not in log, "no engine was started for it"

@@ -105,6 +105,18 @@ def test_settings_go_by_a_presets_name_only_where_they_are_the_presets(
     assert by_default.preset == "custom"
 
 
+def test_the_operator_may_choose_another_default_method() -> None:
+    policy = PrunePolicy(default_method="scope")
+    assert policy.resolve(Controls.from_mapping({"preset": "balanced"})).vision.method == "scope"
+    assert policy.resolve(Controls.from_mapping({"preset": "balanced"})).preset == "balanced"
+    named = policy.resolve(Controls.from_mapping({"preset": "balanced", "method": "inflection"}))
+    assert (named.vision.method, named.preset) == ("inflection", "custom")
+    with pytest.raises(ValueError, match="default_method 'scope' is not among the methods"):
+        PrunePolicy(default_method="scope", methods=("topk",))
+    with pytest.raises(ValueError, match="must be one of"):
+        PrunePolicy(default_method="nothing")
+
+
 def test_a_header_wins_over_the_body_field_by_field() -> None:
     headers = Controls.from_headers([("x-vtprune-aggressiveness", "0.25")])
     body = Controls.from_mapping({"aggressiveness": 0.75, "kv_keep": 0.5})

@@ -204,6 +204,10 @@ class AnyRes(Family):
             projected.append((torch.cat((part, newlines))[order.to(part.device)], places))
         return projected
 
+    def unit_embeddings(self, modules: Any, output: TowerOutput) -> Tensor:
+        """Without newlines."""
+        return self.embeddings(modules, output.patches)
+
     def layout(self, image_size: Tensor) -> Layout:
         """Of a picture of (height, width) pixels."""
         size = [int(pixels) for pixels in image_size.tolist()]
@@ -258,6 +262,10 @@ class LlavaNext(AnyRes):
     """A unit is a patch before the projector: only kept ones are projected."""
 
     projector = LlavaNextMultiModalProjector
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.clip_units = has_cls(config)
 
     def check(self) -> None:
         """Without CLS in the language model, which would not fit a tile's grid."""

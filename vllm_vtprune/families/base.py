@@ -133,6 +133,7 @@ class Family(ABC):
         prefixes: prefix of a weight's name in the checkpoint -> prefix in the module of `build`; the first
             that fits counts, after a leading "model." was taken off.
         adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
+        clip_units: whether a unit is a hidden state of a CLIP tower, which CLIP's own projection takes.
     """
 
     outputs: frozenset[str] = frozenset({"received"})
@@ -140,6 +141,7 @@ class Family(ABC):
     default_method: ClassVar[str] = "inflection"
     prefixes: ClassVar[Mapping[str, str]]
     adds_tokens: ClassVar[bool] = False
+    clip_units: bool = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -163,6 +165,14 @@ class Family(ABC):
     @abstractmethod
     def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
         """Embeddings of what stays, all images in one pass where the tower allows it."""
+
+    def unit_embeddings(self, modules: Any, output: TowerOutput) -> Tensor:
+        """[N, E] of every unit, E the language model's width: what `project` makes of it alone."""
+        units = output.patches.shape[0]
+        whole = Kept(output, torch.arange(units, device=output.patches.device), output.patches)
+        ((rows, _),) = self.project(modules, [whole])
+        # behind what is no unit; of what the engine is given, the embedding comes first
+        return rows[-units:, : int(self.config.get_text_config().hidden_size)]
 
     @abstractmethod
     def patches(self, item: Item) -> int:

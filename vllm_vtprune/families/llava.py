@@ -37,6 +37,7 @@ class Llava(Family):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.outputs = tower_outputs(config)
+        self.clip_units = has_cls(config)
         self.default_score = "cosine" if has_cls(config) else "received"
         # "full" hands CLS to the language model too, ahead of the patches
         self.with_cls = config.vision_feature_select_strategy == "full" and has_cls(config)

@@ -230,6 +230,15 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "the same in the front end; its routes for trainers all go through it",
         ),
     ],
+    "vtprune_server/engine_load.py": [
+        ("vllm.v1.engine.async_llm:AsyncLLM.logger_manager", "read", "told of every step"),
+        ("vllm.v1.metrics.loggers:StatLoggerManager.stat_loggers", "read", "ours is one of them"),
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            "order",
+            "one API process alone is told of a step",
+        ),
+    ],
     "vtprune_server/prefetch.py": [
         (_RENDERER + "_process_multimodal_async", "replace", "runs the tower first"),
         (_RENDERER + "_process_multimodal", "read", ""),

@@ -65,6 +65,8 @@ class Pruning:
         tensors |= {name: getattr(self.features, name) for name in sorted(method.needs)}
         if method.ranks_by_score or "scores" in self.__dict__:
             tensors[f"the score {self.settings.score!r}"] = self.scores
+        if self.features.relevance is not None:
+            tensors["the relevance to the question"] = self.features.relevance
         return tensors
 
 
@@ -74,13 +76,15 @@ class SelectionMethod(ABC):
     Methods hold no state, so one instance serves all requests. `name` is the contract's; `needs` names the
     optional fields of `VisionFeatures` the rule reads, beyond what the settings' score reads (`SCORE_NEEDS`);
     `ranks_by_score` says that the rule reads that score, too, and not only the count. `adds_tokens` says that
-    tokens may follow the kept ones that stand for several patches and have no place of their own.
+    tokens may follow the kept ones that stand for several patches and have no place of their own;
+    `reads_question` that the rule reads the relevance to the request's question, where there is one.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     ranks_by_score: ClassVar[bool] = False
     adds_tokens: ClassVar[bool] = False
+    reads_question: ClassVar[bool] = False
 
     def select(self, features: VisionFeatures, settings: VisionSettings) -> list[Selection]:
         """Choose what stays of each of the B images; the device is waited for at most once.

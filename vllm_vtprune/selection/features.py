@@ -19,6 +19,8 @@ class VisionFeatures:
             up to and including the feature layer, which is the last.
         received: [B, L, N] attention each patch receives, mean over heads and queries, for the same layers.
         keys: [B, N, Dk] attention keys of the feature layer, heads concatenated.
+        relevance: [B, N] how relevant each patch is to the request's question; None where there is none, or
+            nothing that rates it.
 
     Raises:
         ValueError: when shapes disagree.
@@ -31,6 +33,7 @@ class VisionFeatures:
     cls_attention: Tensor | None = None
     received: Tensor | None = None
     keys: Tensor | None = None
+    relevance: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse shapes that disagree."""
@@ -51,6 +54,8 @@ class VisionFeatures:
                 raise ValueError(f"{name} must be [{images}, L, {tokens}], not {list(attention.shape)}")
         if self.keys is not None and (self.keys.ndim != 3 or self.keys.shape[:2] != (images, tokens)):
             raise ValueError(f"keys must be [{images}, {tokens}, Dk], not {list(self.keys.shape)}")
+        if self.relevance is not None and self.relevance.shape != (images, tokens):
+            raise ValueError(f"relevance must be [{images}, {tokens}], not {list(self.relevance.shape)}")
 
     @property
     def tokens(self) -> int:

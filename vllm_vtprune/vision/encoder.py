@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput
 from vllm_vtprune.families.registry import family_of
-from vllm_vtprune.vision.checkpoint import load_vision_weights
+from vllm_vtprune.vision.checkpoint import load_vision_weights, refuse_missing_parts
 from vllm_vtprune.vision.transfer import to_device
 
 logger = logging.getLogger(__name__)
@@ -146,12 +146,7 @@ def _assign(modules: nn.Module, weights: dict[str, Tensor], family: Family, mode
     wanted = modules.state_dict()
     # layers above the feature layer are in the file and not needed; position ids are a buffer of old files
     given = {name: tensor for name, tensor in weights.items() if name in wanted}
-    for prefix, new in family.prefixes.items():
-        if not any(name.startswith(new) for name in given):
-            raise CheckpointError(
-                f"{model} holds no {prefix}* weights: vtprune needs a checkpoint in safetensors format with "
-                "its vision tower and projector."
-            )
+    refuse_missing_parts(model, given, family.prefixes)
     missing = [name for name in wanted if name not in given and not name.endswith("position_ids")]
     if missing:
         raise CheckpointError(

@@ -89,7 +89,7 @@ def explain(
     crops = processor.family.crops(size, processor.info.get_hf_processor().image_processor, output)
     selections: dict[int, Selection] = {}
     views: dict[int, ViewExplanation] = {}
-    for numbers, features in stack([output], [seed_of(key)]):
+    for numbers, features in stack([output], [seed_of(key)], processor.relevance([output], settings)):
         chosen = get_method(settings.method).select(features, settings)
         scores = get_score(settings.score)(features)
         for row, ((_, number), selection) in enumerate(zip(numbers, chosen, strict=True)):

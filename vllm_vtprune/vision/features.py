@@ -92,12 +92,15 @@ def seed_of(key: str) -> int:
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
-def stack(outputs: Sequence[TowerOutput], seeds: Sequence[int]) -> list[tuple[list[ViewKey], VisionFeatures]]:
+def stack(
+    outputs: Sequence[TowerOutput], seeds: Sequence[int], relevance: Sequence[Tensor | None] = ()
+) -> list[tuple[list[ViewKey], VisionFeatures]]:
     """The views of some images in batches of equal grids, as selection takes them.
 
     Args:
         outputs: the images'.
         seeds: per image; each of its views gets one of its own.
+        relevance: per image [N] of its units, to the request's question; none of any image where one is None.
 
     Returns:
         Per batch which views are in it, and their features.
@@ -106,16 +109,22 @@ def stack(outputs: Sequence[TowerOutput], seeds: Sequence[int]) -> list[tuple[li
     for i, output in enumerate(outputs):
         for v, view in enumerate(output.views):
             groups.setdefault(view.grid, []).append((i, v))
-    return [(keys, _features(outputs, keys, grid, seeds)) for grid, keys in groups.items()]
+    return [(keys, _features(outputs, keys, grid, seeds, relevance)) for grid, keys in groups.items()]
 
 
-def select(outputs: Sequence[TowerOutput], keys: Sequence[str], settings: VisionSettings) -> list[Kept]:
+def select(
+    outputs: Sequence[TowerOutput],
+    keys: Sequence[str],
+    settings: VisionSettings,
+    relevance: Sequence[Tensor | None] = (),
+) -> list[Kept]:
     """What stays of some images, by one request's settings.
 
     Args:
         outputs: the images', with what `needs_of` names.
         keys: their contents', from which randomness comes.
         settings: the request's, with a score by name.
+        relevance: as in `stack`.
 
     Raises:
         ValueError: features or scores hold NaN or infinity.
@@ -124,7 +133,7 @@ def select(outputs: Sequence[TowerOutput], keys: Sequence[str], settings: Vision
         return [everything(output) for output in outputs]
     method = get_method(settings.method)
     chosen: dict[ViewKey, Selection] = {}
-    for views, features in stack(outputs, [seed_of(key) for key in keys]):
+    for views, features in stack(outputs, [seed_of(key) for key in keys], relevance):
         chosen |= zip(views, method.select(features, settings), strict=True)
     return [
         kept_of(output, [chosen[i, v] for v in range(len(output.views))]) for i, output in enumerate(outputs)
@@ -147,7 +156,11 @@ def kept_of(output: TowerOutput, selections: Sequence[Selection]) -> Kept:
 
 
 def _features(
-    outputs: Sequence[TowerOutput], keys: Sequence[ViewKey], grid: tuple[int, int], seeds: Sequence[int]
+    outputs: Sequence[TowerOutput],
+    keys: Sequence[ViewKey],
+    grid: tuple[int, int],
+    seeds: Sequence[int],
+    relevance: Sequence[Tensor | None] = (),
 ) -> VisionFeatures:
     views = [(outputs[i], outputs[i].views[v]) for i, v in keys]
 
@@ -155,12 +168,17 @@ def _features(
         rows = [_of_view(output, name, view) for output, view in views]
         return None if any(row is None for row in rows) else torch.stack(rows)  # type: ignore[arg-type]
 
+    rated = [relevance[i] if relevance else None for i, _ in keys]
+    asked = [
+        None if r is None else r[outputs[i].views[v].units] for r, (i, v) in zip(rated, keys, strict=True)
+    ]
     cls = [None if outputs[i].cls is None else outputs[i].cls[v] for i, v in keys]  # type: ignore[index]
     return VisionFeatures(
         patches=torch.stack([output.patches[view.units] for output, view in views]),
         cls=None if any(row is None for row in cls) else torch.stack(cls),  # type: ignore[arg-type]
         grid=grid,
         seeds=tuple((seeds[i] + v) % 2**64 for i, v in keys),
+        relevance=None if any(row is None for row in asked) else torch.stack(asked),  # type: ignore[arg-type]
         **{name: stacked(name) for name in OPTIONAL_OUTPUTS},
     )
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from vllm_vtprune.families.base import Kept
 
+#: Characters of a setting that is a key as it is.
+_LONGEST_SETTING = 200
+
 
 def outcome_of(units: Tensor, tokens: int) -> str:
     """Names what stays of one image, in 16 hexadecimal digits.
@@ -63,6 +66,13 @@ class Decided:
         self.kept = kept
 
 
+def _short(setting: str) -> str:
+    """A canonical setting, or a digest of one that carries a long question."""
+    if len(setting) <= _LONGEST_SETTING:
+        return setting
+    return hashlib.blake2b(setting.encode(), digest_size=16).hexdigest()
+
+
 class Outcomes:
     """The last outcome of each picture and setting in this process, so that a known one runs no tower.
 
@@ -76,12 +86,12 @@ class Outcomes:
     def get(self, key: str, setting: str) -> str | None:
         """The outcome for a picture's content key under a canonical setting; None where there was none."""
         with self._lock:
-            return self._known.get((key, setting))
+            return self._known.get((key, _short(setting)))
 
     def put(self, key: str, setting: str, outcome: str) -> None:
         """Note an outcome."""
         with self._lock:
-            self._known[key, setting] = outcome
+            self._known[key, _short(setting)] = outcome
 
     def clear(self) -> None:
         """Forget all."""

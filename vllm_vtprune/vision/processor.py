@@ -34,11 +34,13 @@ from vllm_vtprune.context import plugin_context
 from vllm_vtprune.contract import KWARG
 from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
+from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.content import content
 from vllm_vtprune.vision.features import for_family, needs_of, select
 from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
+from vllm_vtprune.vision.question import QuestionRater, question_rater
 from vllm_vtprune.vision.service import VisionService, vision_service
 from vllm_vtprune.vision.transfer import to_host
 
@@ -243,7 +245,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         self, images: list[Any], keys: list[str], setting: str, kwargs: Mapping[str, object]
     ) -> list[Kept]:
         settings = self._settings(setting)
-        return select(self._encode(images, keys, needs_of([settings]), kwargs), keys, settings)
+        outputs = self._encode(images, keys, needs_of([settings]), kwargs)
+        return select(outputs, keys, settings, self.relevance(outputs, settings))
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -322,13 +325,21 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         (output,) = self._encode(_raw_images(items), keys, needs_of([shown]), {})
         return output, keys[0]
 
+    def relevance(self, outputs: Sequence[TowerOutput], settings: VisionSettings) -> list[Tensor | None]:
+        """Per image how relevant each unit is to the settings' question; empty where there is none."""
+        if not settings.question or self.rater is None or not get_method(settings.method).reads_question:
+            return []
+        return [self.rater.rate(output, settings.question) for output in outputs]
+
     def warm_up(self) -> None:
-        """Load the tower and run a picture through all of stage 1, so that what does not fit fails at start.
+        """Load all of stage 1 and run a picture through it, so that what does not fit fails at start.
 
         Raises:
             CheckpointError: tower or projector cannot be loaded from the checkpoint.
             ValueError: the adapter does not fit the checkpoint.
+            PolicyError: the text tower cannot be loaded.
         """
+        _ = self.rater
         images = [Image.new("RGB", (224, 224), "gray")]
         self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
 
@@ -336,6 +347,21 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     def vision(self) -> VisionService:
         """The process's tower; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
+
+    @cached_property
+    def rater(self) -> QuestionRater | None:
+        """What rates questions; loaded on first use."""
+        model_config = self.info.ctx.model_config
+        context = plugin_context(model_config)
+        return question_rater(
+            self.vision.encoder,
+            self.info.get_tokenizer(),
+            model_config.model,
+            text_tower=context.policy.text_tower,
+            revision=model_config.revision,
+            download_dir=context.download_dir,
+            dummy=context.dummy_weights,
+        )
 
     @cached_property
     def family(self) -> Family:

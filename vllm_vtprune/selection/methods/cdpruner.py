@@ -22,17 +22,20 @@ class CDPruner(SelectionMethod):
 
     A determinantal point process with the kernel r_i cos_ij r_j, r the relevance scaled to [0, 1] per image:
     its most probable set, found greedily by Cholesky updates (Chen, Zhang and Zhou, NeurIPS 2018). Smaller
-    choices are part of larger ones. The paper's relevance is the question's, by CLIP's text tower, and its
-    similarity that of projected tokens; here the relevance is the request's score, so the choice follows
-    the picture alone, and similarity is measured before the projector.
+    choices are part of larger ones. The relevance is that to the request's question; without a question it is
+    the request's score. The paper measures similarity between projected tokens, this before the projector.
+    How many stay is the settings' alone, so a question changes which tokens stay and not their number.
     """
 
     name = "cdpruner"
     ranks_by_score = True
+    reads_question = True
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """The first `counts[b]` picks, in raster order."""
-        picks = most_volume(pruning.features.patches, unit_range(pruning.scores), max(counts))
+        asked = pruning.features.relevance
+        relevance = unit_range(pruning.scores if asked is None else asked.float())
+        picks = most_volume(pruning.features.patches, relevance, max(counts))
         return take_first(picks, counts)
 
 
