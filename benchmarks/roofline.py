@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import bench_parser, write_json
-from benchmarks.flops import CostShape, RequestShape, Work, as_dict, request_work
 from benchmarks.models import BenchModel, model_named
 from benchmarks.rounds import decimal
+from vtprune_eval.flops import CostShape, RequestShape, Work, as_dict, request_work
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
 from vtprune_loadtest.errors import LoadTestError
@@ -138,8 +138,7 @@ def _request(median: Mapping[str, Any], full: RequestShape, prune_layer: int | N
         text_tokens=full.text_tokens,
         kept=full.kept if kept is None else kept / full.images,
         output=full.output,
-        kv_kept=median["kv_tokens_kept"] if prune_layer is not None else None,
-        prune_layer=prune_layer,
+        bands=() if prune_layer is None else ((prune_layer, median["kv_tokens_kept"]),),
     )
 
 
