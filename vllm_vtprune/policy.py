@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import CUSTOM, PRESETS
+from vllm_vtprune.contract import CUSTOM, PRESETS, Preset
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
@@ -70,6 +70,20 @@ def _ratings(names: str) -> str:
     return ",".join(found)
 
 
+def _preset_amounts(text: str) -> str:
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, amount = part.partition("=")
+        try:
+            fits = name in PRESETS and name != "off" and 0 <= float(amount) <= 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"must be names of presets with a number in [0, 1] each, such as balanced=0.55, not {part!r}"
+            )
+    return text
+
+
 class PrunePolicy(OperatorModel):
     """What the operator decides. Every field is a key of ``additional_config["vtprune"]``."""
 
@@ -80,6 +94,11 @@ class PrunePolicy(OperatorModel):
         default="",
         description="several prune layers in place of one, each with the largest share kept above it "
         "(8:0.5,16:vision=0.25,24:0), or a schedule: aim, pyramid, exit, or a JSON file",
+    )
+    prune_schedule: str = Field(
+        default="",
+        description="file of a schedule that `vtprune calibrate` wrote, in place of prune layers; refused "
+        "for another model",
     )
     window: int = Field(
         default=8, ge=1, description="last prompt tokens, which rate the others and always stay"
@@ -96,6 +115,11 @@ class PrunePolicy(OperatorModel):
     min_tokens: int = Field(default=1, ge=1, description="vision tokens every image keeps at least")
     default_preset: Annotated[str, _one_of(PRESETS)] = Field(
         default="off", description="the preset of a request that says nothing"
+    )
+    preset_aggressiveness: Annotated[str, AfterValidator(_preset_amounts)] = Field(
+        default="",
+        description="the aggressiveness of presets where it is not the built-in one, such as "
+        "light=0.3,balanced=0.55; `vtprune calibrate` finds it",
     )
     client_controls: bool = Field(default=True, description="whether clients may choose at all")
     # strict=False: JSON and YAML have lists
@@ -136,7 +160,14 @@ class PrunePolicy(OperatorModel):
     @model_validator(mode="before")
     @classmethod
     def _first_prune_layer(cls, values: Any) -> Any:
-        text = values.get("prune_layers") if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping):
+            return values
+        text, file = (values.get(name) for name in ("prune_layers", "prune_schedule"))
+        if isinstance(file, str) and file.strip():
+            if isinstance(text, str) and text.strip():
+                raise ValueError("prune_schedule and prune_layers exclude each other: leave one out")
+            # as for a name of a schedule below
+            return {**values, "prune_layer": None}
         if not isinstance(text, str) or not text.strip():
             return values
         if is_reference(text):
@@ -184,7 +215,21 @@ class PrunePolicy(OperatorModel):
     @property
     def has_prune_layer(self) -> bool:
         """Whether the second stage is on."""
-        return self.prune_layer is not None or bool(self.prune_layers.strip())
+        return self.prune_layer is not None or bool(self.named_schedule)
+
+    @property
+    def named_schedule(self) -> str:
+        """The prune layers, the name or the file of a schedule; empty where there is none."""
+        return self.prune_schedule.strip() or self.prune_layers.strip()
+
+    @cached_property
+    def presets(self) -> Mapping[str, Preset]:
+        """The presets, with this server's aggressiveness."""
+        parts = (
+            part.strip().partition("=") for part in self.preset_aggressiveness.split(",") if part.strip()
+        )
+        own = {name: replace(PRESETS[name], aggressiveness=float(amount)) for name, _, amount in parts}
+        return {**PRESETS, **own}
 
     @property
     def relevances(self) -> tuple[str, ...]:
@@ -236,7 +281,7 @@ class PrunePolicy(OperatorModel):
                 name,
             )
         preset_name = controls.get("preset", self.default_preset)
-        preset = PRESETS[preset_name]
+        preset = self.presets[preset_name]
         method = controls.get("method", DEFAULT_METHOD if DEFAULT_METHOD in self.methods else self.methods[0])
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")

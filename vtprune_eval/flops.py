@@ -47,7 +47,11 @@ class CostShape:
     @staticmethod
     def of(folder: Path) -> CostShape:
         """Read a checkpoint's config.json."""
-        config = json.loads((folder / "config.json").read_text())
+        return CostShape.of_config(json.loads((folder / "config.json").read_text()))
+
+    @staticmethod
+    def of_config(config: Mapping[str, Any]) -> CostShape:
+        """Read a configuration of LLaVA's form."""
         vision, text = config["vision_config"], config["text_config"]
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or text["hidden_size"] // heads

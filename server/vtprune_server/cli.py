@@ -14,6 +14,7 @@ _COMMANDS = {
     "serve": "vtprune_server.serve",
     "loadtest": "vtprune_loadtest.__main__",
     "eval": "vtprune_eval.__main__",
+    "calibrate": "vtprune_calibrate.__main__",
 }
 
 _USAGE = """\
@@ -23,6 +24,7 @@ commands:
   serve [MODEL]   start the OpenAI-compatible server; without MODEL the embedded demo model
   loadtest        load-test an OpenAI-compatible server
   eval            measure what pruning costs in answers
+  calibrate       find the prune schedule for a model and its pictures
   version         print the versions
 
 `vtprune COMMAND --help` lists a command's options.

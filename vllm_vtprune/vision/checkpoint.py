@@ -43,7 +43,7 @@ def load_vision_weights(
         CheckpointError: no safetensors files, or the weights are quantised.
     """
     weights: dict[str, Tensor] = {}
-    for path in _shards(model, rename, revision, download_dir):
+    for path in shards(model, rename, revision, download_dir):
         with safe_open(path, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                 name = rename(key)
@@ -66,9 +66,14 @@ def _whole(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 
-def _shards(
+def shards(
     model: str, rename: Callable[[str], str | None], revision: str | None, download_dir: str | None
 ) -> list[Path]:
+    """The safetensors files that hold the weights that `rename` names, fetched where `model` is a hub id.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return _hub_shards(model, rename, revision, download_dir)
