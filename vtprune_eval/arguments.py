@@ -49,6 +49,13 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         default=[],
         help="K; default: the demo model's own; a server has its own",
     )
+    how.add_argument(
+        "--schedule",
+        nargs="+",
+        default=[],
+        metavar="SCHEDULE",
+        help="several prune layers in place of one: 1:0.5,3:0, aim, pyramid, exit, or a JSON file",
+    )
     how.add_argument("--window", type=_counts, default=[8])
     how.add_argument("--relevance", type=_names(_ALONE), default=["attention"])
     how.add_argument("--no-baselines", action="store_true", help="run nothing else at the same counts")

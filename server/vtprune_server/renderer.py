@@ -149,6 +149,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
                 logprobs = getattr(request, "prompt_logprobs", None)
                 plan = self.kv_planner.plan(engine_input, settings.kv, logprobs)
                 counts.kv_tokens_kept = plan.kept
+                counts.kv_tokens_by_layer = self.kv_planner.by_layer(plan)
                 context.plans.append(plan)
             context.add(counts)
 
