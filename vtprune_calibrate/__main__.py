@@ -4,6 +4,7 @@
     vtprune calibrate --tolerance 0.01 --out calibration
     vtprune calibrate --budget flops=0.5 --bands 2 --out calibration
     vtprune calibrate llava-hf/llava-1.5-7b-hf --questions mine.jsonl --budget kv=0.4 --device cuda --out 7b
+    vtprune calibrate --study --out docs/schedules
     vtprune serve llava-hf/llava-1.5-7b-hf --prune-schedule 7b/schedule.json
 
 A tolerance asks for the fewest tokens that lose at most this share of the answers (G-Search); a budget for
@@ -28,7 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_vtprune import demo_model
 from vllm_vtprune.errors import VTPruneError
 from vtprune_calibrate.arguments import make_parser
-from vtprune_calibrate.run import Calibration, Parts, base_setting, held_out, run
+from vtprune_calibrate.run import JOURNAL, Calibration, Parts, base_setting, held_out, run
+from vtprune_calibrate.study import run_study
 from vtprune_eval.options import model_config
 from vtprune_eval.tasks import drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune calibrate") -> 
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.study:
+        _study(options)
+        return
     if (options.tolerance is None) == (options.budget is None):
         raise ValueError("Give one of --tolerance and --budget: the fewest tokens, or the best answers.")
     config = model_config(options.model)
@@ -51,6 +56,17 @@ def _run(options: argparse.Namespace) -> None:
     wanted = options.budget if options.tolerance is None else options.tolerance
     for path in run(calibration, wanted, options.bands, options.candidates, _say):
         print(f"wrote {path}")
+
+
+def _study(options: argparse.Namespace) -> None:
+    if options.model is not None or options.tolerance is not None or options.budget is not None:
+        raise ValueError("--study is the demo model's, and has goals of its own: leave out MODEL and goals.")
+    config = model_config(None)
+    calibration = _calibration(options, config, _parts(options, config))
+    for path in run_study(calibration, demo_model.PRUNE_LAYER, options.bands, _say):
+        print(f"wrote {path}")
+    # the folder is a document's: what has been written needs no resuming
+    (options.out / JOURNAL).unlink()
 
 
 def _calibration(options: argparse.Namespace, config: Any, parts: Parts) -> Calibration:

@@ -43,10 +43,13 @@ def document(
         "prune_layers": ",".join(map(str, schedule)),
         "relevance": ratings,
         "layers": layers,
-        **facts,
-        "version": f"vtprune {__version__}",
-        "date": date.today().isoformat(),
+        **facts_of_run(facts),
     }
+
+
+def facts_of_run(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts, with what made them and when."""
+    return {**facts, "version": f"vtprune {__version__}", "date": date.today().isoformat()}
 
 
 def write(content: Mapping[str, Any], path: Path) -> Path:

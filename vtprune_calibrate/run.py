@@ -39,6 +39,7 @@ from vtprune_eval.tables import Row
 from vtprune_eval.tasks import Questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
+JOURNAL = "journal.jsonl"
 #: Prompts on which layers' rankings are compared: each costs a matrix of all its token pairs.
 _RANKED = 64
 _MOST_ALONE = 4
@@ -121,7 +122,7 @@ class Calibration:
             "window": base.window,
             "judged_by": by,
         }
-        journal = Journal(folder / "journal.jsonl", {**self.facts, "max_tokens": limit})
+        journal = Journal(folder / JOURNAL, {**self.facts, "max_tokens": limit})
         self.resumed = len(journal)
 
         def trials(questions: Questions, part: str) -> Trials:
@@ -283,7 +284,7 @@ def run(
                 "held_out": {
                     "unpruned": unpruned["accuracy"],
                     "calibrated": row["accuracy"],
-                    **row["versus"],
+                    "versus": row["versus"],
                 },
             },
             "one_prune_layer": alone,

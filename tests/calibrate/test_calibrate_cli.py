@@ -102,6 +102,21 @@ def test_a_file_of_questions_is_cut_by_picture(tmp_path: Path) -> None:
     assert found["judged_by"] == "agreement" and found["scores"]["held_out"]["unpruned"]["value"] == 1
 
 
+def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> None:
+    assert main(f"--study --scenes 2 --out {tmp_path}".split()) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "costs.png"}
+    found = json.loads((tmp_path / "results.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names[3:6] == ["aim", "pyramid", "exit"] and len(names) == 10
+    for row in found["rows"]:
+        assert 0 < row["flops"] < 1 and 0 < row["kv_bytes"] < 1
+        assert ("random" in row["versus"]) == (row["relevance"] is not None)
+    budgets = [row["flops"] for row in found["rows"] if "flops=" in row["name"]]
+    assert all(spent <= most for spent, most in zip(budgets, (0.801, 0.701, 0.601), strict=True))
+    page = (tmp_path / "results.md").read_text()
+    assert all(f"| {name} " in page for name in names)
+
+
 def test_one_picture_cannot_be_cut() -> None:
     one = Questions("one", [Image.new("RGB", (8, 8))], [Question(0, "any", "What?", ("x",))])
     with pytest.raises(SearchError, match="one has 1 picture: that leaves none"):
@@ -116,6 +131,7 @@ def test_one_picture_cannot_be_cut() -> None:
         ("--tolerance 1 --out {out}", "--tolerance: must be a number in [0, 1), not '1'"),
         ("--budget 0.5 --out {out}", "--budget: must be flops= or kv= and a share"),
         ("--tolerance 0.1", "required: --out"),
+        ("--study --budget kv=0.5 --out {out}", "--study is the demo model's"),
         ("--tolerance 0.1 --bands 5 --out {out}", "--bands: must be 1 to 4, not '5'"),
         ("--tolerance 0.1 --relevance inherited --out {out}", "of which the first cannot inherit"),
         (
