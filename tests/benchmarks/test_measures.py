@@ -21,12 +21,14 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks import __main__ as short_version
 from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
+from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
 from benchmarks.processes import ServerProcess
 from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
+from vllm_vtprune.kv_drop.schedule import PruneLayer, check
 from vtprune_eval.flops import CostShape, RequestShape, Work, kv_bytes, request_work
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.spread import Spread
@@ -139,6 +141,18 @@ def test_bands_add_up_layer_by_layer() -> None:
     head = 2 * shape.hidden * shape.vocab
     expected = 4 * sum(one_layer(tokens) - head for tokens in (636, 300, 60)) + head
     assert request_work(shape, request)["prefill"].flops == expected
+
+
+@pytest.mark.parametrize("borders", [1, 2, 3, 4])
+def test_more_prune_layers_cost_the_same(borders: int) -> None:
+    shape = CostShape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
+    budget = prefill_flops(shape, 67, 576, (PruneLayer(4, 0.5, "vision"),))
+    schedule = equal_cost(shape, 67, 576, borders, budget)
+    check(schedule)
+    assert len(schedule) == borders
+    assert prefill_flops(shape, 67, 576, schedule) <= budget
+    # a token is a thousandth of the prompt
+    assert prefill_flops(shape, 67, 576, schedule) > 0.995 * budget
 
 
 def test_the_roofline_is_the_slower_of_two() -> None:
