@@ -6,7 +6,7 @@
 
 A prompt that loses tokens in the decoder neither reads nor fills the prefix cache, so each of its turns pays
 for the whole prompt again, where an unpruned turn pays for what is new. Arms take turns on one server with a
-prune layer: nothing pruned, stage 1 alone, stage 2 alone, both. In each round every arm holds as many
+prune layer: nothing pruned, stage 1 alone, stage 2 alone, both, both at the first turn only. In each round every arm holds as many
 conversations at once as the concurrency says, each about a picture of its own; the system prompt is the same
 for all and in the prefix cache beforehand, as a server's is. Answers in the history are fixed text, so that
 all arms are asked the same. Ratios are taken within rounds.
@@ -44,7 +44,9 @@ from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.spread import Spread
 
 STAGE_1, STAGE_2, BOTH = "keep0.22", "kv0.5", "keep0.22+kv0.5"
-ARMS = ("off", STAGE_1, STAGE_2, BOTH)
+#: Both at the first turn, stage 1 alone afterwards.
+FIRST = f"{BOTH}, turn 1"
+ARMS = ("off", STAGE_1, STAGE_2, BOTH, FIRST)
 QUESTIONS = (
     "What is in this picture?",
     "What colour is the largest shape?",
@@ -166,7 +168,8 @@ class Conversations:
             record = RequestRecord(
                 f"{arm}-{self._drawn}-{turn}", arm, Role.MEASURED, 0, 0, 1, 0, talk.output, 0.0, 0.0
             )
-            await self._client.stream_chat(json.dumps(body).encode(), self._headers[arm], record, 0.0)
+            asked = (STAGE_1 if turn else BOTH) if arm == FIRST else arm
+            await self._client.stream_chat(json.dumps(body).encode(), self._headers[asked], record, 0.0)
             if not record.ok or not record.token_times_s:
                 raise LoadTestError(
                     f"Turn {turn + 1} of {arm} failed: {record.error_kind}: {record.error_message}"
@@ -217,6 +220,7 @@ def report(talk: Talk, held: Mapping[str, Sequence[Held]]) -> str:
             f"\n{about}: time to first token in ms by turn",
             *columns(["arm", *turns, "in all", "turns/s", "ratio to off"], rows, width=_WIDTH),
             _verdict("stage 2 on top of stage 1", waits[BOTH], waits[STAGE_1]),
+            _verdict("stage 2 at the first turn only", waits[FIRST], waits[STAGE_1]),
             _verdict("stage 2 alone", waits[STAGE_2], waits["off"]),
         ]
     )
@@ -273,7 +277,8 @@ def run(model: BenchModel, talks: Sequence[Talk], rounds: int, logs: Path | None
     Raises:
         LoadTestError: the server did not start, or a request failed.
     """
-    headers = {arm.label: dict(arm.headers) for arm in parse_arms(",".join(ARMS))}
+    spelt = parse_arms(",".join(arm for arm in ARMS if arm != FIRST))
+    headers = {arm.label: dict(arm.headers) for arm in spelt}
     found: list[dict[str, Any]] = []
 
     async def talk_to(url: str) -> None:
