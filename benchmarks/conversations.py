@@ -6,10 +6,10 @@
 
 A prompt that loses tokens in the decoder neither reads nor fills the prefix cache, so each of its turns pays
 for the whole prompt again, where an unpruned turn pays for what is new. Arms take turns on one server with a
-prune layer: nothing pruned, stage 1 alone, stage 2 alone, both, both at the first turn only. In each round every arm holds as many
-conversations at once as the concurrency says, each about a picture of its own; the system prompt is the same
-for all and in the prefix cache beforehand, as a server's is. Answers in the history are fixed text, so that
-all arms are asked the same. Ratios are taken within rounds.
+prune layer: nothing pruned, stage 1 alone, stage 2 alone, both, both at the first turn only. In each round
+every arm holds as many conversations at once as the concurrency says, each about a picture of its own; the
+system prompt is the same for all and in the prefix cache beforehand, as a server's is. Answers in the history
+are fixed text, so that all arms are asked the same. Ratios are taken within rounds.
 """
 
 from __future__ import annotations
