@@ -32,6 +32,10 @@ from vllm_vtprune.selection.scores import SCORES
 from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSettings, VisionSettings
 
 CONFIG_KEY = "vtprune"
+#: A prompt that loses tokens in the decoder can neither read nor fill the prefix cache, which otherwise holds
+#: all but the last question of a later turn (docs/schedules.md has the measurement).
+FIRST_TURN, EVERY_TURN = "first_turn", "every_turn"
+PRESET_TURNS = (FIRST_TURN, EVERY_TURN)
 
 
 class OperatorModel(BaseModel):
@@ -120,6 +124,11 @@ class PrunePolicy(OperatorModel):
         default="",
         description="the aggressiveness of presets where it is not the built-in one, such as "
         "light=0.3,balanced=0.55; `vtprune calibrate` finds it",
+    )
+    preset_kv_keep: Annotated[str, _one_of(PRESET_TURNS)] = Field(
+        default=FIRST_TURN,
+        description="at which turns of a conversation a preset's kv_keep holds: first_turn (not in a request "
+        "that carries an earlier answer) or every_turn",
     )
     client_controls: bool = Field(default=True, description="whether clients may choose at all")
     # strict=False: JSON and YAML have lists
@@ -248,30 +257,39 @@ class PrunePolicy(OperatorModel):
         """What a request gets that says nothing."""
         return self._resolve(Controls())
 
-    def resolve(self, controls: Controls) -> PruneSettings:
+    @cached_property
+    def _default_of_later_turns(self) -> PruneSettings:
+        return self._resolve(Controls(), later_turn=True)
+
+    def resolve(self, controls: Controls, *, later_turn: bool = False) -> PruneSettings:
         """What the client asked for, checked against this policy.
+
+        Args:
+            controls: the request's.
+            later_turn: the request carries an earlier answer of its conversation; see `preset_kv_keep`.
 
         Raises:
             SettingsError: fields that exclude each other, a cap, a method that is not allowed, controls
                 that are switched off, or `kv_keep` below 1 on a server without a prune layer.
         """
         if not controls.fields:
-            return self.default_settings
+            return self._default_of_later_turns if later_turn else self.default_settings
         if not self.client_controls:
             name = controls.name(next(iter(controls.fields)))
             raise SettingsError(f"{name} cannot be set: the operator of this server fixed the pruning.", name)
-        return self._resolve(controls)
+        return self._resolve(controls, later_turn=later_turn)
 
-    def _resolve(self, controls: Controls) -> PruneSettings:
-        settings = self._combine(controls)
+    def _resolve(self, controls: Controls, *, later_turn: bool = False) -> PruneSettings:
+        later = later_turn and self.preset_kv_keep == FIRST_TURN
+        settings = self._combine(controls, later)
         self._check_caps(controls, settings.vision, settings.kv)
         if controls.fields.keys() <= {"preset"}:
             return settings
         # what was named besides the preset must not be counted under the preset's name
-        alone = self._combine(Controls({"preset": (settings.preset, "preset")}))
+        alone = self._combine(Controls({"preset": (settings.preset, "preset")}), later)
         return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
 
-    def _combine(self, controls: Controls) -> PruneSettings:
+    def _combine(self, controls: Controls, later: bool) -> PruneSettings:
         keep_ratio = controls.get("keep_ratio")
         if keep_ratio is not None and controls.get("aggressiveness") is not None:
             name = controls.name("keep_ratio")
@@ -299,7 +317,7 @@ class PrunePolicy(OperatorModel):
             # who says how much is to stay means it
             max_share=preset.max_share if of_preset else 1.0,
         )
-        kv = self._resolve_kv(controls, preset.kv_keep)
+        kv = self._resolve_kv(controls, 1.0 if later else preset.kv_keep)
         return PruneSettings(preset_name, vision, kv)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:

@@ -63,10 +63,10 @@ class PrunedOnlineRenderer(OnlineRenderer):
         renderer.model_presets = model_presets
         return renderer
 
-    async def preprocess_chat(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+    async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
-        with self._injected(request) as settings:
-            conversation, engine_inputs = await super().preprocess_chat(request, *args, **kwargs)
+        with self._injected(request, later_turn=_carries_an_answer(messages)) as settings:
+            conversation, engine_inputs = await super().preprocess_chat(request, messages, *args, **kwargs)
         self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
 
@@ -77,8 +77,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
         self._count(engine_inputs, request, settings)
         return engine_inputs
 
-    def resolve(self, request: Any) -> PruneSettings:
+    def resolve(self, request: Any, *, later_turn: bool = False) -> PruneSettings:
         """The settings of a request: headers over body over the model's name over the operator's default.
+
+        Args:
+            request: vLLM's request model.
+            later_turn: it carries an earlier answer.
 
         Raises:
             VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
@@ -92,7 +96,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             if controls.fields and not self.vtprune_context.prunes:
                 name = controls.name(next(iter(controls.fields)))
                 raise SettingsError(f"{name} cannot be set: this server's model is not pruned.", name)
-            context.settings = self.vtprune_context.policy.resolve(controls)
+            context.settings = self.vtprune_context.policy.resolve(controls, later_turn=later_turn)
         except SettingsError as error:
             raise refusal(error) from error
         return context.settings
@@ -102,7 +106,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
-    def _injected(self, request: Any) -> Iterator[PruneSettings]:
+    def _injected(self, request: Any, *, later_turn: bool = False) -> Iterator[PruneSettings]:
         client_kwargs = getattr(request, "mm_processor_kwargs", None)
         validate_request_mm_kwargs(
             mm_processor_kwargs=client_kwargs,
@@ -110,7 +114,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
-        settings = self.resolve(request)
+        settings = self.resolve(request, later_turn=later_turn)
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
             _check_kv_compatible(request, settings)
@@ -152,6 +156,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
                 counts.kv_tokens_by_layer = self.kv_planner.by_layer(plan)
                 context.plans.append(plan)
             context.add(counts)
+
+
+def _carries_an_answer(messages: list[Any]) -> bool:
+    """Whether the model has answered before in this conversation; an answer to be continued is none."""
+    roles = [m.get("role") if isinstance(m, Mapping) else getattr(m, "role", None) for m in messages[:-1]]
+    return "assistant" in roles
 
 
 def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:

@@ -260,6 +260,22 @@ def test_presets_can_be_calibrated() -> None:
         )
 
 
+def test_a_preset_s_kv_keep_is_the_first_turn_s() -> None:
+    """A later turn has all but its question in the prefix cache, which a pruned prompt cannot use."""
+    policy = PrunePolicy(prune_layer=2, default_preset="balanced")
+    preset = Controls.from_headers([("X-VTPrune-Preset", "balanced")])
+    for controls in (preset, Controls()):
+        first, later = policy.resolve(controls), policy.resolve(controls, later_turn=True)
+        assert (first.kv.keep, later.kv.keep) == (PRESETS["balanced"].kv_keep, 1.0)
+        assert (first.vision, first.preset) == (later.vision, later.preset)
+    asked = Controls.from_headers([("X-VTPrune-Preset", "balanced"), ("X-VTPrune-KV-Keep", "0.4")])
+    assert policy.resolve(asked, later_turn=True).kv.keep == 0.4
+    every = PrunePolicy(prune_layer=2, preset_kv_keep="every_turn")
+    assert every.resolve(preset, later_turn=True) == every.resolve(preset) == policy.resolve(preset)
+    with pytest.raises(PolicyError, match="must be one of first_turn, every_turn, not 'never'"):
+        PrunePolicy.from_config({"vtprune": {"preset_kv_keep": "never"}})
+
+
 def test_kv_keep_needs_a_prune_layer() -> None:
     without = PrunePolicy()
     with pytest.raises(SettingsError, match="prune layer") as error:
