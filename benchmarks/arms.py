@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks.models import BenchModel
 from benchmarks.servers import PLAIN, PRUNING, ServerSpec, pruning_kv
 from vllm_vtprune.contract import HEADERS
+from vllm_vtprune.kv_drop.schedule import NAMED, is_reference
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.sweep import SweepSetting
 
@@ -24,11 +25,13 @@ class Arm:
         label: as the reports call it; also how it is spelt on the command line.
         server: the name of its server.
         headers: of its requests.
+        schedule: of its server, by name or file; empty where it has one prune layer or none.
     """
 
     label: str
     server: str
     headers: tuple[tuple[str, str], ...] = ()
+    schedule: str = ""
 
     @property
     def setting(self) -> SweepSetting:
@@ -40,11 +43,15 @@ def parse_arm(text: str) -> Arm:
     """Read `vllm` (no plugin), `off` (plugin loaded, nothing pruned), or parts such as `keep0.22+kv0.5`.
 
     The parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the
-    prompt above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
+    prompt above the prune layer). An arm with a `kv` part runs on a server with a prune layer. `@` and a
+    schedule's name or file at the end, as in `keep0.22@aim`, is a server with that schedule, taken as it is.
 
     Raises:
         LoadTestError: not of that form.
     """
+    text, _, schedule = text.partition("@")
+    if schedule:
+        return _scheduled(text, schedule)
     if text == "vllm":
         return Arm(text, PLAIN.name)
     if text == "off":
@@ -60,6 +67,16 @@ def parse_arm(text: str) -> Arm:
         headers.append((_HEADERS[name], number))
     has_kv = any(name == _HEADERS["kv"] for name, _ in headers)
     return Arm(text, "vtprune-kv" if has_kv else PRUNING.name, tuple(headers))
+
+
+def _scheduled(text: str, schedule: str) -> Arm:
+    if not is_reference(schedule):
+        raise LoadTestError(f"After @ stands {', '.join(NAMED)} or a JSON file, not {schedule!r}.")
+    below = parse_arm(text or "off")
+    if below.server != PRUNING.name:
+        raise LoadTestError(f"{text}@{schedule}: a schedule stands in place of vllm and of kv parts.")
+    headers = (*below.headers, (_HEADERS["kv"], "0.999999"))
+    return Arm(f"{text}@{schedule}", f"vtprune@{schedule}", headers, schedule)
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -80,4 +97,9 @@ def parse_arms(text: str) -> list[Arm]:
 def servers_for(arms: Sequence[Arm], model: BenchModel) -> list[ServerSpec]:
     """The servers that the arms run on."""
     wanted = {arm.server for arm in arms}
-    return [spec for spec in (PLAIN, PRUNING, pruning_kv(model)) if spec.name in wanted]
+    scheduled = {
+        arm.server: ServerSpec(arm.server, plugin=True, flags=("--prune-layers", arm.schedule))
+        for arm in arms
+        if arm.schedule
+    }
+    return [spec for spec in (PLAIN, PRUNING, pruning_kv(model), *scheduled.values()) if spec.name in wanted]

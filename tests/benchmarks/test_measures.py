@@ -143,6 +143,19 @@ def test_bands_add_up_layer_by_layer() -> None:
     assert request_work(shape, request)["prefill"].flops == expected
 
 
+def test_the_bound_of_an_arm_counts_its_bands() -> None:
+    full = RequestShape(images=1, text_tokens=60, kept=576, output=16)
+    counted = {"vision_tokens_kept": 127.0, "kv_tokens_kept": 90.0}
+    arms = ("keep0.22", "keep0.22+kv0.5", "keep0.22@pyramid")
+    found = [roofline._request(counted, full, 4, arm, 12) for arm in arms]
+    assert {request.prompt for request in found} == {187}
+    assert [request.bands for request in found] == [
+        (),
+        ((4, 90.0),),
+        ((3, 60 + 64), (6, 60 + 32), (9, 60 + 16)),
+    ]
+
+
 @pytest.mark.parametrize("borders", [1, 2, 3, 4])
 def test_more_prune_layers_cost_the_same(borders: int) -> None:
     shape = CostShape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
