@@ -12,6 +12,7 @@ from benchmarks.models import BenchModel
 from benchmarks.servers import PLAIN, PRUNING, ServerSpec, pruning_kv
 from vllm_vtprune.contract import HEADERS
 from vllm_vtprune.families.registry import family_of
+from vllm_vtprune.kv_drop.schedule import NAMED, is_reference
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.sweep import DOWNSCALE, SweepSetting, parse_settings
 
@@ -28,12 +29,14 @@ class Arm:
         server: the name of its server.
         headers: of its requests.
         pixels: share of each picture's pixels that is sent.
+        schedule: of its server, by name or file; empty where it has one prune layer or none.
     """
 
     label: str
     server: str
     headers: tuple[tuple[str, str], ...] = ()
     pixels: float = 1.0
+    schedule: str = ""
 
     @property
     def setting(self) -> SweepSetting:
@@ -46,11 +49,15 @@ def parse_arm(text: str) -> Arm:
 
     `downscale0.22` is `off` with pictures of 0.22 times the pixels: as few tokens without a pruning rule. The
     parts are `a` (aggressiveness), `keep` (fixed share of the vision tokens) and `kv` (share of the prompt
-    above the prune layer). An arm with a `kv` part runs on a server with a prune layer.
+    above the prune layer). An arm with a `kv` part runs on a server with a prune layer. `@` and a schedule's
+    name or file at the end, as in `keep0.22@aim`, is a server with that schedule, taken as it is.
 
     Raises:
         LoadTestError: not of that form.
     """
+    text, _, schedule = text.partition("@")
+    if schedule:
+        return _scheduled(text, schedule)
     if text == "vllm":
         return Arm(text, PLAIN.name)
     if text == "off":
@@ -70,6 +77,16 @@ def parse_arm(text: str) -> Arm:
         headers.append((_HEADERS[name], number))
     has_kv = any(name == _HEADERS["kv"] for name, _ in headers)
     return Arm(text, "vtprune-kv" if has_kv else PRUNING.name, tuple(headers))
+
+
+def _scheduled(text: str, schedule: str) -> Arm:
+    if not is_reference(schedule):
+        raise LoadTestError(f"After @ stands {', '.join(NAMED)} or a JSON file, not {schedule!r}.")
+    below = parse_arm(text or "off")
+    if below.server != PRUNING.name:
+        raise LoadTestError(f"{text}@{schedule}: a schedule stands in place of vllm and of kv parts.")
+    headers = (*below.headers, (_HEADERS["kv"], "0.999999"))
+    return Arm(f"{text}@{schedule}", f"vtprune@{schedule}", headers, schedule)
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -102,4 +119,9 @@ def servers_for(arms: Sequence[Arm], model: BenchModel) -> list[ServerSpec]:
             "pictures of any size (--model FOLDER of a Qwen-VL or LLaVA-NeXT)."
         )
     wanted = {arm.server for arm in arms}
-    return [spec for spec in (PLAIN, PRUNING, pruning_kv(model)) if spec.name in wanted]
+    scheduled = {
+        arm.server: ServerSpec(arm.server, plugin=True, flags=("--prune-layers", arm.schedule))
+        for arm in arms
+        if arm.schedule
+    }
+    return [spec for spec in (PLAIN, PRUNING, pruning_kv(model), *scheduled.values()) if spec.name in wanted]

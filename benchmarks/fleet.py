@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.flops import CostShape, RequestShape, request_work
 from benchmarks.models import CLIP_L, LLAVA_7B
 from benchmarks.roofline import MachineLimits, total_seconds
+from vtprune_eval.flops import CostShape, RequestShape, kv_bytes, request_work
 
 #: NVIDIA H100 SXM: dense bfloat16 and HBM3, from its data sheet.
 H100 = MachineLimits(peak_flops=989e12, bandwidth=3.35e12)
@@ -69,9 +69,7 @@ _KEPT = replace(FULL, kept=round(0.22 * LLAVA.patches))
 SETTINGS = {
     "nothing pruned": FULL,
     "22 % of the vision tokens": _KEPT,
-    "and half the prompt from layer 8 on": replace(
-        _KEPT, prune_layer=8, kv_kept=math.ceil(0.5 * _KEPT.prompt)
-    ),
+    "and half the prompt from layer 8 on": replace(_KEPT, bands=((8, math.ceil(0.5 * _KEPT.prompt)),)),
 }
 
 
@@ -104,11 +102,7 @@ class Replica:
 def replica(request: RequestShape, shape: CostShape = LLAVA, machine: MachineLimits = H100) -> Replica:
     """Plan one GPU for one kind of request."""
     per_token = 2 * shape.kv_width * shape.element
-    below = request.prune_layer if request.prune_layer is not None else shape.layers
-    above_tokens = request.kv_kept if request.kv_kept is not None else request.prompt
-    kv = per_token * (
-        below * (request.prompt + request.output) + (shape.layers - below) * (above_tokens + request.output)
-    )
+    kv = kv_bytes(shape, request) + per_token * shape.layers * request.output
     weights = shape.layers * shape.layer_weights + 2 * shape.hidden * shape.vocab
     free = MEMORY_SHARE * H100_BYTES - weights * shape.element - 2 * shape.tower_weights * shape.element
     at_once = min(MOST_REQUESTS, int(free / kv))
@@ -179,7 +173,7 @@ _ASSUMPTIONS = (
     ("taken for granted", "", "from"),
     ("arithmetic and bandwidth", f"{H100.peak_flops / 1e12:.0f} TFLOP/s, {H100.bandwidth / 1e12:.2f} TB/s",
      "data sheet, H100 SXM, dense bfloat16"),
-    ("operations and bytes of a request", "", "`benchmarks/flops.py`"),
+    ("operations and bytes of a request", "", "`vtprune_eval/flops.py`"),
     ("share of that roofline reached", f"{100 * SHARE:.0f} %",
      "assumed; `benchmarks/gpu/run.sh` measures on a GPU"),
     ("memory for the KV cache",
@@ -195,7 +189,8 @@ _ASSUMPTIONS = (
 _PAGE = """\
 # A large fleet, by arithmetic
 
-Printed by `python -m benchmarks.fleet`; a test compares. **No number here was measured on a GPU;** what was is [elsewhere](gpu.md).
+Printed by `python -m benchmarks.fleet`; a test compares. **No number here was measured on a
+GPU;** what was is [elsewhere](gpu.md).
 LLaVA-1.5-7B in bfloat16, one H100 a replica, one picture, {text} text tokens and {output} tokens of
 answer a request, no cache hits.
 

@@ -3,17 +3,22 @@
 
     python -m benchmarks.kv_drop                     # decoder-150m, kv_keep 1, 0.5, 0.25, three rounds
     python -m benchmarks.kv_drop --rounds 5 --keep 1,0.5 --json out.json
+    python -m benchmarks.kv_drop --borders 1,2,3 --rounds 6    # as many prune layers, at equal FLOPs
 
-Two engines, one of vLLM without the plugin and one with a prune layer, run in processes of their own and are
-measured in each round in an order of its own, so that drift of the machine hits all alike. Pictures are
-distinct: no cache helps. Time to first token is one request's alone; throughput is that of a batch given all
-at once. Ratios are to vLLM without the plugin, taken within each round; median and range (from six rounds up
-the 95 % interval) are printed.
+Engines, one of vLLM without the plugin and others with prune layers, run in processes of their own and are
+measured in each round in an order of its own, so that drift of the machine hits all alike. With `--borders`
+each engine has that many prune layers, spaced evenly, whose shares make the prefill cost as many operations
+as the model's own prune layer with half of the visual tokens; each is measured with nothing dropped, too,
+which shows what its KV-cache groups cost a step. Pictures are distinct: no cache helps. Time to first token
+and time of a decode step are one request's alone; throughput is that of a batch given all at once. Ratios are
+to vLLM without the plugin, taken within each round; median and range (from six rounds up the 95 % interval)
+are printed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -27,14 +32,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.commands import bench_parser, write_json
 from benchmarks.models import MODELS, BenchModel, model_named
 from benchmarks.rounds import Rounds, decimal, shuffled
+from vllm_vtprune.kv_drop.schedule import MOST_PRUNE_LAYERS, PruneLayer
+from vtprune_eval.flops import CostShape
+from vtprune_eval.setting import AS_SCHEDULED
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
+from vtprune_loadtest.errors import LoadTestError
 
 PLAIN = "vllm"
-_WIDTH = 120
+_WIDTH = 140
+_STEPS = 32
+#: Of `QUESTION` in the byte tokens of the benchmark's models, the picture aside.
+_TEXT_TOKENS = 67
 QUESTION = "<s>USER: <image>\nWhat is in this picture, and what is it made of? ASSISTANT:"
 
 
@@ -44,18 +57,31 @@ class EngineSample:
 
     Attributes:
         ttft_s: time to first token of one request alone, seconds.
+        step_s: a decode step of one request alone, seconds.
         tokens_per_s: prompt and output tokens per second of the batch.
         kv_mib: KV cache that one request's prompt holds, MiB.
     """
 
     ttft_s: float
+    step_s: float
     tokens_per_s: float
     kv_mib: float
 
 
-def serve(pipe: Connection, model: BenchModel, plugin: bool, batch: int, output: int, eager: bool) -> None:
-    """The engine's process: answers each received (kv_keep, seed) with a `EngineSample`."""
-    os.environ["VLLM_PLUGINS"] = "vtprune" if plugin else ""
+def serve(
+    pipe: Connection, model: BenchModel, prune_layers: str, batch: int, output: int, eager: bool
+) -> None:
+    """The engine's process: answers each received (kv_keep, seed) with a `EngineSample`.
+
+    Args:
+        pipe: to the measuring process.
+        model: what is served.
+        prune_layers: as an operator writes them; empty for vLLM without the plugin.
+        batch: requests at once.
+        output: output tokens of each.
+        eager: without torch.compile.
+    """
+    os.environ["VLLM_PLUGINS"] = "vtprune" if prune_layers else ""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to read the block pool
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(model.kv_cache_gb or 4))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -63,7 +89,7 @@ def serve(pipe: Connection, model: BenchModel, plugin: bool, batch: int, output:
 
     from vllm_vtprune import engine_kwargs
 
-    extra = engine_kwargs(prune_layer=model.prune_layer) if plugin else {}
+    extra = engine_kwargs(prune_layers=prune_layers) if prune_layers else {}
     llm = LLM(
         str(model.folder),
         dtype="float32",
@@ -103,6 +129,7 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
         return time.perf_counter() - start, len(outputs[0].prompt_token_ids)
 
     ttft, prompt_tokens = generate(1, 1)
+    longer, _ = generate(1, 1 + _STEPS)
     seconds, _ = generate(batch, output)
     engine = llm.llm_engine
     engine.add_request(
@@ -118,33 +145,51 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
     )
     while engine.has_unfinished_requests():
         engine.step()
-    return EngineSample(ttft, batch * (prompt_tokens + output) / seconds, held * block_mib)
+    return EngineSample(
+        ttft, (longer - ttft) / _STEPS, batch * (prompt_tokens + output) / seconds, held * block_mib
+    )
 
 
-def arms(shares: Sequence[float]) -> dict[str, tuple[bool, float]]:
-    """Label -> (with the plugin, kv_keep)."""
-    return {PLAIN: (False, 1.0), **{f"kv_keep {share:g}": (True, share) for share in shares}}
+def arms(model: BenchModel, shares: Sequence[float]) -> dict[str, tuple[str, float]]:
+    """Label -> (prune layers, kv_keep), at the model's own prune layer."""
+    own = str(model.prune_layer)
+    return {PLAIN: ("", 1.0), **{f"kv_keep {share:g}": (own, share) for share in shares}}
+
+
+def arms_by_borders(model: BenchModel, numbers: Sequence[int]) -> dict[str, tuple[str, float]]:
+    """Label -> (prune layers, kv_keep): so many prune layers at equal FLOPs, and with nothing dropped."""
+    shape = CostShape.of(model.folder)
+    text = _TEXT_TOKENS
+    half = (PruneLayer(model.prune_layer, 0.5, "vision"),)
+    budget = prefill_flops(shape, text, shape.patches, half)
+    compared = {PLAIN: ("", 1.0)}
+    for number in numbers:
+        layers = ",".join(map(str, equal_cost(shape, text, shape.patches, number, budget)))
+        compared[f"{number}: {layers}"] = layers, AS_SCHEDULED.keep
+        compared[f"{number}: nothing dropped"] = layers, 1.0
+    return compared
 
 
 @contextlib.contextmanager
 def engines(
-    model: BenchModel, batch: int, output: int, eager: bool
-) -> Iterator[Callable[[bool, float, int], EngineSample]]:
-    """Both engines, started one after the other, as one function of (plugin, kv_keep, seed)."""
+    model: BenchModel, schedules: Sequence[str], batch: int, output: int, eager: bool
+) -> Iterator[Callable[[str, float, int], EngineSample]]:
+    """An engine for each schedule, started one by one, as one function of (schedule, kv_keep, seed)."""
     context = multiprocessing.get_context("spawn")
-    pipes: dict[bool, Connection] = {}
+    pipes: dict[str, Connection] = {}
     processes = []
-    for plugin in (False, True):
-        pipes[plugin], far = context.Pipe()
-        process = context.Process(target=serve, args=(far, model, plugin, batch, output, eager), daemon=True)
+    for prune_layers in schedules:
+        pipes[prune_layers], far = context.Pipe()
+        arguments = (far, model, prune_layers, batch, output, eager)
+        process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
         far.close()
         processes.append(process)
-        pipes[plugin].recv()
+        pipes[prune_layers].recv()
 
-    def measured(plugin: bool, keep: float, seed: int) -> EngineSample:
-        pipes[plugin].send((keep, seed))
-        sample: EngineSample = pipes[plugin].recv()
+    def measured(prune_layers: str, keep: float, seed: int) -> EngineSample:
+        pipes[prune_layers].send((keep, seed))
+        sample: EngineSample = pipes[prune_layers].recv()
         return sample
 
     yield measured
@@ -158,19 +203,28 @@ def table(rounds: Rounds[EngineSample]) -> str:
     """A line for each arm: medians over rounds, and ratios to vLLM within each round with their interval."""
     rows = []
     for label in rounds.labels:
-        ratios = [rounds.spread(label, name) for name in ("ttft_s", "tokens_per_s")]
+        ratios = [rounds.spread(label, name) for name in ("ttft_s", "step_s", "tokens_per_s")]
         rows.append(
             [
                 label,
                 decimal(rounds.median(label, "kv_mib"), 2),
                 decimal(rounds.median(label, "ttft_s"), 3),
+                decimal(1000 * (rounds.median(label, "step_s") or math.nan), 2),
                 decimal(rounds.median(label, "tokens_per_s"), 1),
                 *(f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios),
             ]
         )
     interval = rounds.spread(PLAIN, "ttft_s").interval
-    header = ["arm", "KV MiB", "TTFT s", "tokens/s", f"TTFT ratio ({interval})", "throughput ratio"]
+    header = ["arm", "KV MiB", "TTFT s", "step ms", "tokens/s", f"TTFT ratio ({interval})", "step ratio"]
+    header.append("throughput ratio")
     return "\n".join(columns(header, rows, width=_WIDTH))
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) if part.isdigit() else 0 for part in text.split(",")]
+    if not all(1 <= number <= MOST_PRUNE_LAYERS for number in numbers):
+        raise LoadTestError(f"--borders must be numbers of 1 to {MOST_PRUNE_LAYERS}, such as 1,2,3.")
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.kv_drop") -> int:
@@ -182,20 +236,25 @@ def _run(argv: Sequence[str] | None, prog: str) -> None:
     parser = bench_parser(prog, "What dropping prompt tokens from the KV cache gains, without a server.")
     parser.add_argument("--model", default="decoder-150m", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--keep", default="1,0.5,0.25", help="kv_keep of the arms, separated by commas")
+    parser.add_argument("--borders", help="numbers of prune layers to compare at equal FLOPs, such as 1,2,3")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="requests at once")
     parser.add_argument("--output", type=int, default=16, help="output tokens per request")
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager execution")
     options = parser.parse_args(argv)
-    compared = arms([float(share) for share in options.keep.split(",")])
     model = model_named(options.model, options.model_dir)
+    if options.borders:
+        compared = arms_by_borders(model, _numbers(options.borders))
+    else:
+        compared = arms(model, [float(share) for share in options.keep.split(",")])
     where = machine.describe()
     print(machine.one_line(where))
-    print(f"{options.model}, prune layer {model.prune_layer}: {options.batch} requests at once, ", end="")
+    schedules = list(dict.fromkeys(prune_layers for prune_layers, _ in compared.values()))
+    print(f"{options.model}, {len(schedules)} engines: {options.batch} requests at once, ", end="")
     print(f"{options.output} output tokens each")
     rounds: Rounds[EngineSample] = Rounds(list(compared))
     rng = np.random.default_rng(0)
-    with engines(model, options.batch, options.output, not options.compile) as measured:
+    with engines(model, schedules, options.batch, options.output, not options.compile) as measured:
         for number in range(options.rounds):
             for label in shuffled(list(compared), rng):
                 rounds.blocks[label].append(measured(*compared[label], number))

@@ -17,14 +17,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import bench_parser, write_json
-from benchmarks.flops import CostShape, RequestShape, Work, as_dict, request_work
 from benchmarks.models import BenchModel, model_named
 from benchmarks.rounds import decimal
+from vllm_vtprune.kv_drop.plan import tokens_kept
+from vllm_vtprune.kv_drop.schedule import resolve
+from vtprune_eval.flops import CostShape, RequestShape, Work, as_dict, request_work
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
 from vtprune_loadtest.errors import LoadTestError
@@ -95,7 +97,7 @@ def report(
         full = RequestShape(images, text, shape.patches, output)
         found[concurrency] = {}
         for label, arm in arms.items():
-            pruned = _request(arm["median"], full, model.prune_layer if "kv" in label else None)
+            pruned = _request(arm["median"], full, model.prune_layer, label, shape.layers)
             work = request_work(shape, pruned, int(concurrency))
             limit = bound(shape, full, pruned, machine, int(concurrency))
             measured = arm["ratio"]["requests_per_s"]["median"] if label != base_label else 1.0
@@ -131,16 +133,20 @@ def report(
     return found
 
 
-def _request(median: Mapping[str, Any], full: RequestShape, prune_layer: int | None) -> RequestShape:
+def _request(
+    median: Mapping[str, Any], full: RequestShape, prune_layer: int, label: str, layers: int
+) -> RequestShape:
     kept = median["vision_tokens_kept"]
-    return RequestShape(
-        images=full.images,
-        text_tokens=full.text_tokens,
-        kept=full.kept if kept is None else kept / full.images,
-        output=full.output,
-        kv_kept=median["kv_tokens_kept"] if prune_layer is not None else None,
-        prune_layer=prune_layer,
-    )
+    below = replace(full, kept=full.kept if kept is None else kept / full.images)
+    _, _, schedule = label.partition("@")
+    if schedule:
+        # what leaves is a function of the counts: the text stays, as named schedules count visual tokens
+        prune_layers = resolve(schedule, layers).prune_layers
+        visual = round(below.images * below.kept)
+        tokens = tokens_kept(below.text_tokens + visual, visual, below.text_tokens, prune_layers)
+        above = zip((p.layer for p in prune_layers), tokens, strict=True)
+        return replace(below, bands=tuple(above))
+    return replace(below, bands=((prune_layer, median["kv_tokens_kept"]),)) if "kv" in label else below
 
 
 def _best(run: Callable[[], object], device: str) -> float:

@@ -98,7 +98,8 @@ def running(specs: Sequence[ServerSpec], model: BenchModel, log_dir: Path) -> It
 @contextlib.contextmanager
 def _running(spec: ServerSpec, model: BenchModel, log_dir: Path) -> Iterator[RunningServer]:
     log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / f"{model.name}-{spec.name}.log"
+    # a schedule's name may be a path
+    log = log_dir / f"{model.name}-{spec.name.replace('/', '_')}.log"
     process = ServerProcess.start(command(spec, model), log, environment(spec, model), within_s=_START_S)
     try:
         yield RunningServer(spec, process)

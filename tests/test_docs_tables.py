@@ -58,7 +58,10 @@ def test_the_playground_sends_the_contracts_headers() -> None:
     assert sent and sent.items() <= HEADERS.items()
 
 
-PACKAGES = ("vllm_vtprune", "server/vtprune_server", "vtprune_loadtest", "vtprune_eval", "benchmarks", "demo")
+PACKAGES = (
+    *("vllm_vtprune", "server/vtprune_server", "vtprune_loadtest", "vtprune_eval", "vtprune_calibrate"),
+    *("benchmarks", "demo"),
+)
 
 
 def test_every_error_hangs_in_the_tree_that_is_drawn() -> None:

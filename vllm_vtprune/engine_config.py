@@ -79,7 +79,12 @@ class PruneConfig(VerifyAndUpdateConfig):
         policy = policy_for(policy, family)
         special_ids = frozenset[int]()
         if policy.has_prune_layer:
-            policy = with_schedule(policy, model_config)
+            policy = with_schedule(
+                policy,
+                model_config,
+                dummy_weights=vllm_config.load_config.load_format == "dummy",
+                download_dir=vllm_config.load_config.download_dir,
+            )
             cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)

@@ -14,6 +14,8 @@
   * StreamError: a stream of events that breaks its protocol (`vtprune_loadtest.stream`)
   * RunnerError: an evaluation that cannot run (`vtprune_eval.backend`)
   * DataError: an evaluation's questions (`vtprune_eval.tasks`)
+  * SearchError: no schedule does what a calibration asks (`vtprune_calibrate.search`)
+  * JournalError: the journal of another calibration (`vtprune_calibrate.journal`)
 
 Apart from these stand `PrivateAddressError` (`vtprune_server.media`), which has to be one of vLLM's own for
 vLLM to answer it, and `StepFailedError` of the set-up script, which runs before anything is installed.

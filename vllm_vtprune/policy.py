@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vllm_vtprune.contract import AUTO, CUSTOM, KWARG, PRESETS
+from vllm_vtprune.contract import AUTO, CUSTOM, KWARG, PRESETS, Preset
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, ScheduleError, is_reference, parse
@@ -34,6 +34,10 @@ from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSetting
 CONFIG_KEY = "vtprune"
 #: The method that the model's family names (`families.base.Family.default_method`).
 AUTO_METHOD = "auto"
+#: A prompt that loses tokens in the decoder can neither read nor fill the prefix cache, which otherwise holds
+#: all but the last question of a later turn (docs/schedules.md has the measurement).
+FIRST_TURN, EVERY_TURN = "first_turn", "every_turn"
+PRESET_TURNS = (FIRST_TURN, EVERY_TURN)
 
 
 class OperatorModel(BaseModel):
@@ -72,6 +76,20 @@ def _ratings(names: str) -> str:
     return ",".join(found)
 
 
+def _preset_amounts(text: str) -> str:
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, amount = part.partition("=")
+        try:
+            fits = name in PRESETS and name != "off" and 0 <= float(amount) <= 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"must be names of presets with a number in [0, 1] each, such as balanced=0.55, not {part!r}"
+            )
+    return text
+
+
 class PrunePolicy(OperatorModel):
     """What the operator decides. Every field is a key of ``additional_config["vtprune"]``."""
 
@@ -82,6 +100,11 @@ class PrunePolicy(OperatorModel):
         default="",
         description="several prune layers in place of one, each with the largest share kept above it "
         "(8:0.5,16:vision=0.25,24:0), or a schedule: aim, pyramid, exit, or a JSON file",
+    )
+    prune_schedule: str = Field(
+        default="",
+        description="file of a schedule that `vtprune calibrate` wrote, in place of prune layers; refused "
+        "for another model",
     )
     window: int = Field(
         default=8, ge=1, description="last prompt tokens, which rate the others and always stay"
@@ -131,6 +154,16 @@ class PrunePolicy(OperatorModel):
         default=10.0,
         gt=0,
         description="seconds below half of every mark after which auto prunes less, one preset at a time",
+    )
+    preset_aggressiveness: Annotated[str, AfterValidator(_preset_amounts)] = Field(
+        default="",
+        description="the aggressiveness of presets where it is not the built-in one, such as "
+        "light=0.3,balanced=0.55; `vtprune calibrate` finds it",
+    )
+    preset_kv_keep: Annotated[str, _one_of(PRESET_TURNS)] = Field(
+        default=FIRST_TURN,
+        description="at which turns of a conversation a preset's kv_keep holds: first_turn (not in a request "
+        "that carries an earlier answer) or every_turn",
     )
     client_controls: bool = Field(default=True, description="whether clients may choose at all")
     # strict=False: JSON and YAML have lists
@@ -184,7 +217,14 @@ class PrunePolicy(OperatorModel):
     @model_validator(mode="before")
     @classmethod
     def _first_prune_layer(cls, values: Any) -> Any:
-        text = values.get("prune_layers") if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping):
+            return values
+        text, file = (values.get(name) for name in ("prune_layers", "prune_schedule"))
+        if isinstance(file, str) and file.strip():
+            if isinstance(text, str) and text.strip():
+                raise ValueError("prune_schedule and prune_layers exclude each other: leave one out")
+            # as for a name of a schedule below
+            return {**values, "prune_layer": None}
         if not isinstance(text, str) or not text.strip():
             return values
         if is_reference(text):
@@ -248,7 +288,21 @@ class PrunePolicy(OperatorModel):
     @property
     def has_prune_layer(self) -> bool:
         """Whether the second stage is on."""
-        return self.prune_layer is not None or bool(self.prune_layers.strip())
+        return self.prune_layer is not None or bool(self.named_schedule)
+
+    @property
+    def named_schedule(self) -> str:
+        """The prune layers, the name or the file of a schedule; empty where there is none."""
+        return self.prune_schedule.strip() or self.prune_layers.strip()
+
+    @cached_property
+    def presets(self) -> Mapping[str, Preset]:
+        """The presets, with this server's aggressiveness."""
+        parts = (
+            part.strip().partition("=") for part in self.preset_aggressiveness.split(",") if part.strip()
+        )
+        own = {name: replace(PRESETS[name], aggressiveness=float(amount)) for name, _, amount in parts}
+        return {**PRESETS, **own}
 
     @property
     def relevances(self) -> tuple[str, ...]:
@@ -293,23 +347,32 @@ class PrunePolicy(OperatorModel):
             return False
         return True
 
-    def resolve(self, controls: Controls, level: str | None = None) -> PruneSettings:
+    @cached_property
+    def _default_of_later_turns(self) -> PruneSettings:
+        return self._resolve(Controls(), later_turn=True)
+
+    def resolve(
+        self, controls: Controls, level: str | None = None, *, later_turn: bool = False
+    ) -> PruneSettings:
         """What the client asked for, checked against this policy.
 
         Args:
-            controls: the client's.
+            controls: the request's.
             level: the preset that `auto` is now; its floor where nobody follows the load.
+            later_turn: the request carries an earlier answer of its conversation; see `preset_kv_keep`.
 
         Raises:
             SettingsError: fields that exclude each other, a cap, a method that is not allowed, controls
                 that are switched off, or `kv_keep` below 1 on a server without a prune layer.
         """
         if not controls.fields:
-            return self.default_settings if self.default_preset != AUTO else self._resolve(controls, level)
+            if self.default_preset != AUTO:
+                return self._default_of_later_turns if later_turn else self.default_settings
+            return self._resolve(controls, level, later_turn=later_turn)
         if not self.client_controls:
             name = controls.name(next(iter(controls.fields)))
             raise SettingsError(f"{name} cannot be set: the operator of this server fixed the pruning.", name)
-        return self._resolve(controls, level)
+        return self._resolve(controls, level, later_turn=later_turn)
 
     def check_extra_args(self, extra_args: Mapping[str, Any] | None) -> None:
         """Judge second-stage settings in `SamplingParams.extra_args`, as `KVSettings` writes them.
@@ -334,16 +397,19 @@ class PrunePolicy(OperatorModel):
             )
         self._check_caps(controls, self.default_settings.vision, self._resolve_kv(controls, 1.0))
 
-    def _resolve(self, controls: Controls, level: str | None = None) -> PruneSettings:
-        settings = self._combine(controls, level)
+    def _resolve(
+        self, controls: Controls, level: str | None = None, *, later_turn: bool = False
+    ) -> PruneSettings:
+        later = later_turn and self.preset_kv_keep == FIRST_TURN
+        settings = self._combine(controls, level, later=later)
         self._check_caps(controls, settings.vision, settings.kv)
         if controls.fields.keys() <= {"preset"}:
             return settings
         # what was named besides the preset must not be counted under the preset's name
-        alone = self._combine(Controls({"preset": (settings.preset, "preset")}), level)
+        alone = self._combine(Controls({"preset": (settings.preset, "preset")}), level, later=later)
         return settings if settings.prunes_as(alone) else replace(settings, preset=CUSTOM)
 
-    def _combine(self, controls: Controls, level: str | None) -> PruneSettings:
+    def _combine(self, controls: Controls, level: str | None, *, later: bool = False) -> PruneSettings:
         keep_ratio = controls.get("keep_ratio")
         if keep_ratio is not None and controls.get("aggressiveness") is not None:
             name = controls.name("keep_ratio")
@@ -355,7 +421,7 @@ class PrunePolicy(OperatorModel):
         preset_name = controls.get("preset", self.default_preset)
         by_load = preset_name == AUTO
         level = (level or self.auto_levels[0]) if by_load else None
-        preset = PRESETS[level or preset_name]
+        preset = self.presets[level or preset_name]
         method = controls.get("method", self.method_named_by_none())
         if method not in METHODS or method not in self.methods:
             name = controls.name("method")
@@ -373,7 +439,7 @@ class PrunePolicy(OperatorModel):
             # who says how much is to stay means it
             max_share=preset.max_share if of_preset else 1.0,
         )
-        kv = self._resolve_kv(controls, preset.kv_keep)
+        kv = self._resolve_kv(controls, 1.0 if later else preset.kv_keep)
         return PruneSettings(preset_name, vision, kv, level)
 
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:

@@ -3,6 +3,7 @@
 
     vtprune eval --method inflection,topk,divprune --keep-ratio 0.33,0.22,0.11
     vtprune eval --aggressiveness 0.3,0.5,0.7 --kv-keep 1,0.5 --prune-layer 2 --out results
+    vtprune eval --schedule aim pyramid 1:0.8,3:0.3 --out results
     vtprune eval --preset light,balanced,aggressive --server http://localhost:8000
     vtprune eval llava-hf/llava-1.5-7b-hf --questions mine.jsonl --device cuda --dtype float16
     vtprune eval --draw picture.png --aggressiveness 0.5

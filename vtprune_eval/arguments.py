@@ -11,11 +11,14 @@ from typing import Any
 from vllm_vtprune.contract import FIELDS, PRESETS
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection import DEFAULT_METHOD, METHODS, SCORES
-from vtprune_eval.decoder import RATINGS
+from vtprune_eval.borders import RATINGS
 from vtprune_eval.drawn import DOMAINS
 from vtprune_eval.scenes import SPLITS
 from vtprune_eval.setting import DOWNSCALE
 from vtprune_loadtest.command import SentenceParser
+
+#: What rates tokens at a single prune layer, where none is below to inherit from.
+_ALONE = tuple(name for name, rating in RATINGS.items() if not rating.inherits)
 
 
 def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
@@ -63,8 +66,15 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         default=[],
         help="K; default: the demo model's own; a server has its own",
     )
+    how.add_argument(
+        "--schedule",
+        nargs="+",
+        default=[],
+        metavar="SCHEDULE",
+        help="several prune layers in place of one: 1:0.5,3:0, aim, pyramid, exit, or a JSON file",
+    )
     how.add_argument("--window", type=_counts, default=[8])
-    how.add_argument("--relevance", type=_names(RATINGS), default=["attention"])
+    how.add_argument("--relevance", type=_names(_ALONE), default=["attention"])
     how.add_argument("--no-baselines", action="store_true", help="run nothing else at the same counts")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--server", metavar="URL", help="a running vtprune server, instead of transformers")

@@ -25,7 +25,8 @@ class Reply:
         vision_tokens: of the picture, before pruning.
         vision_tokens_kept: given to the language model.
         prompt_tokens: given to the language model, the picture's included.
-        prompt_tokens_kept: that stay above the prune layer.
+        prompt_tokens_kept: that stay above the first prune layer.
+        kept_above: that stay above each further prune layer.
     """
 
     text: str
@@ -33,6 +34,12 @@ class Reply:
     vision_tokens_kept: int
     prompt_tokens: int
     prompt_tokens_kept: int
+    kept_above: tuple[int, ...] = ()
+
+    @property
+    def by_band(self) -> tuple[int, ...]:
+        """Prompt tokens that each band of the decoder sees, from the lowest up."""
+        return (self.prompt_tokens, self.prompt_tokens_kept, *self.kept_above)
 
     @property
     def unpruned_tokens(self) -> int:

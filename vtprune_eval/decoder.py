@@ -12,50 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_vtprune.kv_drop.plan import protected_positions, scope_of, shares_of, tokens_kept
-from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
-from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, kept_rows
 from vllm_vtprune.kv_drop.schedule import PruneLayer
-from vllm_vtprune.settings import KVSettings
-
-#: How stage 2 can rate tokens: as the engine can, and at random, the baseline for its choice.
-RATINGS: Mapping[str, Relevance] = {
-    **{name: rating for name, rating in RELEVANCE.items() if not rating.inherits},
-    "random": Relevance(),
-}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One picture's question.
-
-    Attributes:
-        before: token ids ahead of the picture.
-        picture: its number in the batch's pictures.
-        after: token ids behind it, the question's.
-    """
-
-    before: tuple[int, ...]
-    picture: int
-    after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Dropping:
-    """Stage 2 as one setting asks for it."""
-
-    kv: KVSettings
-    prune_layer: int
-    window: int
-    relevance: str
-    special_ids: frozenset[int]
+from vtprune_eval.borders import RATINGS, Borders, Dropping, Prompt
 
 
 @dataclass
@@ -65,7 +29,7 @@ class _Run:
     cache: DynamicCache
     segments: list[tuple[range, Tensor]]
     lengths: Tensor
-    kept: list[int]
+    kept: list[list[int]]
     last: Tensor
 
 
@@ -82,7 +46,7 @@ class Decoder:
     @torch.inference_mode()
     def answer(
         self, pictures: Sequence[Tensor], prompts: Sequence[Prompt], dropping: Dropping | None, limit: int
-    ) -> list[tuple[list[int], int]]:
+    ) -> list[tuple[list[int], list[int]]]:
         """Greedy answers.
 
         Args:
@@ -92,8 +56,8 @@ class Decoder:
             limit: tokens of an answer at most.
 
         Returns:
-            Per prompt the answer's tokens without the one that ends it, and how many prompt tokens the layers
-            above the prune layer were given.
+            Per prompt the answer's tokens without the one that ends it, and how many prompt tokens each
+            band above a prune layer was given; without stage 2 the prompt's length.
         """
         if dropping is None:
             run = self._prefill_shared(pictures, prompts)
@@ -122,89 +86,85 @@ class Decoder:
             cache,
             [(every, torch.cat([seen, valid], 1))],
             lengths,
-            lengths.tolist(),
+            [[length] for length in lengths.tolist()],
             hidden[torch.arange(len(prompts)), valid.sum(1) - 1],
         )
 
     def _prefill_dropping(
         self, pictures: Sequence[Tensor], prompts: Sequence[Prompt], dropping: Dropping
     ) -> _Run:
-        """The layers below the prune layer see every token, those above it the kept ones."""
+        """The layers below the first prune layer see every token, those above each the ones kept there."""
         sequences = [
             torch.cat([self._embed(p.before), pictures[p.picture], self._embed(p.after)]) for p in prompts
         ]
         hidden, valid = _pad(sequences)
-        places, cache = _places(valid), DynamicCache()
-        below, above = range(dropping.prune_layer), range(dropping.prune_layer, self.layers)
-        with self._captured(dropping.prune_layer - 1) as captured:
-            hidden = self._run(below, hidden, places, _causal(valid), cache)
-        rows, kept = self._kept(captured, valid, places, pictures, prompts, dropping)
+        places, cache, lengths = _places(valid), DynamicCache(), valid.sum(1)
+        borders = Borders(prompts, [len(rows) for rows in pictures], dropping, self.device)
+        segments, first = [], 0
+        for index, border in enumerate(dropping.shares):
+            band, rating = range(first, border.layer), borders.rating_at(index)
+            with self._captured(border.layer - 1) as captured:
+                hidden = self._run(band, hidden, places, _causal(valid), cache)
+            segments.append((band, valid))
+            reaching = borders.at(index)
+            if rating is not None:
+                scale = self.language.layers[border.layer - 1].self_attn.head_dim ** -0.5
+                queries, keys = self._queries_and_keys(captured, border.layer - 1, places, rating.rotary)
+                borders.rate(index, queries[valid], keys[valid], reaching, scale)
+            if reaching.cuts:
+                rows, counts = borders.keep(reaching), borders.kept[index].tolist()
+                stays = list(hidden[valid][rows].split(counts))
+                places, _ = _pad(list(places[valid][rows].split(counts)))
+                hidden, valid = _pad(stays)
+            first = border.layer
+        band = range(first, self.layers)
+        hidden = self._run(band, hidden, places, _causal(valid), cache)
+        last = hidden[torch.arange(len(prompts)), valid.sum(1) - 1]
+        return _Run(cache, [*segments, (band, valid)], lengths, borders.kept.T.tolist(), last)
 
-        counts = kept.tolist()
-        hidden, stays = _pad(list(hidden[valid][rows].split(counts)))
-        positions, _ = _pad(list(places[valid][rows].split(counts)))
-        hidden = self._run(above, hidden, positions, _causal(stays), cache)
-        return _Run(
-            cache,
-            [(below, valid), (above, stays)],
-            valid.sum(1),
-            counts,
-            hidden[torch.arange(len(prompts)), stays.sum(1) - 1],
-        )
-
-    def _kept(
-        self,
-        captured: dict[str, Tensor],
-        valid: Tensor,
-        places: Tensor,
-        pictures: Sequence[Tensor],
-        prompts: Sequence[Prompt],
-        dropping: Dropping,
+    def _queries_and_keys(
+        self, captured: Mapping[str, Tensor], index: int, places: Tensor, rotary: bool
     ) -> tuple[Tensor, Tensor]:
-        """The rows of all prompts, end to end, that stay, [kept]; and how many of each prompt, [B]."""
-        protected, length, kept = [], [], []
-        shares = shares_of(dropping.kv, [PruneLayer(dropping.prune_layer)])
-        scope = scope_of(dropping.kv, shares)
-        for prompt in prompts:
-            tokens = len(pictures[prompt.picture])
-            ids = [*prompt.before, *[0] * tokens, *prompt.after]
-            mask = protected_positions(
-                ids, [(len(prompt.before), tokens)], dropping.special_ids, scope, dropping.window
-            )
-            protected.append(mask)
-            length.append(len(ids))
-            kept += tokens_kept(len(ids), tokens, int(mask.sum()), shares)
-        start = np.cumsum([0, *length[:-1]])
-        # only prompts that lose tokens are rated: those are longer than the window
-        rated = np.array(kept) < length
-        buckets = make_buckets(start[rated], np.array(length)[rated], np.array(kept)[rated])
-        pruned = PrunedPrompts(
-            rows=sum(length),
-            rows_kept=sum(kept),
-            protected=torch.from_numpy(np.concatenate(protected)).to(self.device),
-            buckets=tuple(
-                Bucket(padded, *torch.from_numpy(facts).to(self.device)) for padded, facts in buckets
-            ),
-        )
-        rating = RATINGS[dropping.relevance]
-        attention = self.language.layers[dropping.prune_layer - 1].self_attn
-        size = attention.head_dim
+        """A layer's queries and keys, [B, L, heads, head_dim] each, with or without rotary embedding."""
+        size = self.language.layers[index].self_attn.head_dim
         q, k = (captured[name].unflatten(-1, (-1, size)).transpose(1, 2) for name in ("q_proj", "k_proj"))
-        if dropping.relevance == "random":
-            generator = torch.Generator(self.device).manual_seed(0)
-            q, k = (torch.empty_like(x).normal_(generator=generator) for x in (q, k))
-        elif rating.rotary:
+        if rotary:
             q, k = apply_rotary_pos_emb(q, k, *self.language.rotary_emb(captured["q_proj"], places))
-        rows = kept_rows(
-            q.transpose(1, 2)[valid],
-            k.transpose(1, 2)[valid],
-            pruned,
-            relevance=rating,
-            queries=rating.queries(dropping.window),
-            total_heads=q.shape[1],
-            scale=size**-0.5,
-        )
-        return rows, torch.tensor(kept)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    @torch.inference_mode()
+    def ratings(
+        self, pictures: Sequence[Tensor], prompts: Sequence[Prompt], window: int, relevance: str = "attention"
+    ) -> list[Tensor]:
+        """How relevant each visual token would be at every prune layer, were nothing dropped below.
+
+        Args:
+            pictures: see `answer`.
+            prompts: see `answer`; each longer than the window.
+            window: last prompt tokens that rate the others.
+            relevance: a name of `RATINGS`.
+
+        Returns:
+            Per prompt the scores at prune layers 1 to the last, [layers - 1, visual tokens].
+        """
+        sequences = [
+            torch.cat([self._embed(p.before), pictures[p.picture], self._embed(p.after)]) for p in prompts
+        ]
+        hidden, valid = _pad(sequences)
+        places = _places(valid)
+        shares = (PruneLayer(1, 0.5, "vision"),)
+        dropping = Dropping(shares, "vision", window, (relevance,), frozenset())
+        by_layer = []
+        for index in range(self.layers - 1):
+            borders = Borders(prompts, [len(rows) for rows in pictures], dropping, self.device)
+            with self._captured(index) as captured:
+                hidden = self._run(range(index, index + 1), hidden, places, _causal(valid), None)
+            queries, keys = self._queries_and_keys(captured, index, places, RATINGS[relevance].rotary)
+            scale = self.language.layers[index].self_attn.head_dim ** -0.5
+            rated = borders.rate(0, queries[valid], keys[valid], borders.at(0), scale)
+            by_layer.append(rated.split(valid.sum(1).tolist()))
+        seen = [slice(len(p.before), len(p.before) + len(pictures[p.picture])) for p in prompts]
+        return [torch.stack([scores[n][place] for scores in by_layer]).cpu() for n, place in enumerate(seen)]
 
     def _decode(self, run: _Run, limit: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in run.kept]
@@ -228,7 +188,7 @@ class Decoder:
         return answers
 
     def _run(
-        self, layers: range, hidden: Tensor, places: Tensor, mask: Tensor, cache: DynamicCache
+        self, layers: range, hidden: Tensor, places: Tensor, mask: Tensor, cache: DynamicCache | None
     ) -> Tensor:
         """Run [B, L, hidden] through some layers at the given positions [B, L], True in `mask` is seen."""
         rotary = self.language.rotary_emb(hidden, places)

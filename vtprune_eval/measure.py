@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.kv_drop.schedule import band_sizes
 from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
 from vtprune_eval.setting import Setting
@@ -59,7 +60,7 @@ def evaluate(
 def _baselines(runner: Runner, setting: Setting, names: Sequence[str]) -> dict[str, list[Sequence[Reply]]]:
     """Replies of each baseline, one list per draw."""
     if setting.vision.keeps_all:
-        if setting.prune_layer is None or setting.relevance == "random" or "random" not in names:
+        if not setting.prune_layers or setting.relevance == "random" or "random" not in names:
             return {}
         return {"random": [runner.answer(replace(setting, relevance="random"))]}
     return {
@@ -163,12 +164,16 @@ def _content(asked: Questions, kept: Floats) -> dict[str, Any] | None:
 
 
 def _cache_share(setting: Setting, replies: Sequence[Reply], layers: int | None) -> float | None:
-    if setting.kv.drops and (layers is None or setting.prune_layer is None):
-        return None
-    below = (setting.prune_layer or 0) / (layers or 1) if setting.kv.drops else 0.0
-    stored = below * _column(replies, "prompt_tokens") + (1 - below) * _column(replies, "prompt_tokens_kept")
     whole = sum(reply.unpruned_tokens for reply in replies)
-    return round(float(stored.sum() / whole), 4)
+    if not setting.kv.drops:
+        return round(sum(reply.prompt_tokens for reply in replies) / whole, 4)
+    if layers is None or not setting.prune_layers:
+        return None
+    sizes = band_sizes(layers, [prune_layer.layer for prune_layer in setting.prune_layers])
+    stored = sum(
+        size * tokens for reply in replies for size, tokens in zip(sizes, reply.by_band, strict=True)
+    )
+    return round(stored / (layers * whole), 4)
 
 
 def _right(asked: Questions, draws: Sequence[Sequence[Reply]]) -> Floats:

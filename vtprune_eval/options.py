@@ -11,13 +11,15 @@ import torch
 from transformers import AutoConfig
 
 from vllm_vtprune import demo_model
+from vllm_vtprune.kv_drop.schedule import resolve
 from vllm_vtprune.selection import DEFAULT_METHOD
 from vllm_vtprune.settings import KVSettings, VisionSettings
-from vtprune_eval.setting import Setting
+from vtprune_eval.setting import AS_SCHEDULED, Setting
 
 #: What a server's operator decides: flag -> attribute and default.
 _OPERATORS = {
     "--prune-layer": ("prune_layer", []),
+    "--schedule": ("schedule", []),
     "--window": ("window", [8]),
     "--relevance": ("relevance", ["attention"]),
     "--score": ("score", "cosine"),
@@ -34,6 +36,8 @@ def judge(options: argparse.Namespace) -> None:
         raise ValueError(
             "--aggressiveness and --keep-ratio exclude each other: run them one after the other."
         )
+    if options.schedule and (options.preset or options.prune_layer or options.kv_keep != [1.0]):
+        raise ValueError("--schedule stands in place of --preset, --prune-layer and --kv-keep.")
     if options.study and (options.out is None or options.server):
         raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
     if missing := [str(path) for path in options.draw or () if not path.is_file()]:
@@ -58,6 +62,12 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
         VisionSettings(method=method, score=options.score, **amount)
         for method, amount in product(options.method, amounts)
     ]
+    if options.schedule:
+        return [
+            setting
+            for vision, window, text in product(visions, options.window, options.schedule)
+            for setting in _scheduled(vision, window, text, options)
+        ]
     drops = product(options.kv_keep, options.kv_scope, layers, options.window, options.relevance)
     settings = [
         Setting(vision, KVSettings(keep, scope), layer, window, relevance)
@@ -68,6 +78,16 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
         (s.vision, (s.kv, s.prune_layer, s.window, s.relevance) if s.kv.drops else None): s for s in settings
     }
     return list(once.values())
+
+
+def _scheduled(vision: VisionSettings, window: int, text: str, options: argparse.Namespace) -> list[Setting]:
+    """A schedule as it is, under its own rating where it has one."""
+    schedule = resolve(text, model_config(options.model).get_text_config().num_hidden_layers)
+    ratings = [",".join(schedule.relevance)] if schedule.relevance else options.relevance
+    return [
+        Setting(vision, AS_SCHEDULED, None, window, rating, schedule=schedule.prune_layers)
+        for rating in ratings
+    ]
 
 
 def model_config(model: str | None) -> Any:
@@ -120,6 +140,8 @@ def _judge_for_transformers(options: argparse.Namespace) -> None:
     layers = model_config(options.model).get_text_config().num_hidden_layers
     allowed = f"1 to {layers - 1} for this model's {layers} decoder layers"
     for setting in dropping:
+        if setting.schedule:
+            continue
         if setting.prune_layer is None:
             raise ValueError(
                 f"{asked} drops tokens at a prune layer (kv_keep {setting.kv.keep:g}): name it with "

@@ -113,14 +113,18 @@ class RemoteRunner:
 
     def _setting_headers(self, setting: Setting) -> list[dict[str, str]]:
         """Headers of each question's request."""
-        if setting.prune_layer is not None or setting.relevance != "attention":
+        if setting.prune_layers or setting.relevance != "attention":
             raise RunnerError(
                 "The prune layer, the window and the relevance are the server's: leave them out."
             )
         if setting.vision.score != "cosine":
             raise RunnerError("The score is the server operator's setting: leave out --score.")
         vision = setting.vision
-        common = {"method": vision.method, "kv_keep": f"{setting.kv.keep!r}", "kv_scope": setting.kv.scope}
+        common = {
+            "method": vision.method,
+            "kv_keep": ",".join(map(repr, setting.kv.shares)),
+            "kv_scope": setting.kv.scope,
+        }
         if not setting.kv.drops:
             # a server without a prune layer takes neither field
             common = {"method": vision.method}

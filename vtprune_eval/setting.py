@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_vtprune.contract import PRESETS
+from vllm_vtprune.kv_drop.schedule import PruneLayer
 from vllm_vtprune.selection import DEFAULT_METHOD
 from vllm_vtprune.settings import KVSettings, VisionSettings
 
@@ -14,6 +16,8 @@ from vllm_vtprune.settings import KVSettings, VisionSettings
 DOWNSCALE = "downscale"
 #: The rules that every method is compared with at its own counts.
 BASELINES = ("random", "uniform", DOWNSCALE)
+#: Of a request that takes whatever schedule it meets.
+AS_SCHEDULED = KVSettings(math.nextafter(1.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class Setting:
     Attributes:
         vision: stage 1.
         kv: stage 2's keep share and scope.
-        prune_layer: K of stage 2. None leaves it to a server's operator; the transformers runner needs it
-            where `kv` drops anything.
+        prune_layer: K of stage 2. None leaves it to a server's operator; the transformers runner needs it,
+            or a schedule, where `kv` drops anything.
         window: last prompt tokens that rate the others and stay.
-        relevance: how stage 2 rates tokens; a name of `decoder.RATINGS`.
+        relevance: how stage 2 rates tokens: a name of `borders.RATINGS`, or one for each prune layer,
+            separated by commas.
         like: of a baseline, the stage 1 whose count it keeps, picture by picture.
         draw: of `random`, which of several draws.
+        schedule: several prune layers in the place of `prune_layer`; `AS_SCHEDULED` takes it as it is.
     """
 
     vision: VisionSettings = field(default_factory=VisionSettings)
@@ -38,6 +44,7 @@ class Setting:
     relevance: str = "attention"
     like: VisionSettings | None = None
     draw: int = 0
+    schedule: tuple[PruneLayer, ...] = ()
 
     @staticmethod
     def preset(name: str, prune_layer: int | None = None) -> Setting:
@@ -72,6 +79,17 @@ class Setting:
         return self.vision.method == DOWNSCALE and not self.vision.keeps_all
 
     @property
+    def prune_layers(self) -> tuple[PruneLayer, ...]:
+        """The prune layers, from the lowest up; empty where a server's operator knows them."""
+        alone = () if self.prune_layer is None else (PruneLayer(self.prune_layer),)
+        return self.schedule or alone
+
+    @property
+    def relevances(self) -> tuple[str, ...]:
+        """The rating at each prune layer; the last holds for the rest."""
+        return tuple(self.relevance.split(","))
+
+    @property
     def prunes(self) -> bool:
         """Whether anything may be dropped."""
         return not self.vision.keeps_all or self.kv.drops
@@ -90,8 +108,12 @@ class Setting:
             parts += [self.vision.score] if self.vision.score != "cosine" else []
             parts += [f"max_share={self.vision.max_share:g}"] if self.vision.max_share < 1 else []
         if self.kv.drops:
-            parts += [f"kv_keep={self.kv.keep:g}", f"scope={self.kv.scope}"]
-            if self.prune_layer is not None:
+            scheduled = bool(self.schedule) and self.kv == AS_SCHEDULED
+            parts += [] if scheduled else [f"kv_keep={_written(self.kv)}", f"scope={self.kv.scope}"]
+            if self.schedule:
+                text = ",".join(map(str, self.schedule))
+                parts += [text, f"window={self.window}", self.relevance]
+            elif self.prune_layer is not None:
                 parts += [f"K={self.prune_layer}", f"window={self.window}", self.relevance]
         return " ".join(parts) or "unpruned"
 
@@ -103,9 +125,14 @@ class Setting:
             "keep_ratio": self.vision.keep_ratio,
             "score": self.vision.score,
             "max_share": self.vision.max_share,
-            "kv_keep": self.kv.keep,
+            "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
             "prune_layer": self.prune_layer if self.kv.drops else None,
+            "schedule": ",".join(map(str, self.schedule)) if self.kv.drops and self.schedule else None,
             "window": self.window if self.kv.drops else None,
             "relevance": self.relevance if self.kv.drops else None,
         }
+
+
+def _written(kv: KVSettings) -> str:
+    return ",".join(f"{share:g}" for share in kv.shares)

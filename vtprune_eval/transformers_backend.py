@@ -19,7 +19,8 @@ from vllm_vtprune.selection.registry import METHODS
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.question import question_rater
 from vtprune_eval.backend import Reply, RunnerError
-from vtprune_eval.decoder import Decoder, Dropping, Prompt
+from vtprune_eval.borders import Dropping, Prompt
+from vtprune_eval.decoder import Decoder
 from vtprune_eval.downscale import SmallerPictures
 from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.setting import BASELINES, Setting
@@ -195,7 +196,8 @@ class LocalRunner:
                     places[shown[prompt.picture]],
                     vision,
                     len(prompt.before) + vision + len(prompt.after),
-                    kept,
+                    kept[0],
+                    tuple(kept[1:]),
                 )
         return [replies[number] for number in range(len(self.prompts))]
 
@@ -221,12 +223,18 @@ class LocalRunner:
     def _dropping(self, setting: Setting) -> Dropping | None:
         if not setting.kv.drops:
             return None
-        if setting.prune_layer is None or not 1 <= setting.prune_layer < self.layers:
+        layers = [prune_layer.layer for prune_layer in setting.prune_layers]
+        if not layers or not 1 <= layers[0] <= layers[-1] < self.layers:
             raise RunnerError(
                 f"kv_keep {setting.kv.keep:g} needs --prune-layer: 1 to {self.layers - 1} for this decoder."
             )
-        return Dropping(
-            setting.kv, setting.prune_layer, setting.window, setting.relevance, self.model.special_ids
+        return Dropping.of(
+            setting.kv,
+            setting.prune_layers,
+            setting.window,
+            setting.relevances,
+            self.model.special_ids,
+            setting.draw if "random" in setting.relevances else 0,
         )
 
 

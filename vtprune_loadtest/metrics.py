@@ -8,6 +8,7 @@ rather than counted by whole seconds.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vtprune_loadtest.record import RequestRecord
 PERCENTILES = (90, 95, 99)
 SLO_NAMES = ("ttft", "tpot", "e2el")
 VTPRUNE_FIELDS = ("vision_tokens", "vision_tokens_kept", "kv_tokens", "kv_tokens_kept")
+BY_LAYER = "kv_tokens_kept_by_layer"
 
 
 def parse_slo(text: str) -> dict[str, float]:
@@ -118,6 +120,10 @@ def _pruning(done: Sequence[RequestRecord]) -> dict[str, Any]:
         if (values := [r.vtprune[name] for r in reports if r.vtprune is not None and name in r.vtprune])
     }
     summary: dict[str, Any] = dict(sums)
+    # a server with several prune layers counts the tokens above each
+    by_layer = [r.vtprune[BY_LAYER] for r in reports if r.vtprune is not None and BY_LAYER in r.vtprune]
+    if by_layer:
+        summary[BY_LAYER] = [sum(tokens) for tokens in zip_longest(*by_layer, fillvalue=0)]
     for kind in ("vision_tokens", "kv_tokens"):
         if kind in sums and f"{kind}_kept" in sums:
             summary[f"{kind}_kept_share"] = _ratio(sums[f"{kind}_kept"], sums[kind])

@@ -45,7 +45,7 @@ class RequestRecord:
     token_times_s: list[float] = field(default_factory=list)
     output_tokens: int = 0
     prompt_tokens: int | None = None
-    vtprune: dict[str, int] | None = None
+    vtprune: dict[str, Any] | None = None
     level: str | None = None
     finish_reason: str | None = None
     error_kind: str | None = None

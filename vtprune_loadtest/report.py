@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vtprune_loadtest.columns import TERMINAL_WIDTH, columns
+from vtprune_loadtest.metrics import BY_LAYER
 
 Entry = dict[str, Any]
 _ERROR_SAMPLES = 3
@@ -171,8 +172,18 @@ def _tokens(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     return header, [[entry["setting"], *(_mean(entry, key) for key in keys)] for entry in entries]
 
 
+def _kv_kept(entry: Entry) -> str:
+    """Above each prune layer, from the lowest up."""
+    by_layer = entry.get(BY_LAYER) or [entry.get("kv_tokens_kept")]
+    return "/".join(_per_answer(total, entry) for total in by_layer)
+
+
 def _mean(entry: Entry, key: str) -> str:
-    total, answers = entry.get(key), entry["completed"]
+    return _kv_kept(entry) if key == "kv_tokens_kept" else _per_answer(entry.get(key), entry)
+
+
+def _per_answer(total: float | None, entry: Entry) -> str:
+    answers = entry["completed"]
     return _NONE if total is None or not answers else f"{total / answers:.0f}"
 
 

@@ -15,6 +15,7 @@ _COMMANDS = {
     "loadtest": "vtprune_loadtest.__main__",
     "eval": "vtprune_eval.__main__",
     "memory": "vtprune_server.memory",
+    "calibrate": "vtprune_calibrate.__main__",
 }
 
 _USAGE = """\
@@ -25,6 +26,7 @@ commands:
   loadtest        load-test an OpenAI-compatible server
   eval            measure what pruning costs in answers
   memory MODEL    what tower and engine take of a GPU, from config.json alone
+  calibrate       find the prune schedule for a model and its pictures
   version         print the versions
 
 `vtprune COMMAND --help` lists a command's options.

@@ -17,7 +17,6 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
-from vllm_vtprune.contract import PRESETS
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls
 from vllm_vtprune.vision.explain import Explanation, explain
@@ -90,7 +89,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
         },
         "limits": _limits(model_config),
-        "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
+        "presets": {name: dataclasses.asdict(preset) for name, preset in context.policy.presets.items()},
         "auto": {"level": state.vtprune_auto.level, "levels": list(state.vtprune_auto.levels)},
         "methods": list(context.policy.methods),
         "versions": _versions(),

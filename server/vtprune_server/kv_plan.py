@@ -55,6 +55,13 @@ class KVPlanner:
             has_prompt_embeds="prompt_embeds" in engine_input,
         )
 
+    def by_layer(self, plan: PromptPlan) -> tuple[int, ...]:
+        """Tokens of a prompt above each prune layer; all of them where it is served whole."""
+        layers = len(self.config.schedule)
+        return plan.kept_by_layer if len(plan.kept_by_layer) == layers else (plan.kept,) * layers
+
     def count(self, plan: PromptPlan) -> None:
         """Count a prompt that was answered."""
         metrics.count(plan, block_size=self.block_size, groups=self.groups)
+        for layer, kept in zip(self.config.prune_layers, self.by_layer(plan), strict=True):
+            metrics.BAND_TOKENS.labels(str(layer)).inc(kept)

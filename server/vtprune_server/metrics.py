@@ -29,9 +29,9 @@ KEPT_RATIO = Histogram(
     ["preset"],
     buckets=(0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 0.99, 1.0),
 )
-KV_TOKENS = Counter("vtprune_kv_tokens", "Prompt tokens below the prune layer.")
-KV_TOKENS_KEPT = Counter("vtprune_kv_tokens_kept", "Prompt tokens above the prune layer.")
-KV_TOKENS_DROPPED = Counter("vtprune_kv_tokens_dropped", "Prompt tokens dropped at the prune layer.")
+KV_TOKENS = Counter("vtprune_kv_tokens", "Prompt tokens below the first prune layer.")
+KV_TOKENS_KEPT = Counter("vtprune_kv_tokens_kept", "Prompt tokens above the first prune layer.")
+KV_TOKENS_DROPPED = Counter("vtprune_kv_tokens_dropped", "Prompt tokens dropped at the first prune layer.")
 UNPRUNED = Counter(
     "vtprune_requests_unpruned",
     "Answered requests that lost no token: off (they asked for none of it), no_images, nothing_to_drop (the "

@@ -84,8 +84,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
         self._count(engine_inputs, request, settings)
         return engine_inputs
 
-    def resolve(self, request: Any) -> PruneSettings:
+    def resolve(self, request: Any, *, later_turn: bool = False) -> PruneSettings:
         """The settings of a request: headers over body over the model's name over the operator's default.
+
+        Args:
+            request: vLLM's request model.
+            later_turn: it carries an earlier answer.
 
         Raises:
             VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
@@ -99,7 +103,8 @@ class PrunedOnlineRenderer(OnlineRenderer):
             if controls.fields and not self.vtprune_context.prunes:
                 name = controls.name(next(iter(controls.fields)))
                 raise SettingsError(f"{name} cannot be set: this server's model is not pruned.", name)
-            context.settings = self.vtprune_context.policy.resolve(controls, self.auto.level)
+            policy = self.vtprune_context.policy
+            context.settings = policy.resolve(controls, self.auto.level, later_turn=later_turn)
         except SettingsError as error:
             raise refusal(error) from error
         return context.settings
@@ -117,7 +122,8 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
-        settings = with_question(self.resolve(request), question_of(messages))
+        later_turn = _carries_an_answer(messages)
+        settings = with_question(self.resolve(request, later_turn=later_turn), question_of(messages))
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
             settings = _kv_compatible(request, settings)
@@ -158,8 +164,15 @@ class PrunedOnlineRenderer(OnlineRenderer):
                 logprobs = getattr(request, "prompt_logprobs", None)
                 plan = self.kv_planner.plan(engine_input, settings.kv, logprobs)
                 counts.kv_tokens_kept = plan.kept
+                counts.kv_tokens_by_layer = self.kv_planner.by_layer(plan)
                 context.plans.append(plan)
             context.add(counts)
+
+
+def _carries_an_answer(messages: list[Any]) -> bool:
+    """Whether the model has answered before in this conversation; an answer to be continued is none."""
+    roles = [m.get("role") if isinstance(m, Mapping) else getattr(m, "role", None) for m in messages[:-1]]
+    return "assistant" in roles
 
 
 def _refuse_own_key(mapping: Mapping[str, Any] | None, where: str) -> None:

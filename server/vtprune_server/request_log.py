@@ -107,7 +107,7 @@ class RequestRecord:
     def _unpruned_because(self, counts: TokenCounts) -> str | None:
         """Why no token was dropped; None when some were."""
         settings = self._context.settings
-        if counts.vision_tokens_kept < counts.vision_tokens or counts.kv_tokens_kept < counts.kv_tokens:
+        if counts.drops:
             return None
         if self._context.unpruned is not None:
             return self._context.unpruned

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fleet
-from benchmarks.flops import CostShape
 from benchmarks.models import CLIP_L, LLAVA_7B, write_config
 from tests.conftest import REPOSITORY
+from vtprune_eval.flops import CostShape
 
 PLANS = {name: fleet.replica(request) for name, request in fleet.SETTINGS.items()}
 

@@ -21,12 +21,14 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks import __main__ as short_version
 from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
-from benchmarks.flops import CostShape, RequestShape, Work, request_work
+from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
 from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer, tower_seconds_in
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
+from vllm_vtprune.kv_drop.schedule import PruneLayer, check
+from vtprune_eval.flops import CostShape, RequestShape, Work, kv_bytes, request_work
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.processes import ServerProcess
 from vtprune_loadtest.spread import Spread
@@ -126,10 +128,51 @@ def test_pruning_bounds() -> None:
     assert limits == sorted(limits)
     assert limits[-1] < 576  # what pruning does not touch bounds it
     stage1 = replace(full, kept=127)
-    both = replace(stage1, kv_kept=stage1.prompt / 2, prune_layer=4)
+    both = replace(stage1, bands=((4, stage1.prompt / 2),))
     assert bound(shape, full, both, machine, 4) > limits[2]
-    nothing_dropped = replace(stage1, kv_kept=stage1.prompt, prune_layer=4)
+    nothing_dropped = replace(stage1, bands=((4, stage1.prompt),))
     assert bound(shape, full, nothing_dropped, machine, 4) == pytest.approx(limits[2])
+    exit_too = replace(both, bands=(*both.bands, (8, 60)))
+    assert bound(shape, full, exit_too, machine, 4) > bound(shape, full, both, machine, 4)
+
+
+def test_bands_add_up_layer_by_layer() -> None:
+    shape = CostShape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 512, 512, 4)
+    request = RequestShape(images=1, text_tokens=60, kept=576, output=1, bands=((4, 300), (8, 60)))
+    assert kv_bytes(shape, request) == 4 * (636 + 300 + 60) * 2 * 512 * 4
+
+    def one_layer(tokens: float) -> float:
+        alone = replace(shape, layers=1)
+        return request_work(alone, RequestShape(1, 60, tokens - 60, 1))["prefill"].flops
+
+    head = 2 * shape.hidden * shape.vocab
+    expected = 4 * sum(one_layer(tokens) - head for tokens in (636, 300, 60)) + head
+    assert request_work(shape, request)["prefill"].flops == expected
+
+
+def test_the_bound_of_an_arm_counts_its_bands() -> None:
+    full = RequestShape(images=1, text_tokens=60, kept=576, output=16)
+    counted = {"vision_tokens_kept": 127.0, "kv_tokens_kept": 90.0}
+    arms = ("keep0.22", "keep0.22+kv0.5", "keep0.22@pyramid")
+    found = [roofline._request(counted, full, 4, arm, 12) for arm in arms]
+    assert {request.prompt for request in found} == {187}
+    assert [request.bands for request in found] == [
+        (),
+        ((4, 90.0),),
+        ((3, 60 + 64), (6, 60 + 32), (9, 60 + 16)),
+    ]
+
+
+@pytest.mark.parametrize("borders", [1, 2, 3, 4])
+def test_more_prune_layers_cost_the_same(borders: int) -> None:
+    shape = CostShape(576, 588, 256, 1024, 7, 1024, 2816, 12, 1024, 1024, 512, 4)
+    budget = prefill_flops(shape, 67, 576, (PruneLayer(4, 0.5, "vision"),))
+    schedule = equal_cost(shape, 67, 576, borders, budget)
+    check(schedule)
+    assert len(schedule) == borders
+    assert prefill_flops(shape, 67, 576, schedule) <= budget
+    # a token is a thousandth of the prompt
+    assert prefill_flops(shape, 67, 576, schedule) > 0.995 * budget
 
 
 def test_the_roofline_is_the_slower_of_two() -> None:

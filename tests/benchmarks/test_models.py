@@ -22,7 +22,6 @@ from benchmarks.arms import parse_arm, parse_arms, servers_for
 from benchmarks.gpu.pack import pack_benchmarks
 from benchmarks.llava import DecoderShape, random_llava
 from benchmarks.machine import commit_of
-from benchmarks.processes import ServerProcess
 from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from benchmarks.servers import (
     PLAIN,
@@ -126,6 +125,24 @@ def test_arms() -> None:
     model = models.demo()
     assert [s.name for s in servers_for(arms, model)] == ["vllm", "vtprune", "vtprune-kv"]
     assert servers_for(arms[:1], model) == [PLAIN]
+
+
+def test_an_arm_may_have_a_schedule() -> None:
+    model = models.demo()
+    arms = parse_arms("vllm,keep0.22@aim,@exit")
+    assert [arm.label for arm in arms] == ["vllm", "keep0.22@aim", "@exit"]
+    assert dict(arms[1].headers) == {"X-VTPrune-Keep-Ratio": "0.22", "X-VTPrune-KV-Keep": "0.999999"}
+    specs = servers_for(arms, model)
+    assert [(s.name, s.flags) for s in specs[1:]] == [
+        ("vtprune@aim", ("--prune-layers", "aim")),
+        ("vtprune@exit", ("--prune-layers", "exit")),
+    ]
+    for text, sentence in (
+        ("keep0.22@best", "After @ stands aim"),
+        ("kv0.5@aim", "in place of vllm and of kv"),
+    ):
+        with pytest.raises(LoadTestError, match=sentence):
+            parse_arm(text)
 
 
 @pytest.mark.parametrize("text", ["", "fast", "a", "0.5", "keep0.22+", "keep0.22 kv0.5"])

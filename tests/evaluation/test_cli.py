@@ -63,6 +63,21 @@ def test_the_demo_model_drops_at_its_own_prune_layer(tmp_path: Path) -> None:
     assert rows[1]["setting"]["prune_layer"] == demo_model.PRUNE_LAYER == 3
 
 
+def test_schedules_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"prune_layers": "2:0.5,4:0", "relevance": ["key_norm"]}')
+    command = f"--scenes 2 --schedule aim {tmp_path}/mine.json 3:vision=0.5 --out {tmp_path}"
+    assert main(command.split()) == 0
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    settings = [row["setting"] for row in rows[1:]]
+    assert [s["relevance"] for s in settings] == ["pagerank,pagerank", "key_norm", "attention"]
+    assert [s["schedule"] for s in settings[1:]] == ["2:0.5,4:0", "3:vision=0.5"]
+    shares = [row["cache_share"] for row in rows]
+    assert shares[0] == 1 and max(shares[1:]) < 1
+    # two of five layers hold the picture, two half of the prompt, one the text alone
+    assert shares[2] == pytest.approx((2 + 2 * 0.5 + 0.06) / 5, abs=0.01)
+    assert "random" in rows[2]["versus"]
+
+
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn_questions("test", 1, 168).pictures[0].resize((300, 200)).save(tmp_path / "wide.png")
     assert (
@@ -96,6 +111,9 @@ def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("--prune-layer 0", "--prune-layer: must be whole numbers of at least 1, not '0'"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--study", "--out"),
+        ("--schedule 2:0.5,5:0", "must be 1 to 4 for 5 decoder layers, not 5"),
+        ("--schedule aim --prune-layer 2", "--schedule stands in place of"),
+        ("--server http://127.0.0.1:9 --schedule aim", "--schedule: leave that out with --server"),
         ("--questions /nowhere.jsonl", "cannot be read"),
         ("--server http://127.0.0.1:9 --scenes 1", "does not answer"),
     ],

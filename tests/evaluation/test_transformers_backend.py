@@ -14,13 +14,14 @@ from PIL import Image
 
 from tests.helpers.checkpoints import random_llava
 from tests.reference import Reference, Request
+from vllm_vtprune.kv_drop.schedule import parse
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
 from vllm_vtprune.vision.features import needs_of
 from vtprune_eval.backend import RunnerError
 from vtprune_eval.downscale import SmallerPictures, smaller_grid
 from vtprune_eval.scenes import make_scene
-from vtprune_eval.setting import DOWNSCALE, Setting
+from vtprune_eval.setting import AS_SCHEDULED, DOWNSCALE, Setting
 from vtprune_eval.tasks import Question, Questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 
@@ -65,6 +66,11 @@ SETTINGS = [
     Setting(VisionSettings(aggressiveness=0.5), KVSettings(0.75, "vision"), 3, window=16),
     Setting(kv=KVSettings(0.25), prune_layer=2, relevance="last_token"),
     Setting(kv=KVSettings(0.25), prune_layer=2, relevance="no_rope"),
+    Setting(kv=AS_SCHEDULED, schedule=parse("1:0.6,2:0.4,3:0.2")),
+    Setting(kv=AS_SCHEDULED, schedule=parse("1:vision=0.5,3:0"), relevance="pagerank"),
+    Setting(kv=AS_SCHEDULED, schedule=parse("2:0")),
+    Setting(kv=AS_SCHEDULED, schedule=parse("1,2:vision=0.3,3:vision=0.1"), relevance="key_norm,inherited"),
+    Setting(VisionSettings(aggressiveness=0.3), KVSettings.of((1.0, 0.3)), schedule=parse("1:0.8,3:0.5")),
 ]
 
 
@@ -72,7 +78,8 @@ SETTINGS = [
 def test_a_batch_answers_as_the_reference_answers_each_question(
     setting: Setting, runner: LocalRunner, checkpoint: Path, questions: Questions
 ) -> None:
-    reference = Reference(checkpoint, setting.prune_layer, setting.window, setting.relevance)
+    layers = tuple((p.layer, p.share, p.of) for p in setting.prune_layers)
+    reference = Reference(checkpoint, layers, setting.window, setting.relevances)
     decode, end = runner.model.processor.tokenizer.decode, runner.model.decoder.stop
     replies = runner.answer(setting)
     assert len(replies) == len(questions.asked)
@@ -83,7 +90,7 @@ def test_a_batch_answers_as_the_reference_answers_each_question(
                 (questions.pictures[question.picture],),
                 aggressiveness=setting.vision.aggressiveness or 0.0,
                 keep_ratio=setting.vision.keep_ratio,
-                kv_keep=setting.kv.keep,
+                kv_keep=setting.kv.shares,
                 kv_scope=setting.kv.scope,
                 max_tokens=LIMIT,
             )
@@ -92,7 +99,7 @@ def test_a_batch_answers_as_the_reference_answers_each_question(
         tokens = tokens[: next((at for at, token in enumerate(tokens) if token in end), len(tokens))]
         assert reply.text == decode(tokens, skip_special_tokens=True).strip()
         assert reply.prompt_tokens == len(expected.prompt_ids)
-        assert reply.prompt_tokens_kept == len(expected.kept)
+        assert reply.by_band[-1] == len(expected.kept)
 
 
 def test_the_answers_differ_so_that_equality_means_something(runner: LocalRunner) -> None:

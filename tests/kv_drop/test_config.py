@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.helpers.checkpoints import BOS, EOS, IMAGE, PAD, edit_config, random_llava
 from tests.helpers.kv_config import config
+from vllm_vtprune.fingerprint import fingerprint
 from vllm_vtprune.kv_drop.hooks import scheduler
 from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config, recommended_prune_layer
 from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse
+from vllm_vtprune.policy import PrunePolicy
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,41 @@ def test_a_schedule_is_written_out_for_the_model(checkpoint: Path) -> None:
     assert built.additional_config["vtprune"]["prune_layers"] == "2:vision=0.5,3:vision=0.25,4:vision=0.125"
     built = config(checkpoint, policy={"prune_layer": None, "prune_layers": "exit", "relevance": "no_rope"})
     assert (kv_drop_config(built).schedule, kv_drop_config(built).relevance) == (parse("3:0"), ("no_rope",))
+
+
+def test_a_calibrated_schedule_is_for_its_model(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    content = {
+        "prune_layers": "2:vision=0.5,4:0",
+        "relevance": ["key_norm", "inherited"],
+        "layers": 6,
+        "window": 5,
+        "model": {"name": "llava", "weights": fingerprint(str(checkpoint))},
+        "presets": {"light": 0.31, "balanced": 0.62},
+    }
+    path.write_text(json.dumps(content))
+    policy = {"prune_layer": None, "prune_schedule": str(path)}
+    built = config(checkpoint, policy=policy)
+    drop = kv_drop_config(built)
+    assert drop.schedule == parse("2:vision=0.5,4:0")
+    assert (drop.relevance, drop.window) == (("key_norm", "inherited"), 5)
+    written = PrunePolicy.from_config(built.additional_config)
+    assert (written.prune_schedule, written.preset_aggressiveness) == ("", "light=0.31,balanced=0.62")
+    # what the operator says is stronger
+    own = {**policy, "window": 4, "relevance": "no_rope", "preset_aggressiveness": "light=0.2"}
+    built = config(checkpoint, policy=own)
+    drop = kv_drop_config(built)
+    assert (drop.relevance, drop.window) == (("no_rope",), 4)
+    assert PrunePolicy.from_config(built.additional_config).preset_aggressiveness == "light=0.2"
+
+    other = random_llava(tmp_path / "other", layers=6, kv_heads=2, seed=5)
+    with pytest.raises(ValueError, match=r"was calibrated for a model with the weights .* run `vtprune"):
+        config(other, policy=policy)
+    path.write_text(json.dumps({**content, "presets": {"light": 2}}))
+    with pytest.raises(ValueError, match=r'prune_schedule: .*: "presets" must be an object of numbers'):
+        config(checkpoint, policy=policy)
+    with pytest.raises(ValueError, match="prune_schedule: aim is no JSON file"):
+        config(checkpoint, policy={"prune_layer": None, "prune_schedule": "aim"})
 
 
 def test_bands_that_leave_the_cache_partly_empty_are_told(

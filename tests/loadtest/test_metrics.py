@@ -143,6 +143,14 @@ def test_pruning_sums() -> None:
     assert "vision_tokens" not in summarise([record(0, [0.1])], 1.0, {}, is_open_loop=False)
 
 
+def test_what_lies_above_each_prune_layer_is_summed_too() -> None:
+    one = {"kv_tokens": 100, "kv_tokens_kept": 80, "kv_tokens_kept_by_layer": [80, 40, 10]}
+    reports = [record(0, [0.1], vtprune=one), record(0, [0.1], vtprune=one), record(0, [0.1])]
+    summary = summarise(reports, 1.0, {}, is_open_loop=False)
+    assert summary["kv_tokens_kept_by_layer"] == [160, 80, 20]
+    assert "kv_tokens_kept_by_layer" not in summarise(reports[2:], 1.0, {}, is_open_loop=False)
+
+
 def test_peaks() -> None:
     summary = summarise([record(0.0, [0.5, 1.5, 1.6]), record(1.0, [1.7, 2.5])], 3.0, {}, is_open_loop=False)
     assert summary["max_output_tokens_per_s"] == 3

@@ -30,6 +30,8 @@ class StandIn:
         policy: `policy` of `/vtprune/config`.
         prune_layer: its `model.prune_layer`.
         demo: its `model.demo`.
+        model: more of its `model`.
+        counts: more of an answer's `usage.vtprune`.
         explain_seconds: how long `/vtprune/explain` takes.
         word_seconds: how long a stream takes from its first word to its second.
         break_stream: whether a stream ends in an error after its first word.
@@ -42,6 +44,8 @@ class StandIn:
     policy: dict[str, Any] = field(default_factory=dict)
     prune_layer: int | None = None
     demo: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
     explain_seconds: float = 0.0
     word_seconds: float = 0.0
     break_stream: bool = False
@@ -85,7 +89,7 @@ class StandIn:
     def _config(self) -> dict[str, Any]:
         return {
             "policy": {"default_preset": "off", **self.policy},
-            "model": {"prune_layer": self.prune_layer, "demo": self.demo},
+            "model": {"prune_layer": self.prune_layer, "demo": self.demo, **self.model},
             "presets": {
                 "off": {"aggressiveness": 0.0, "kv_keep": 1.0},
                 "balanced": {"aggressiveness": 0.5, "kv_keep": 0.5},
@@ -138,7 +142,7 @@ class StandIn:
             await asyncio.sleep(self.word_seconds)
             yield _event({"choices": [{"delta": {"content": " two"}}]})
             vision = {"vision_tokens": TOKENS, "vision_tokens_kept": kept}
-            counts = {**vision, "kv_tokens": 20, "kv_tokens_kept": 10}
+            counts = {**vision, "kv_tokens": 20, "kv_tokens_kept": 10, **self.counts}
             yield _event({"choices": [], "usage": {"prompt_tokens": 20, "vtprune": counts}})
             yield "data: [DONE]\n\n"
 

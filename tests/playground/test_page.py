@@ -52,6 +52,29 @@ def test_prune_layer_gives_the_kv_slider(page: Page, stand_in: StandIn) -> None:
     assert page.metrics("pruned")["kv_tokens"] == 10
 
 
+def test_bands_are_drawn_over_depth(page: Page, stand_in: StandIn) -> None:
+    stand_in.prune_layer = 8
+    stand_in.model = {"decoder_layers": 32, "prune_layers": [{"layer": 8}, {"layer": 24}]}
+    stand_in.counts = {"kv_tokens_kept_by_layer": [10, 4]}
+    page.open(stand_in.url)
+    assert "prune layers 8, 24" in page.text("#facts")
+    assert not page.find("#pruned .depth").is_displayed()
+    page.ask()
+    depth = page.find("#pruned .depth")
+    assert depth.get_attribute("aria-label") == (
+        "Prompt tokens by depth: layers 0 to 7: 20 tokens; layers 8 to 23: 10 tokens; "
+        "layers 24 to 31: 4 tokens"
+    )
+    script = """
+        const steps = [...document.querySelectorAll("#pruned .depth > span")];
+        return steps.map((step) => [step.clientWidth, step.firstChild.clientHeight]);
+    """
+    drawn = page.driver.execute_script(script)
+    widths, heights = zip(*drawn, strict=True)
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.1)
+    assert heights[0] > heights[1] > heights[2] > 0
+
+
 def test_operator_may_keep_the_controls(page: Page, stand_in: StandIn) -> None:
     stand_in.policy = {"client_controls": False}
     page.open(stand_in.url)

@@ -70,6 +70,26 @@ def test_every_route_takes_the_names(server: str, by_preset: dict[str, int], pat
     assert kept(post(server, {**ROUTES[path], "model": BALANCED}, path=path)) == by_preset["balanced"]
 
 
+def test_a_preset_drops_in_the_decoder_at_the_first_turn_alone(server: str) -> None:
+    """On every route that holds conversations; what a request names itself holds at every turn."""
+    later = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "and its shape ?"}]
+    for path in (CHAT, "/v1/messages", "/v1/responses", "/invocations"):
+        body = {**(chat_body(scene()) if path == CHAT else ROUTES[path]), "model": BALANCED}
+        key = "input" if "input" in body else "messages"
+        first = post(server, body, path=path)
+        second = post(server, {**body, key: [*body[key], *later]}, path=path)
+        assert kept(first) == kept(second), path
+        for response, drops in ((first, True), (second, False)):
+            below, above = (int(response.headers[f"X-VTPrune-KV-Tokens{end}"]) for end in ("", "-Kept"))
+            assert (above < below) == drops, path
+        asked = post(server, {**body, key: [*body[key], *later]}, {"X-VTPrune-KV-Keep": "0.5"}, path=path)
+        assert int(asked.headers["X-VTPrune-KV-Tokens-Kept"]) < int(asked.headers["X-VTPrune-KV-Tokens"])
+    # an answer that the model is to continue is not an earlier one
+    body = chat_body(scene(), model=BALANCED, add_generation_prompt=False, continue_final_message=True)
+    continued = post(server, {**body, "messages": [*body["messages"], later[0]]})
+    assert int(continued.headers["X-VTPrune-KV-Tokens-Kept"]) < int(continued.headers["X-VTPrune-KV-Tokens"])
+
+
 @pytest.mark.parametrize(
     "name",
     [f"{MODEL_NAME}:nope", f"{MODEL_NAME}:", f"{MODEL_NAME}-balanced", "other:balanced", f"{BALANCED}:off"],

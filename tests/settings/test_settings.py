@@ -231,6 +231,10 @@ def test_shares_that_cannot_be_served_are_refused(keep: str, sentence: str) -> N
         ({"prune_layers": 8}, "prune_layers must be text"),
         ({"prune_layers": "8,16", "relevance": "attention,unknown"}, "relevance must be one of attention"),
         ({"prune_layers": "8,16", "relevance": "inherited"}, "of which the first cannot inherit"),
+        ({"prune_layers": "8", "prune_schedule": "a.json"}, "exclude each other: leave one out"),
+        ({"preset_aggressiveness": "light"}, "such as balanced=0.55, not 'light'"),
+        ({"preset_aggressiveness": "light=0.3,off=0.1"}, "not 'off=0.1'"),
+        ({"preset_aggressiveness": "light=1.3"}, "not 'light=1.3'"),
     ],
 )
 def test_prune_layers_that_cannot_work_are_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -248,6 +252,40 @@ def test_several_prune_layers_have_a_first() -> None:
         True,
     )
     assert not PrunePolicy().has_prune_layer
+
+
+def test_a_schedule_s_file_is_read_with_the_model() -> None:
+    policy = PrunePolicy(prune_layer=3, prune_schedule="found.json")
+    assert (policy.prune_layer, policy.has_prune_layer, policy.named_schedule) == (None, True, "found.json")
+    assert PrunePolicy.from_config({"vtprune": policy.to_config()}) == policy
+
+
+def test_presets_can_be_calibrated() -> None:
+    policy = PrunePolicy(preset_aggressiveness="light=0.3, balanced=0.6")
+    balanced = by_header(policy, preset="balanced").vision
+    assert (balanced.aggressiveness, balanced.max_share) == (0.6, PRESETS["balanced"].max_share)
+    assert by_header(policy, preset="aggressive") == by_header(PrunePolicy(), preset="aggressive")
+    assert policy.presets["light"].aggressiveness == 0.3 and policy.presets["off"] == PRESETS["off"]
+    with pytest.raises(PolicyError, match="beyond the caps"):
+        PrunePolicy.from_config(
+            {"vtprune": {**policy.to_config(), "default_preset": "balanced", "max_aggressiveness": 0.55}}
+        )
+
+
+def test_a_preset_s_kv_keep_is_the_first_turn_s() -> None:
+    """A later turn has all but its question in the prefix cache, which a pruned prompt cannot use."""
+    policy = PrunePolicy(prune_layer=2, default_preset="balanced")
+    preset = Controls.from_headers([("X-VTPrune-Preset", "balanced")])
+    for controls in (preset, Controls()):
+        first, later = policy.resolve(controls), policy.resolve(controls, later_turn=True)
+        assert (first.kv.keep, later.kv.keep) == (PRESETS["balanced"].kv_keep, 1.0)
+        assert (first.vision, first.preset) == (later.vision, later.preset)
+    asked = Controls.from_headers([("X-VTPrune-Preset", "balanced"), ("X-VTPrune-KV-Keep", "0.4")])
+    assert policy.resolve(asked, later_turn=True).kv.keep == 0.4
+    every = PrunePolicy(prune_layer=2, preset_kv_keep="every_turn")
+    assert every.resolve(preset, later_turn=True) == every.resolve(preset) == policy.resolve(preset)
+    with pytest.raises(PolicyError, match="must be one of first_turn, every_turn, not 'never'"):
+        PrunePolicy.from_config({"vtprune": {"preset_kv_keep": "never"}})
 
 
 def test_kv_keep_needs_a_prune_layer() -> None:

@@ -18,6 +18,11 @@ REQUESTS_PRUNED = Counter("vtprune_kv_requests_pruned", "Requests that lost toke
 BLOCKS_SAVED = Counter(
     "vtprune_kv_blocks_saved", "KV-cache blocks not allocated for dropped prompt tokens, all groups."
 )
+BAND_TOKENS = Counter(
+    "vtprune_kv_band_tokens",
+    "Prompt tokens that the decoder layers above a prune layer, up to the next, hold.",
+    ["prune_layer"],
+)
 
 
 def count(plan: PromptPlan, *, block_size: int, groups: Sequence[int]) -> None:

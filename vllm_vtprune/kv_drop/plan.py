@@ -10,6 +10,7 @@ Nothing here knows of vLLM or torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -179,6 +180,27 @@ def tokens_kept(prompt_tokens: int, visual: int, protected: int, shares: Sequenc
             left = min(left, max(prompt_tokens - counted + share_of(share.share, counted), protected))
         kept.append(left)
     return kept
+
+
+def rated_at(tokens: int, kept: Sequence[int], protected: int, inherits: Sequence[bool]) -> list[bool]:
+    """At which prune layers the tokens of a prompt have to be rated.
+
+    Where more than the protected tokens go on and not all do; and below such a prune layer that inherits.
+
+    Args:
+        tokens: length of the prompt.
+        kept: tokens that stay above each prune layer.
+        protected: tokens that stay in any case.
+        inherits: whether the rating at each prune layer is that of the one below.
+    """
+    chosen = [protected < left < n for n, left in zip((tokens, *kept), kept, strict=False)]
+    rated = list(chosen)
+    for index in range(len(chosen)):
+        if inherits[index]:
+            continue
+        heirs = itertools.takewhile(lambda at: inherits[at], range(index + 1, len(chosen)))
+        rated[index] |= any(chosen[at] for at in heirs)
+    return rated
 
 
 def plan_prompt(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -58,11 +58,17 @@ class Schedule:
             it to the operator.
         deviation: largest difference to the published curve, in share of the visual tokens; 0 for a schedule
             that is none's approximation.
+        window: last prompt tokens that rate the others; None leaves it to the operator.
+        weights: fingerprint of the only model that it is for (`vllm_vtprune.fingerprint`); None for any.
+        presets: aggressiveness of presets by name, calibrated with it.
     """
 
     prune_layers: tuple[PruneLayer, ...]
     relevance: tuple[str, ...] | None = None
     deviation: float = 0.0
+    window: int | None = None
+    weights: str | None = None
+    presets: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """As an operator writes it."""
@@ -179,7 +185,8 @@ def resolve(text: str, layers: int) -> Schedule:
 def _from_file(path: Path, layers: int) -> Schedule:
     """``{"prune_layers": "8:0.5,16:0", "relevance": ["attention", "inherited"], "layers": 32}``.
 
-    The last two may be missing; what else stands there is somebody's notes.
+    The last two may be missing, and so may what `vtprune calibrate` writes beside them: `window`, `model`
+    with the fingerprint of its `weights`, and `presets`. What else stands there is notes.
     """
     try:
         content: Any = json.loads(path.read_text())
@@ -193,7 +200,28 @@ def _from_file(path: Path, layers: int) -> Schedule:
     names = [relevance] if isinstance(relevance, str) else relevance
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ScheduleError(f'{path}: "relevance" must be a name or a list of names')
-    return Schedule(parse(content["prune_layers"]), None if names is None else tuple(names))
+    return Schedule(
+        parse(content["prune_layers"]),
+        None if names is None else tuple(names),
+        **_calibrated(content, path),
+    )
+
+
+def _calibrated(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a file of `vtprune calibrate` says beside its prune layers."""
+    window, presets = content.get("window"), content.get("presets") or {}
+    model = content.get("model") or {}
+    weights = model.get("weights") if isinstance(model, Mapping) else model
+    wrong = {
+        '"window" must be a whole number of at least 1': window is not None
+        and not (isinstance(window, int) and window >= 1),
+        '"model" must be an object with "weights", a text': not isinstance(weights, str | None),
+        '"presets" must be an object of numbers in [0, 1]': not isinstance(presets, Mapping)
+        or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in presets.values()),
+    }
+    if found := next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None):
+        raise ScheduleError(f"{path}: {found}")
+    return {"window": window, "weights": weights, "presets": presets}
 
 
 def band_groups(sizes: Sequence[int]) -> tuple[list[int], float]:

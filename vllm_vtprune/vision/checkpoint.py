@@ -44,7 +44,7 @@ def load_vision_weights(
         CheckpointError: no safetensors files, or the weights are quantised.
     """
     weights: dict[str, Tensor] = {}
-    for path in _shards(model, rename, revision, download_dir):
+    for path in shards(model, rename, revision, download_dir):
         with safe_open(path, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                 name = rename(key)
@@ -111,7 +111,7 @@ def _keys(model: str, revision: str | None, download_dir: str | None) -> list[st
     """The names of all weights; None where a hub id does not tell without them."""
     if Path(model).is_dir():
         names: list[str] = []
-        for path in _shards(model, lambda key: key, revision, download_dir):
+        for path in shards(model, lambda key: key, revision, download_dir):
             with safe_open(path, framework="pt") as shard:
                 names += shard.keys()
         return names
@@ -151,7 +151,7 @@ class EmbeddingRows:
         def rename(key: str) -> str | None:
             return key if key.endswith(_EMBEDDINGS) else None
 
-        for path in _shards(model, rename, revision, download_dir):
+        for path in shards(model, rename, revision, download_dir):
             with safe_open(path, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118
                     if rename(key) is not None and _whole(shard.get_slice(key)[0:1]):
@@ -172,9 +172,14 @@ def _whole(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 
-def _shards(
+def shards(
     model: str, rename: Callable[[str], str | None], revision: str | None, download_dir: str | None
 ) -> list[Path]:
+    """The safetensors files that hold the weights that `rename` names, fetched where `model` is a hub id.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return _hub_shards(model, rename, revision, download_dir)

@@ -97,31 +97,73 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     install_request_check()
 
 
-def with_schedule(policy: PrunePolicy, model_config: ModelConfig) -> PrunePolicy:
+def with_schedule(
+    policy: PrunePolicy,
+    model_config: ModelConfig,
+    *,
+    dummy_weights: bool = False,
+    download_dir: str | None = None,
+) -> PrunePolicy:
     """The policy with its prune layers written out, where it names a schedule or a file.
 
     What is compiled is filed under the configuration's text, so it has to say all of it.
 
+    Args:
+        policy: the operator's.
+        model_config: of the model that is served.
+        dummy_weights: the model's weights are made up, so that they cannot be another's.
+        download_dir: where the hub client keeps files.
+
     Raises:
-        UnsupportedConfigError: a schedule that cannot be read, or cannot work with this model.
+        UnsupportedConfigError: a schedule that cannot be read, or cannot work with this model, or was
+            calibrated for another.
     """
-    if not policy.prune_layers:
+    name = policy.named_schedule
+    if not name:
         return policy
+    where = "prune_schedule" if policy.prune_schedule.strip() else "prune_layers"
     try:
-        schedule = resolve(policy.prune_layers, model_config.hf_text_config.num_hidden_layers)
+        if policy.prune_schedule.strip() and not name.endswith(".json"):
+            raise ScheduleError(f"{name} is no JSON file, as `vtprune calibrate` writes; see --prune-layers")
+        schedule = resolve(name, model_config.hf_text_config.num_hidden_layers)
     except ScheduleError as error:
-        raise UnsupportedConfigError(f"vtprune: prune_layers: {error}.") from error
-    relevance = policy.relevance
-    if schedule.relevance is not None and relevance == PrunePolicy.model_fields["relevance"].default:
-        relevance = ",".join(schedule.relevance)
+        raise UnsupportedConfigError(f"vtprune: {where}: {error}.") from error
+    if schedule.weights is not None and not dummy_weights:
+        _refuse_other_weights(name, schedule.weights, model_config, download_dir)
+    brought = {
+        "relevance": schedule.relevance and ",".join(schedule.relevance),
+        "window": schedule.window,
+        "preset_aggressiveness": ",".join(
+            f"{preset}={value:g}" for preset, value in schedule.presets.items()
+        ),
+    }
+    # what the operator says is stronger
+    own = {key for key in brought if getattr(policy, key) != PrunePolicy.model_fields[key].default}
+    taken = {key: value for key, value in brought.items() if value and key not in own}
     if schedule.deviation:
         logger.info(
             "vtprune: the schedule %s is %s here, within %.2f of the published curve.",
-            policy.prune_layers,
+            name,
             schedule,
             schedule.deviation,
         )
-    return PrunePolicy(**{**policy.model_dump(), "prune_layers": str(schedule), "relevance": relevance})
+    return PrunePolicy(
+        **{**policy.model_dump(), **taken, "prune_layers": str(schedule), "prune_schedule": ""}
+    )
+
+
+def _refuse_other_weights(
+    name: str, wanted: str, model_config: ModelConfig, download_dir: str | None
+) -> None:
+    from vllm_vtprune.fingerprint import fingerprint
+
+    weights = fingerprint(model_config.model, revision=model_config.revision, download_dir=download_dir)
+    if weights != wanted:
+        raise UnsupportedConfigError(
+            f"vtprune: {name} was calibrated for a model with the weights {wanted}, and "
+            f"{model_config.model} has {weights}: run `vtprune calibrate` for this model, or "
+            "give prune layers by --prune-layers."
+        )
 
 
 def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:

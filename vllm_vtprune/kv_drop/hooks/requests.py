@@ -11,6 +11,7 @@ from vllm_vtprune.kv_drop.plan import (
     PromptPlan,
     plan_prompt,
     protected_positions,
+    rated_at,
     scope_of,
     settings_of,
     shares_of,
@@ -91,8 +92,8 @@ def request_drop(
         token_ids, placeholder_ranges(mm_features), config.special_ids, scope, config.window
     )
     reaching = (plan.tokens, *plan.kept_by_layer[:-1])
-    # what stays has to be chosen where more than the protected tokens go on, and not all do
-    chosen = [int(protected.sum()) < kept < n for n, kept in zip(reaching, plan.kept_by_layer, strict=True)]
+    inherits = [RELEVANCE[config.relevance_at(index)].inherits for index in range(len(reaching))]
+    rated = rated_at(plan.tokens, plan.kept_by_layer, int(protected.sum()), inherits)
     drops = []
     for index, (below, kept) in enumerate(zip(reaching, plan.kept_by_layer, strict=True)):
         drops.append(
@@ -101,19 +102,7 @@ def request_drop(
                 plan.tokens - kept,
                 protected,
                 lost=plan.tokens - below,
-                rated=chosen[index] or _inherited(index, chosen, config),
+                rated=rated[index],
             )
         )
     return tuple(drops)
-
-
-def _inherited(index: int, chosen: Sequence[bool], config: KVDropConfig) -> bool:
-    """Whether a prune layer above needs the ratings of the one of this index."""
-    if RELEVANCE[config.relevance_at(index)].inherits:
-        return False
-    for above in range(index + 1, len(chosen)):
-        if not RELEVANCE[config.relevance_at(above)].inherits:
-            return False
-        if chosen[above]:
-            return True
-    return False

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two answers side by side: text as it streams in, then tokens and times against each other.
 
+import { bandsOf, drawDepth } from "./depth.js";
+
 const milliseconds = (value) => (value < 1000 ? `${value.toFixed(0)} ms` : `${(value / 1000).toFixed(2)} s`);
 const count = (value) => value.toLocaleString("en");
 
@@ -34,6 +36,8 @@ export class AnswerCard {
     this.text = root.querySelector(".answer-text");
     this.error = root.querySelector(".error");
     this.metrics = root.querySelector(".metrics");
+    this.depth = root.querySelector(".depth");
+    this.model = {}; // of the server's configuration
     root.dataset.state = "idle";
     this.showMetrics(null, null);
   }
@@ -77,6 +81,7 @@ export class AnswerCard {
       return row(metric, value ?? null, result && metric.total ? metric.total(result) : null, against ?? null);
     });
     this.metrics.replaceChildren(...rows);
+    drawDepth(this.depth, bandsOf(this.model, result?.usage?.vtprune));
   }
 }
 

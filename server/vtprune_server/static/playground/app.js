@@ -41,6 +41,7 @@ async function connect() {
     showFacts(config);
     showModelNote();
     settings.configure(config);
+    for (const card of Object.values(cards)) card.model = config.model ?? {};
     id("ask-button").disabled = false;
   } catch (error) {
     report("page-error", error);
@@ -49,9 +50,10 @@ async function connect() {
 
 function showFacts({ model = {}, versions = {} }) {
   const layer = model.prune_layer ?? null;
+  const layers = model.prune_layers?.map((pruneLayer) => pruneLayer.layer) ?? [layer];
   const facts = [
     state.model,
-    layer === null ? "no prune layer" : `prune layer ${layer}`,
+    layer === null ? "no prune layer" : `prune layer${layers.length > 1 ? "s" : ""} ${layers.join(", ")}`,
     ...["vtprune", "vllm"].filter((name) => versions[name]).map((name) => `${name} ${versions[name]}`),
   ];
   id("facts").replaceChildren(...facts.map((fact) => Object.assign(document.createElement("li"), { textContent: fact })));

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,15 @@ class CostShape:
         Raises:
             LoadTestError: it is no LLaVA-1.5's, whose pictures all have one size.
         """
-        config = json.loads((folder / "config.json").read_text())
+        return CostShape.of_config(json.loads((folder / "config.json").read_text()))
+
+    @staticmethod
+    def of_config(config: Mapping[str, Any]) -> CostShape:
+        """Read a configuration of LLaVA's form.
+
+        Raises:
+            LoadTestError: as `of`.
+        """
         vision, text = config["vision_config"], config["text_config"]
         if "image_size" not in vision:
             raise LoadTestError(
@@ -103,21 +112,26 @@ class RequestShape:
         text_tokens: prompt tokens that are not vision tokens.
         kept: vision tokens per image after the first stage.
         output: tokens generated.
-        kv_kept: prompt tokens above the prune layer; None where there is no second stage.
-        prune_layer: K; None where there is no second stage.
+        bands: what the second stage leaves: each prune layer K, from the lowest up, and the prompt tokens
+            above it. Empty where there is no second stage.
     """
 
     images: int
     text_tokens: int
     kept: float
     output: int
-    kv_kept: float | None = None
-    prune_layer: int | None = None
+    bands: tuple[tuple[int, float], ...] = ()
 
     @property
     def prompt(self) -> float:
         """Prompt tokens given to the language model."""
         return self.text_tokens + self.images * self.kept
+
+    def by_band(self, layers: int) -> list[tuple[int, float]]:
+        """Layers of each band of a decoder of so many, and the prompt tokens that they see."""
+        edges = [0, *(layer for layer, _ in self.bands), layers]
+        tokens = [self.prompt, *(kept for _, kept in self.bands)]
+        return [(high - low, seen) for (low, high), seen in zip(pairwise(edges), tokens, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ def _projector(shape: CostShape, tokens: float) -> Work:
 
 def _prefill(shape: CostShape, request: RequestShape) -> Work:
     flops = moved = 0.0
-    for layers, tokens in _halves(shape, request):
+    for layers, tokens in request.by_band(shape.layers):
         causal = 4 * shape.q_width * tokens * (tokens + 1) / 2
         flops += layers * (2 * tokens * shape.layer_weights + causal)
         moved += layers * (shape.layer_weights + 2 * tokens * shape.kv_width) * shape.element
@@ -174,7 +188,7 @@ def _decode(shape: CostShape, request: RequestShape, batch: int) -> Work:
     steps = request.output - 1
     weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
     flops, moved = 2.0 * weights * steps, weights * shape.element * steps / batch
-    for layers, tokens in _halves(shape, request):
+    for layers, tokens in request.by_band(shape.layers):
         # step i attends to the prompt and i tokens generated so far
         context = steps * tokens + steps * (steps + 1) / 2
         flops += layers * 4 * shape.q_width * context
@@ -182,11 +196,10 @@ def _decode(shape: CostShape, request: RequestShape, batch: int) -> Work:
     return Work(flops, moved)
 
 
-def _halves(shape: CostShape, request: RequestShape) -> list[tuple[int, float]]:
-    """(layers, prompt tokens) below and above the prune layer."""
-    if request.kv_kept is None or request.prune_layer is None:
-        return [(shape.layers, request.prompt)]
-    return [(request.prune_layer, request.prompt), (shape.layers - request.prune_layer, request.kv_kept)]
+def kv_bytes(shape: CostShape, request: RequestShape) -> float:
+    """KV cache that the request's prompt holds, over all layers."""
+    entries = sum(layers * tokens for layers, tokens in request.by_band(shape.layers))
+    return entries * 2 * shape.kv_width * shape.element
 
 
 def as_dict(work: Mapping[str, Work]) -> dict[str, Any]:

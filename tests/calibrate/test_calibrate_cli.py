@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune calibrate` end to end on the embedded model, and its schedule on the real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.conftest import DEMO_MODEL, start_server, stop_server
+from vllm_vtprune.fingerprint import fingerprint
+from vllm_vtprune.kv_drop.schedule import check, resolve
+from vtprune_calibrate.__main__ import main
+from vtprune_calibrate.run import held_out
+from vtprune_calibrate.search import SearchError
+from vtprune_eval.server_backend import RemoteRunner
+from vtprune_eval.setting import AS_SCHEDULED, Setting
+from vtprune_eval.tasks import Question, Questions, drawn_questions, file_questions
+from vtprune_eval.transformers_backend import LocalModel, LocalRunner
+from vtprune_loadtest.command import CANNOT_RUN
+
+SCENES = 4
+COMMAND = f"--budget kv=0.6 --bands 2 --scenes {SCENES} --relevance attention,inherited"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a calibration under a budget."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    command = f"{COMMAND} --out {folder}"
+    assert main(command.split()) == 0
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "schedule.json").read_text())
+    return found
+
+
+def test_the_schedule_keeps_the_budget_and_says_where_it_comes_from(calibrated: Path) -> None:
+    found = read(calibrated)
+    schedule = resolve(str(calibrated / "schedule.json"), found["layers"])
+    check(schedule.prune_layers)
+    assert len(schedule.prune_layers) <= 2
+    assert 0.5 < found["cost"]["kv_bytes"] <= 0.6
+    assert found["model"] == {"name": DEMO_MODEL.name, "weights": fingerprint(str(DEMO_MODEL))}
+    asked = [len(drawn_questions(split, SCENES, 168).asked) for split in ("validation", "test")]
+    assert [found["data"]["questions"], found["data"]["held_out"]] == asked
+    for part in ("searched", "held_out"):
+        score = found["scores"][part]["calibrated"]
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+    assert set(found["presets"]) == {"light", "balanced", "aggressive"}
+    assert len(found["kendall_tau"]) == found["layers"] - 1
+    with Image.open(calibrated / "schedule.png") as plot:
+        assert plot.width > 800
+
+
+def test_a_second_run_asks_nothing_again(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (calibrated / "journal.jsonl").read_text()
+    monkeypatch.setattr(LocalRunner, "answer", lambda *_: pytest.fail("a question was asked again"))
+    command = f"{COMMAND} --out {calibrated}"
+    assert main(command.split()) == 0
+    assert (calibrated / "journal.jsonl").read_text() == before
+    assert f"{len(before.splitlines()) - 1} trials are in the journal" in capsys.readouterr().out
+    assert main([*command.split(), "--window", "4"]) == CANNOT_RUN
+    assert "another window" in capsys.readouterr().err
+
+
+def test_a_tolerance_is_kept_on_the_questions_that_decide(tmp_path: Path) -> None:
+    assert main(f"--tolerance 0.1 --scenes {SCENES} --out {tmp_path}".split()) == 0
+    scores = read(tmp_path)["scores"]["searched"]
+    assert scores["calibrated"]["value"] >= scores["unpruned"]["value"] - 0.1
+
+
+def test_a_file_of_questions_is_cut_by_picture(tmp_path: Path) -> None:
+    drawn = drawn_questions("train", 5, 168)
+    lines = []
+    for question in drawn.asked:
+        drawn.pictures[question.picture].save(tmp_path / f"{question.picture}.png")
+        lines.append(
+            {"image": f"{question.picture}.png", "question": question.text, "answer": question.answers}
+        )
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    questions = file_questions(tmp_path / "mine.jsonl")
+    parts = held_out(questions, 0.4)
+    assert (len(parts.search.pictures), len(parts.confirm.pictures)) == (3, 2)
+
+    def told(part: Questions) -> set[tuple[bytes, str]]:
+        return {(part.pictures[question.picture].tobytes(), question.text) for question in part.asked}
+
+    assert told(parts.search) | told(parts.confirm) == told(questions)
+    assert not told(parts.search) & told(parts.confirm)
+    command = f"--questions {tmp_path}/mine.jsonl --by agreement --budget flops=0.8 --out {tmp_path}/out"
+    assert main(command.split()) == 0
+    found = read(tmp_path / "out")
+    assert found["judged_by"] == "agreement" and found["scores"]["held_out"]["unpruned"]["value"] == 1
+
+
+def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> None:
+    assert main(f"--study --scenes 2 --out {tmp_path}".split()) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "costs.png"}
+    found = json.loads((tmp_path / "results.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names[3:6] == ["aim", "pyramid", "exit"] and len(names) == 10
+    for row in found["rows"]:
+        assert 0 < row["flops"] < 1 and 0 < row["kv_bytes"] < 1
+        assert ("random" in row["versus"]) == (row["relevance"] is not None)
+    budgets = [row["flops"] for row in found["rows"] if "flops=" in row["name"]]
+    assert all(spent <= most for spent, most in zip(budgets, (0.801, 0.701, 0.601), strict=True))
+    page = (tmp_path / "results.md").read_text()
+    assert all(f"| {name} " in page for name in names)
+
+
+def test_one_picture_cannot_be_cut() -> None:
+    one = Questions("one", [Image.new("RGB", (8, 8))], [Question(0, "any", "What?", ("x",))])
+    with pytest.raises(SearchError, match="one has 1 picture: that leaves none"):
+        held_out(one, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("--out {out}", "Give one of --tolerance and --budget"),
+        ("--tolerance 0.1 --budget kv=0.5 --out {out}", "Give one of --tolerance and --budget"),
+        ("--tolerance 1 --out {out}", "--tolerance: must be a number in [0, 1), not '1'"),
+        ("--budget 0.5 --out {out}", "--budget: must be flops= or kv= and a share"),
+        ("--tolerance 0.1", "required: --out"),
+        ("--study --budget kv=0.5 --out {out}", "--study is the demo model's"),
+        ("--tolerance 0.1 --bands 5 --out {out}", "--bands: must be 1 to 4, not '5'"),
+        ("--tolerance 0.1 --relevance inherited --out {out}", "of which the first cannot inherit"),
+        (
+            "--tolerance 0.1 --scenes 1 --candidates 2,5 --out {out}",
+            "--candidates must be 1 to 4 for 5",
+        ),
+        ("--tolerance 0.1 --questions /nowhere.jsonl --out {out}", "cannot be read"),
+        ("/no/such/model --tolerance 0.1 --out {out}", "MODEL /no/such/model is neither"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence_before_a_model_is_loaded(
+    command: str,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LocalModel, "__init__", lambda *_: pytest.fail("a model was loaded"))
+    assert main(command.format(out=tmp_path).split()) == CANNOT_RUN
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("vtprune calibrate: ") and error.count("\n") == 1
+
+
+@pytest.mark.engine
+def test_the_engine_drops_what_was_calibrated(calibrated: Path, tmp_path: Path) -> None:
+    """`vtprune serve --prune-schedule` answers as the calibration's own runner does."""
+    found, questions = read(calibrated), drawn_questions("test", SCENES, 168)
+    schedule = resolve(str(calibrated / "schedule.json"), found["layers"])
+    relevance = ",".join(schedule.relevance or ())
+    setting = Setting(kv=AS_SCHEDULED, schedule=schedule.prune_layers, relevance=relevance)
+    expected = LocalRunner(LocalModel(str(DEMO_MODEL)), questions, frozenset()).answer(setting)
+    server = start_server(tmp_path / "log", "--prune-schedule", str(calibrated / "schedule.json"))
+    try:
+        replies = RemoteRunner(server.url, questions).answer(Setting(kv=AS_SCHEDULED))
+        config = httpx.get(f"{server.url}/vtprune/config").json()
+    finally:
+        stop_server(server)
+    assert [(r.text, r.prompt_tokens_kept) for r in replies] == [
+        (e.text, e.prompt_tokens_kept) for e in expected
+    ]
+    assert [p["layer"] for p in config["model"]["prune_layers"]] == [p.layer for p in schedule.prune_layers]
+    assert config["presets"]["balanced"]["aggressiveness"] == found["presets"]["balanced"]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plot of a calibration: answers against FLOPs and KV bytes. It needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtprune_eval.tables import Row
+
+_DPI = 130
+_AXES = {"flops": "share of the prefill's FLOPs (%)", "kv_bytes": "share of the KV bytes (%)"}
+_NAMED = ("#c1121f", "#e68613", "#2a9d8f", "#8338ec", "#b08900", "#1d3557")
+
+
+def plot_costs(
+    unpruned: Row, one_border: Sequence[Row], schedules: Sequence[Row], title: str, path: Path
+) -> Path:
+    """Answers against both costs.
+
+    Args:
+        unpruned: the row of the whole model.
+        one_border: rows of single prune layers, drawn as a line for each layer.
+        schedules: rows drawn with their intervals, and random dropping at their counts beside them.
+        title: the plot's.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
+    for axis, (cost, label) in zip(axes, _AXES.items(), strict=True):
+        whole = unpruned["accuracy"]
+        axis.axhspan(100 * whole["low"], 100 * whole["high"], color="black", alpha=0.08, linewidth=0)
+        axis.axhline(100 * whole["value"], color="black", linewidth=1, label="unpruned")
+        _lines(axis, one_border, cost)
+        for row, colour in zip(schedules, _NAMED * len(schedules), strict=False):
+            _point(axis, row, cost, colour)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("questions answered right (%)")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=_DPI)
+    pyplot.close(figure)
+    return path
+
+
+def _lines(axis: Any, rows: Sequence[Row], cost: str) -> None:
+    from matplotlib import colormaps
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for at, name in enumerate(names):
+        found = sorted((row[cost], row["accuracy"]["value"]) for row in rows if row["name"] == name)
+        axis.plot(
+            [100 * x for x, _ in found],
+            [100 * y for _, y in found],
+            color=colormaps["Blues"](0.9 - 0.55 * at / max(1, len(names) - 1)),
+            marker=".",
+            linewidth=1.1,
+            label=f"one prune layer, {name}",
+        )
+
+
+def _point(axis: Any, row: Row, cost: str, colour: str) -> None:
+    found, x = row["accuracy"], 100 * row[cost]
+    spread = [[100 * (found["value"] - found["low"])], [100 * (found["high"] - found["value"])]]
+    axis.errorbar(
+        x, 100 * found["value"], yerr=spread, color=colour, marker="o", capsize=3, zorder=3, label=row["name"]
+    )
+    if (chance := row["versus"].get("random")) is not None:
+        y = 100 * chance["accuracy"]["value"]
+        axis.plot(x, y, marker="o", color=colour, fillstyle="none", linestyle="", label="  random, same cost")
