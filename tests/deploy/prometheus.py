@@ -23,11 +23,21 @@ class Prometheus:
     def __init__(self, url: str) -> None:
         self.url = url
 
+    def samples(self, expression: str) -> list[Any]:
+        """What an expression gives: a `metric` and a `value` each.
+
+        Raises:
+            httpx.HTTPError: it is still starting, which it says with a 503 in plain text.
+        """
+        response = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=20)
+        answer = response.raise_for_status().json()
+        assert answer["status"] == "success", answer
+        samples: list[Any] = answer["data"]["result"]
+        return samples
+
     def query(self, expression: str) -> float | None:
         """The value of an expression that gives one sample; None without any."""
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=10).json()
-        assert answer["status"] == "success", answer
-        samples = answer["data"]["result"]
+        samples = self.samples(expression)
         return float(samples[0]["value"][1]) if samples else None
 
 

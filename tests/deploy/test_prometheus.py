@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 
 from tests.conftest import MODEL_NAME
 from tests.deploy.manifests import DEPLOY, only, overlay
+from tests.deploy.prometheus import prometheus
 from tests.helpers.client import chat_body, metric, post
 from tests.helpers.pictures import noise, scene
 
@@ -42,51 +42,25 @@ def query(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Que
     configuration = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [server.removeprefix("http://")]
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["prometheus", "--config.file=prometheus.yaml", "--storage.tsdb.path=data",
-             f"--web.listen-address=127.0.0.1:{port}"],
-            cwd=folder, stdout=log, stderr=log,
-        )  # fmt: skip
-
-    def ask(expression: str) -> list[Any]:
-        response = httpx.get(
-            f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression}, timeout=20
-        )
-        # while it starts it answers 503 in plain text
-        answer = response.raise_for_status().json()
-        assert answer["status"] == "success", answer
-        result: list[Any] = answer["data"]["result"]
-        return result
-
-    try:
-        _wait_until(lambda: ask("up") != [], folder)
+    with prometheus(configuration, folder) as running:
+        _wait_until(lambda: running.samples("up") != [], folder)
         _traffic(server)  # labels are there from now on, and rates need what comes after
         time.sleep(2)
         _traffic(server)
         total = metric(server, "vtprune_requests_total")
-        _wait_until(lambda: float(ask("sum(vtprune_requests_total)")[0]["value"][1]) == total, folder)
+        _wait_until(lambda: running.query("sum(vtprune_requests_total)") == total, folder)
         time.sleep(1)
-        yield ask
-    finally:
-        process.terminate()
-        process.wait(20)
+        yield running.samples
 
 
 def _wait_until(true: Callable[[], bool], folder: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(httpx.HTTPError):
             if true():
                 return
-        except (httpx.HTTPError, IndexError):
-            pass
         time.sleep(0.3)
-    raise AssertionError((folder / "log").read_text()[-3000:])
+    raise AssertionError((folder / "prometheus.log").read_text()[-3000:])
 
 
 def _traffic(server: str) -> None:
