@@ -161,7 +161,8 @@ def table(title: str, count: int, concurrency: int, part: dict[str, Any]) -> str
     header += ["throughput ratio", "e2e ratio", "CPU time ratio"]
     head = (
         f"{title}, {count} API process{'es' if count > 1 else ''}, concurrency {concurrency}: "
-        f"{part['rounds']} rounds of {part['requests_per_block']} requests; medians; ratios to {TOWERS[0]}, paired by round"
+        f"{part['rounds']} rounds of {part['requests_per_block']} requests; medians; ratios to "
+        f"{TOWERS[0]}, paired by round"
     )
     return "\n".join(["", head, *columns(header, rows, width=140)])
 

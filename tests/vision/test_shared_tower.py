@@ -257,9 +257,11 @@ def test_a_process_that_is_killed_is_started_again_and_answers_the_same(
     os.kill(again["pid"], signal.SIGKILL)
 
 
-def test_a_process_that_cannot_load_its_tower_is_an_error_and_not_tried_for_ever(tmp_path: Path) -> None:
-    recipe = Recipe(LlavaConfig(), "/nowhere", RECIPE.load, 0, True, 16, 0)
-    tower = SharedTower(tmp_path, "cpu", recipe)
+def test_a_process_that_ends_before_it_listens_is_an_error_and_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    tower = SharedTower(tmp_path, "cpu", RECIPE)
     with pytest.raises(TowerLostError, match="ended before it could serve"):
         tower.revive()
     assert tower.state()["pid"] is None

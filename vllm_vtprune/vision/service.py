@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tower outputs on demand: cached per image, computed once, batched over concurrent callers.
 
-The callers' own threads run the tower, one pass at a time. While a pass is under way, other callers' images
-queue up and form the next one, so batches grow with the load and a lone request waits neither for company nor
-for another thread to wake up.
+The callers' own threads run the tower, one pass at a time (on a GPU a thread of its own does). While a pass
+is under way, other callers' images queue up and form the next one, so batches grow with the load and a lone
+request waits neither for company nor, on the CPU, for another thread to wake up.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from vllm_vtprune.vision.shared.process import Recipe
 
 logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 # torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
 _TORCH_THREADS = torch.get_num_threads()
@@ -64,6 +67,8 @@ class VisionService:
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         cache_on_host: the cache's entries are copied to the host and back, where the tower is on a device.
         answers_on_host: outputs are given on the host, for another process.
+        own_thread: one thread runs all passes and projections, and not the callers': on a GPU each thread
+            that computes has a workspace of cuBLAS's for good.
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
             threads that make it; for metrics.
@@ -81,6 +86,7 @@ class VisionService:
         threads: int = 0,
         cache_on_host: bool = True,
         answers_on_host: bool = False,
+        own_thread: bool = False,
         observer: Callable[[int, float], None] | None = None,
         waiting_observer: Callable[[int], None] | None = None,
     ) -> None:
@@ -89,6 +95,7 @@ class VisionService:
         self.outcomes = Outcomes()
         self.observer = observer
         self.waiting_observer = waiting_observer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vtprune-tower") if own_thread else None
         self._max_batch = self._batch_limit = max_batch
         self._cache_on_host = cache_on_host
         self._answers_on_host = answers_on_host
@@ -153,10 +160,17 @@ class VisionService:
         Raises:
             torch.OutOfMemoryError: there is too little for one image alone.
         """
+        return self._computed(self._project_in_parts, images)
+
+    def _project_in_parts(self, images: Sequence[Kept]) -> list[Projected]:
         with suppress(torch.OutOfMemoryError):
             return self.encoder.project(images)
         self._make_room()
         return [self.encoder.project([image])[0] for image in images]
+
+    def _computed(self, compute: Callable[[A], R], argument: A) -> R:
+        """By the tower's own thread, where it has one."""
+        return compute(argument) if self._thread is None else self._thread.submit(compute, argument).result()
 
     def available(self, keys: Iterable[str], outputs: frozenset[str] = frozenset()) -> int:
         """How many of these images are cached or on their way. For metrics: a moment later it may differ."""
@@ -191,7 +205,7 @@ class VisionService:
             try:
                 self._tell_waiting(-len(batch))
                 with _torch_threads(self._threads_for(batch)):
-                    self._run_batch(batch)
+                    self._computed(self._run_batch, batch)
             finally:
                 with self._pass_done:
                     self._running = False

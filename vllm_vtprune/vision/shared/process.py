@@ -81,16 +81,9 @@ class Recipe:
             threads=self.threads,
             cache_on_host=self.cache_on_host,
             answers_on_host=answers_on_host,
+            own_thread=encoder.device.type == "cuda",
             observer=observer,
         )
-
-
-class MissingError(Exception):
-    """Images that the tower needs and was not given."""
-
-    def __init__(self, positions: list[int]) -> None:
-        super().__init__()
-        self.positions = positions
 
 
 class TowerProcess:
@@ -166,16 +159,18 @@ class TowerProcess:
     def _do_encode(self, message: dict[str, Any], tensors: list[Tensor], out: list[Tensor]) -> dict[str, Any]:
         given = {int(i): unpack_item(item, tensors) for i, item in message["items"].items()}
 
+        missing: list[int] = []
+
         def prepare(positions: Sequence[int]) -> list[Item]:
-            lacking = [i for i in positions if i not in given]
-            if lacking:
-                raise MissingError(lacking)
+            missing.extend(i for i in positions if i not in given)
             return [given[i] for i in positions]
 
         try:
             outputs = self.service.encode(message["keys"], prepare, frozenset(message["outputs"]))
-        except MissingError as missing:
-            return {"missing": missing.positions}
+        except KeyError:
+            if not missing:
+                raise
+            return {"missing": missing}
         return {"outputs": [pack_output(output, out) for output in outputs]}
 
     def _do_project(
