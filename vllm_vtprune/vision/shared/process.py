@@ -43,7 +43,7 @@ from vllm_vtprune.vision.transfer import to_host
 logger = logging.getLogger(__name__)
 
 #: Seconds without a connection after which it ends: an API process keeps one for as long as it lives.
-LONELY_S = 20.0
+LONELY_S = 10.0
 
 
 @dataclass(frozen=True)
