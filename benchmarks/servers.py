@@ -64,12 +64,12 @@ class RunningServer:
         The sum of `vtprune_tower_seconds` over API processes, each pass until its outputs are there.
         """
         async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-            return tower_seconds_in((await client.get(f"{self.url}/metrics")).text)
+            return sum_in((await client.get(f"{self.url}/metrics")).text, "vtprune_tower_seconds_sum")
 
 
-def tower_seconds_in(exposition: str) -> float:
-    """`vtprune_tower_seconds_sum` in a text of Prometheus metrics; NaN where there is none."""
-    found = re.findall(r"^vtprune_tower_seconds_sum(?:\{[^}]*\})? (\S+)", exposition, re.MULTILINE)
+def sum_in(exposition: str, metric: str) -> float:
+    """A metric's samples in a text of Prometheus metrics, added up; NaN where there is none."""
+    found = re.findall(rf"^{metric}(?:\{{[^}}]*\}})? (\S+)", exposition, re.MULTILINE)
     return sum(map(float, found)) if found else math.nan
 
 

@@ -27,6 +27,7 @@ class PluginContext:
         download_dir: where the hub client keeps files.
         prunes: whether the checkpoint is one that the plugin prunes; else vLLM's own class serves it.
         encoder_device: where this process's tower runs; None: as the policy says.
+        first_process: whether this is the first API process, or the only one.
         video_gpu_gb: what the operator sets aside for videos decoded on the GPU, towers apart.
         special_ids: the tokenizer's special tokens, the image placeholder aside; empty without a prune layer.
     """
@@ -36,6 +37,7 @@ class PluginContext:
     download_dir: str | None = None
     prunes: bool = True
     encoder_device: str | None = None
+    first_process: bool = True
     video_gpu_gb: float | None = None
     special_ids: frozenset[int] = frozenset()
 

@@ -25,6 +25,8 @@ from vllm_vtprune.vision.features import check_servable, servable_methods
 from vllm_vtprune.vision.gpu_budget import place_tower
 from vllm_vtprune.vision.question import check_text_tower
 from vllm_vtprune.vision.service import check_encoder
+from vllm_vtprune.vision.shared.channel import SUPPORTED
+from vllm_vtprune.vision.shared.client import tower_folder
 from vllm_vtprune.weight_updates import refuse_weight_transfer
 
 if TYPE_CHECKING:
@@ -88,10 +90,19 @@ class PruneConfig(VerifyAndUpdateConfig):
             cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()
             install(vllm_config, policy)
             special_ids = special_token_ids(model_config)
+        if policy.shares_tower:
+            if not SUPPORTED:
+                raise PolicyError(
+                    "vtprune: tower 'shared' needs Linux, whose memfd_create shares memory between "
+                    "processes: use in-process."
+                )
+            # before API processes are started, which inherit the variable that names it
+            tower_folder()
         place = place_tower(vllm_config, policy, family, device, dtype)
         context = PluginContext(
             policy=policy,
             encoder_device=place.device,
+            first_process=vllm_config.parallel_config._api_process_rank <= 0,
             video_gpu_gb=place.video_gpu_gb,
             dummy_weights=dummy,
             download_dir=vllm_config.load_config.download_dir,

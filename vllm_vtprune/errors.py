@@ -9,6 +9,7 @@
     * ScheduleError: prune layers that cannot work together (`vllm_vtprune.kv_drop.schedule`)
     * CheckpointError: a model that cannot be pruned, or whose files lack something
     * UnsupportedError: the version or front end of vLLM
+  * TowerLostError: the process of a shared vision tower died twice
   * LoadTestError: a load test that cannot run (`vtprune_loadtest.errors`)
     * PicturesUsedUp (`vtprune_loadtest.images`)
   * StreamError: a stream of events that breaks its protocol (`vtprune_loadtest.stream`)
@@ -54,6 +55,10 @@ class UnsupportedConfigError(OperatorError, ValueError):
 
 class CheckpointError(OperatorError, ValueError):
     """A model that cannot be pruned, or whose files lack something."""
+
+
+class TowerLostError(VTPruneError, RuntimeError):
+    """The process of a shared vision tower died, and again when the request was sent once more."""
 
 
 class UnsupportedError(OperatorError, RuntimeError):

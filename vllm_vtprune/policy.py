@@ -192,6 +192,11 @@ class PrunePolicy(OperatorModel):
     encoder_device: str = Field(
         default="auto", description="where tower and projector run: auto, cpu, cuda:0"
     )
+    tower: Annotated[str, _one_of(("in-process", "shared"))] = Field(
+        default="in-process",
+        description="in-process: each API process has a vision tower; shared: one process per GPU, or on a "
+        "machine without one, holds the tower of all API processes",
+    )
     encoder_dtype: str = Field(
         default="auto", description="their precision: auto (the model's), float32, bfloat16, float16"
     )
@@ -284,6 +289,11 @@ class PrunePolicy(OperatorModel):
     def asks_for_pruning(self) -> bool:
         """Whether the operator wants something pruned that no client asks for."""
         return self.has_prune_layer or self.default_preset != "off"
+
+    @property
+    def shares_tower(self) -> bool:
+        """Whether a process of its own holds the tower."""
+        return self.tower == "shared"
 
     @property
     def has_prune_layer(self) -> bool:

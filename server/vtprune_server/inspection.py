@@ -63,7 +63,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
     model_config = state.engine_client.model_config
     hf_config = model_config.hf_config
     context = plugin_context(model_config)
-    encoder, family = processor.vision.encoder, processor.family
+    tower, family = processor.vision, processor.family
     grid = family.unpruned_grid()
     vision, text = hf_config.vision_config, model_config.hf_text_config
     return {
@@ -85,8 +85,8 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "decoder_layers": text.num_hidden_layers,
             "prune_layer": context.policy.prune_layer,
             "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
-            "encoder_device": str(encoder.device),
-            "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
+            "encoder_device": str(tower.device),
+            "encoder_dtype": str(tower.dtype).removeprefix("torch."),
         },
         "limits": _limits(model_config),
         "presets": {name: dataclasses.asdict(preset) for name, preset in context.policy.presets.items()},

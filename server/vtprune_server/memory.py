@@ -50,6 +50,7 @@ def report(args: argparse.Namespace) -> str:
         towers = tower_memory(
             shape,
             processes=1 if args.shared else count,
+            threads=1 if args.shared else 2,
             batch=args.encoder_batch,
             bytes_per_value=width,
             cache_bytes=int(args.device_cache_gb * GIB),

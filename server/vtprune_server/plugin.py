@@ -31,6 +31,7 @@ class VTPruneEndpointPlugin:
         from vllm import envs
 
         from vtprune_server import media  # noqa: F401  (registers the media connector)
+        from vtprune_server.health import attach_health
         from vtprune_server.inspection import attach_inspection_routes
         from vtprune_server.limits import ServerLimits
         from vtprune_server.middleware.auth import EveryRouteAuthentication
@@ -43,6 +44,7 @@ class VTPruneEndpointPlugin:
 
         args, limits = app.state.args, ServerLimits.from_environ(os.environ)
         attach_prompt_routes(app)
+        attach_health(app)
         attach_inspection_routes(app)
         attach_playground(app)
         configure_request_log(limits.log_requests)
@@ -67,10 +69,12 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.error_text import withhold_everywhere
         from vllm_vtprune.vision.gpu_budget import restore_video_pool
         from vllm_vtprune.vision.processor import PrunedProcessor
+        from vllm_vtprune.vision.shared.client import SharedTower
         from vllm_vtprune.weight_updates import refuse_in_front_end
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.engine_load import auto_level, follow, listen
         from vtprune_server.grammar import install_grammar_errors
+        from vtprune_server.health import TowerHealth
         from vtprune_server.kv_plan import KVPlanner
         from vtprune_server.metrics import count_waiting_images, observe_tower_pass
         from vtprune_server.middleware.drain import drain_before_shutdown
@@ -103,6 +107,8 @@ class VTPruneEndpointPlugin:
             await asyncio.to_thread(renderer.mm_processor.warm_up)
             tower = renderer.mm_processor.vision
             tower.observer, tower.waiting_observer = observe_tower_pass, count_waiting_images
+            if isinstance(tower, SharedTower) and self._app is not None:
+                self._app.state.vtprune_tower_health = TowerHealth(tower)
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
         install_grammar_errors(engine_client)

@@ -24,7 +24,7 @@ from benchmarks.arms import parse_arms
 from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
 from benchmarks.roofline import MachineLimits, bound
-from benchmarks.servers import PLAIN, PRUNING, RunningServer, tower_seconds_in
+from benchmarks.servers import PLAIN, PRUNING, RunningServer, sum_in
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
 from vllm_vtprune.kv_drop.schedule import PruneLayer, check
@@ -35,10 +35,10 @@ from vtprune_loadtest.spread import Spread
 
 
 def test_a_towers_seconds_are_read_and_a_server_without_one_has_none() -> None:
-    text = "vtprune_tower_seconds_count 3.0\nvtprune_tower_seconds_sum 1.25\n"
-    assert tower_seconds_in(text) == 1.25
-    assert tower_seconds_in('vtprune_tower_seconds_sum{pid="1"} 1\nvtprune_tower_seconds_sum{pid="2"} 2') == 3
-    assert np.isnan(tower_seconds_in("vllm:num_requests_running 0"))
+    name = "vtprune_tower_seconds_sum"
+    assert sum_in(f"vtprune_tower_seconds_count 3.0\n{name} 1.25\n", name) == 1.25
+    assert sum_in(f'{name}{{pid="1"}} 1\n{name}{{pid="2"}} 2', name) == 3
+    assert np.isnan(sum_in("vllm:num_requests_running 0", name))
 
 
 def block(**fields: float) -> Block:

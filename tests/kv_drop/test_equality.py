@@ -125,7 +125,7 @@ def test_a_reset_and_an_abort_before_the_next_step(runs: Runs, runner: str, verd
 
 @on("grid")
 def test_dummy_runs_between_steps_change_no_answer(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    """Warm-up of vLLM's kernels, its memory profile, dummy batches beside other data-parallel ranks."""
+    """Warm-up of vLLM's kernels, its memory profile, and dummy batches beside other data-parallel ranks."""
     found = runs("grid", runner)["dummy_runs"]
     assert found["rated"] == [1024], "the profile rates the costliest batch of a step, once"
     assert "would not reach the vision tower" in found["reload"]

@@ -189,6 +189,17 @@ def test_an_api_process_takes_its_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert named.device == "cuda:1" and named.memory.processes == 4
 
 
+def test_a_shared_tower_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"_api_process_count": 4}
+    _, own = _placed(monkeypatch, 1, {}, **arguments)
+    _, shared = _placed(monkeypatch, 1, {"tower": "shared"}, **arguments)
+    assert (own.memory.processes, shared.memory.processes) == (4, 1)
+    assert shared.memory.weights == own.memory.weights
+    # selection is the API processes', and on the CPU
+    assert shared.memory.workspaces == own.memory.workspaces / 2
+    assert shared.memory.total < own.memory.total / 4
+
+
 def test_the_cache_counts_only_where_it_takes_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _, host = _placed(monkeypatch, 1, {})
     _, device = _placed(monkeypatch, 1, {"feature_cache_on": "device", "feature_cache_gb": 0.5})
@@ -328,6 +339,33 @@ def test_a_concurrent_caller_is_not_lost_when_memory_runs_out() -> None:
     for thread in threads:
         thread.join(20)
     assert got == {f"k{i}": float(i) for i in range(12)}
+
+
+def test_one_thread_computes_where_the_tower_has_its_own() -> None:
+    threads: set[str] = set()
+
+    class Encoder(SmallEncoder):
+        def encode(self, images: list[Item], outputs: frozenset[str]) -> list[TowerOutput]:
+            threads.add(threading.current_thread().name)
+            return super().encode(images, outputs)
+
+        def project(self, images: list[Kept]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            threads.add(threading.current_thread().name)
+            return super().project(images)
+
+    tower = VisionService(Encoder(fits=2), FeatureCache(0), own_thread=True)  # type: ignore[arg-type]
+    (kept,) = (everything(output) for output in tower.encode(["a"], _items(1)))
+    callers = [threading.Thread(target=tower.project, args=([kept],)) for _ in range(3)]
+    callers += [
+        threading.Thread(target=tower.encode, args=([f"k{i}"], lambda _: _items(1)([0]))) for i in range(3)
+    ]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(20)
+    assert len(threads) == 1 and threads.pop().startswith("vtprune-tower")
+    with pytest.raises(torch.OutOfMemoryError):
+        tower.encode(["b"], lambda _: _items(1, [9])([0]))
 
 
 # --- copies -------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ def run(
     embeddings = [item["image_embeds"].data for item in result["mm_kwargs"]["image"]]
     ranges = result["mm_placeholders"]["image"]
     assert [r.length for r in ranges] == [e.shape[0] for e in embeddings]
+    # a view would keep all images of the request for as long as one of them is cached
+    assert all(e.untyped_storage().nbytes() == e.nbytes for e in embeddings)
     for r in ranges:
         assert result["prompt_token_ids"][r.offset : r.offset + r.length] == [IMAGE_TOKEN] * r.length
     return result["prompt_token_ids"], embeddings, result["mm_hashes"]["image"]

@@ -96,7 +96,7 @@ def explain(
             selections[number] = selection
             views[number] = _view(features, scores[row : row + 1], selection, settings, crops[number])
     kept = kept_of(output, [selections[v] for v in sorted(selections)])
-    (projected,) = processor.vision.encoder.project([kept])
+    (projected,) = processor.vision.project([kept])
     first, *others = (views[v] for v in sorted(views))
     return Explanation(
         **asdict(first),

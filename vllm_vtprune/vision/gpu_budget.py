@@ -75,11 +75,14 @@ def place_tower(
         towers = most_on_one_device(processes, **layout)
     else:
         index, towers = device.index, processes
+    towers = 1 if policy.shares_tower else towers
     memory = tower_memory(
         TowerShape.of(family, largest_image_pixels(vllm_config.model_config)),
         processes=towers,
         batch=policy.encoder_batch,
         bytes_per_value=dtype.itemsize,
+        # with a shared tower, selection is the API processes' and on the CPU
+        threads=1 if policy.shares_tower else 2,
         cache_bytes=int(policy.feature_cache_gb * GIB) if policy.feature_cache_on == "device" else 0,
     )
     # with kv_cache_memory_bytes the operator counts the memory by hand, and vLLM would take it off that

@@ -138,7 +138,7 @@ class TowerMemory:
         processes: processes with a tower on the device.
         context: of each, for CUDA.
         weights: of each, tower and projector.
-        workspaces: of each, for the threads that run the tower.
+        workspaces: of each, for the threads that compute.
         largest_pass: of each.
         cache: of each, tower outputs kept on the device; 0 where they are kept on the host.
     """
@@ -179,7 +179,7 @@ def tower_memory(
     batch: int,
     bytes_per_value: int,
     cache_bytes: int = 0,
-    threads: int | None = None,
+    threads: int = 2,
 ) -> TowerMemory:
     """What the towers on one device take.
 
@@ -189,9 +189,8 @@ def tower_memory(
         batch: most pictures in one pass (`encoder_batch`).
         bytes_per_value: of the tower's precision.
         cache_bytes: of each process's cache on the device.
-        threads: that run passes in a process; None: as `vtprune_server.prefetch` starts them, and vLLM's own.
+        threads: that compute on the device: the tower's, and vLLM's of the processor, which selects.
     """
-    threads = 1 + min(8, batch) if threads is None else threads
     return TowerMemory(
         processes=processes,
         context=CONTEXT_BYTES,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tower outputs on demand: cached per image, computed once, batched over concurrent callers.
 
-The callers' own threads run the tower, one pass at a time. While a pass is under way, other callers' images
-queue up and form the next one, so batches grow with the load and a lone request waits neither for company nor
-for another thread to wake up.
+The callers' own threads run the tower, one pass at a time (on a GPU a thread of its own does). While a pass
+is under way, other callers' images queue up and form the next one, so batches grow with the load and a lone
+request waits neither for company nor, on the CPU, for another thread to wake up.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -32,9 +32,15 @@ from vllm_vtprune.vision.transfer import output_on, outputs_on_host
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+    from vllm_vtprune.context import PluginContext
     from vllm_vtprune.policy import PrunePolicy
+    from vllm_vtprune.vision.shared.client import SharedTower
+    from vllm_vtprune.vision.shared.process import Recipe
 
 logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 # torch's choice, read at import: later vLLM's renderer lowers it for its own threads now and then
 _TORCH_THREADS = torch.get_num_threads()
@@ -60,6 +66,9 @@ class VisionService:
         max_batch: most images in one pass, of up to a thousand patches each; fewer larger ones.
         threads: CPU threads of a pass; 0 is torch's choice, and one for a pass of a few milliseconds.
         cache_on_host: the cache's entries are copied to the host and back, where the tower is on a device.
+        answers_on_host: outputs are given on the host, for another process.
+        own_thread: one thread runs all passes and projections, and not the callers': on a GPU each thread
+            that computes has a workspace of cuBLAS's for good.
         observer: called after each pass with (images in it, seconds); for metrics.
         waiting_observer: called with each change in the number of images that wait for a pass, from the
             threads that make it; for metrics.
@@ -76,6 +85,8 @@ class VisionService:
         max_batch: int = 16,
         threads: int = 0,
         cache_on_host: bool = True,
+        answers_on_host: bool = False,
+        own_thread: bool = False,
         observer: Callable[[int, float], None] | None = None,
         waiting_observer: Callable[[int], None] | None = None,
     ) -> None:
@@ -84,14 +95,26 @@ class VisionService:
         self.outcomes = Outcomes()
         self.observer = observer
         self.waiting_observer = waiting_observer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vtprune-tower") if own_thread else None
         self._max_batch = self._batch_limit = max_batch
         self._cache_on_host = cache_on_host
+        self._answers_on_host = answers_on_host
         self._threads = threads
         self._waiting: deque[_Job] = deque()
         self._in_flight: dict[str, _Job] = {}
         self._running = False
         self._lock = threading.Lock()
         self._pass_done = threading.Condition(self._lock)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower runs."""
+        return self.encoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its precision."""
+        return self.encoder.dtype
 
     def encode(
         self,
@@ -137,10 +160,17 @@ class VisionService:
         Raises:
             torch.OutOfMemoryError: there is too little for one image alone.
         """
+        return self._computed(self._project_in_parts, images)
+
+    def _project_in_parts(self, images: Sequence[Kept]) -> list[Projected]:
         with suppress(torch.OutOfMemoryError):
             return self.encoder.project(images)
         self._make_room()
         return [self.encoder.project([image])[0] for image in images]
+
+    def _computed(self, compute: Callable[[A], R], argument: A) -> R:
+        """By the tower's own thread, where it has one."""
+        return compute(argument) if self._thread is None else self._thread.submit(compute, argument).result()
 
     def available(self, keys: Iterable[str], outputs: frozenset[str] = frozenset()) -> int:
         """How many of these images are cached or on their way. For metrics: a moment later it may differ."""
@@ -175,7 +205,7 @@ class VisionService:
             try:
                 self._tell_waiting(-len(batch))
                 with _torch_threads(self._threads_for(batch)):
-                    self._run_batch(batch)
+                    self._computed(self._run_batch, batch)
             finally:
                 with self._pass_done:
                     self._running = False
@@ -208,7 +238,7 @@ class VisionService:
             wanted = frozenset[str]().union(*(job.outputs for job in batch))
             results = self._encode_in_parts([job.item for job in batch], wanted)
             seconds = time.perf_counter() - started
-            self._to_cache(batch, results)
+            results = self._to_cache(batch, results)
         except BaseException as error:
             results = [error] * len(batch)
         self._finish(batch)
@@ -268,22 +298,26 @@ class VisionService:
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _to_cache(self, batch: Sequence[_Job], results: Sequence[TowerOutput | BaseException]) -> None:
-        done = [(j.key, r) for j, r in zip(batch, results, strict=True) if isinstance(r, TowerOutput)]
-        if not self.cache.capacity or not done:
-            return
-        outputs = [output for _, output in done]
-        if self._copies:
-            outputs = outputs_on_host(outputs, pinned=self.cache.pinned)
-        for (key, _), output in zip(done, outputs, strict=True):
-            self.cache.put(key, output)
+    def _to_cache(
+        self, batch: Sequence[_Job], results: Sequence[TowerOutput | BaseException]
+    ) -> list[TowerOutput | BaseException]:
+        """Keep a pass's outputs; gives what the callers get."""
+        answers = list(results)
+        done = [i for i, result in enumerate(results) if isinstance(result, TowerOutput)]
+        here = [cast(TowerOutput, results[i]) for i in done]
+        on_device = self.encoder.device.type != "cpu"
+        there = here
+        if on_device and (self._answers_on_host or (self._cache_on_host and self.cache.capacity)):
+            there = outputs_on_host(here, pinned=self.cache.pinned)
+        for i, output, copy in zip(done, here, there, strict=True):
+            self.cache.put(batch[i].key, copy if self._cache_on_host else output)
+            answers[i] = copy if self._answers_on_host else output
+        return answers
 
     def _from_cache(self, entry: TowerOutput) -> TowerOutput:
-        return output_on(entry, self.encoder.device) if self._copies else entry
-
-    @property
-    def _copies(self) -> bool:
-        return self._cache_on_host and self.encoder.device.type != "cpu"
+        if self.encoder.device.type == "cpu" or self._cache_on_host == self._answers_on_host:
+            return entry
+        return output_on(entry, torch.device("cpu") if self._answers_on_host else self.encoder.device)
 
     def _finish(self, batch: list[_Job]) -> None:
         with self._lock:
@@ -307,15 +341,16 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_services: dict[tuple[str, ...], VisionService] = {}
+_services: dict[tuple[str, ...], VisionService | SharedTower] = {}
 _services_lock = threading.Lock()
 
 
-def vision_service(model_config: ModelConfig) -> VisionService:
-    """The process's tower for this model; loads it the first time.
+def vision_service(model_config: ModelConfig) -> VisionService | SharedTower:
+    """The process's tower for this model, or its access to a shared one; loads it the first time.
 
     Raises:
         CheckpointError: tower or projector cannot be loaded from the checkpoint.
+        TowerLostError: a shared tower's process ended before it could serve.
         PolicyError: `encoder_device` or `encoder_dtype` names none that this machine or torch has.
     """
     context = plugin_context(model_config)
@@ -334,24 +369,32 @@ def vision_service(model_config: ModelConfig) -> VisionService:
     with _services_lock:
         service = _services.get(key)
         if service is None:
-            encoder = VisionEncoder.load(
+            from vllm_vtprune.vision.shared.process import Recipe
+
+            recipe = Recipe(
                 model_config.hf_config,
                 model_config.model,
-                device=device,
-                dtype=dtype,
-                revision=model_config.revision,
-                download_dir=context.download_dir,
-                dummy=context.dummy_weights,
-            )
-            on_host = policy.feature_cache_on == "host"
-            service = _services[key] = VisionService(
-                encoder,
-                FeatureCache(int(policy.feature_cache_gb * 2**30), pinned=on_host and device.type == "cuda"),
+                {
+                    "device": device,
+                    "dtype": dtype,
+                    "revision": model_config.revision,
+                    "download_dir": context.download_dir,
+                    "dummy": context.dummy_weights,
+                },
+                cache_bytes=int(policy.feature_cache_gb * 2**30),
+                cache_on_host=policy.feature_cache_on == "host",
                 max_batch=policy.encoder_batch,
                 threads=policy.encoder_threads,
-                cache_on_host=on_host,
             )
+            service = _services[key] = _shared(recipe, context) if policy.shares_tower else recipe.service()
         return service
+
+
+def _shared(recipe: Recipe, context: PluginContext) -> SharedTower:
+    from vllm_vtprune.vision.shared.client import SharedTower, tower_folder
+
+    name = str(recipe.load["device"]).replace(":", "")
+    return SharedTower(tower_folder(), name, recipe, first=context.first_process)
 
 
 def check_encoder(policy: PrunePolicy, model_config: ModelConfig) -> tuple[torch.device, torch.dtype]:
