@@ -137,6 +137,28 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
         load(quantised(tower=True))
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl_chat"])
+def test_a_clients_pixel_limits_count_and_have_entries_of_their_own(
+    name: str, processor: Callable[[str], Any]
+) -> None:
+    """Where the operator trusts a request's `mm_processor_kwargs`: they change pixels, and so every key."""
+    limits: dict[str, dict[str, Any]] = {
+        "qwen2_5_vl": {"max_pixels": 28 * 28 * 20},
+        "qwen3_vl": {"max_pixels": 32 * 32 * 20},
+        "mistral3": {"size": {"longest_edge": 112}},
+        "internvl_chat": {"max_dynamic_patch": 2},
+    }
+    ours, (image,) = processor(name), [picture((640, 480), seed=9)]
+    kwargs, _ = request_kwargs(keep_ratio=0.5)
+    found = []
+    for given in ({}, limits[name], {}):
+        items = ours.info.parse_mm_data({"image": [image]})
+        result = ours(placeholder_of(ours), items, hf_processor_mm_kwargs={**kwargs, **given})
+        found.append((result["vtprune_vision_tokens"], result["mm_hashes"]["image"][0]))
+    assert found[0] == found[2]
+    assert found[1][0] < found[0][0] and found[1][1] != found[0][1]
+
+
 def test_embeddings_that_the_caller_gives_pass_as_they_are(
     checkpoint: Checkpoint, oracle: Callable[[str], Oracle]
 ) -> None:
