@@ -16,10 +16,12 @@ from vllm_vtprune import request_kwargs
 from vllm_vtprune.settings import AUTO_SCORE, VisionSettings
 from vllm_vtprune.vision.explain import explain
 
-SETTINGS = [
-    VisionSettings(score=AUTO_SCORE, **fields)
-    for fields in ({}, {"keep_ratio": 0.3}, {"aggressiveness": 0.6})
+_AMOUNTS: list[dict[str, float | None]] = [
+    {},
+    {"keep_ratio": 0.3, "aggressiveness": None},
+    {"aggressiveness": 0.6},
 ]
+SETTINGS = [VisionSettings(score=AUTO_SCORE, **amount) for amount in _AMOUNTS]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
