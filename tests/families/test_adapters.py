@@ -201,4 +201,4 @@ def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: 
     policy = policy_for(PrunePolicy(), family)
     assert policy.score == family.default_score and policy.default_method == family.default_method
     assert policy.methods == servable_methods(family) and family.default_method in policy.methods
-    for_family(VisionSettings(method=policy.default_method, keep_ratio=0.5), family)
+    for_family(VisionSettings(method=policy.default_method, score="auto", keep_ratio=0.5), family)
