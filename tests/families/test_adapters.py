@@ -19,6 +19,7 @@ from tests.families.conftest import Checkpoint
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle
 from tests.helpers.family_processor import placeholder_of, processor_of
+from tests.helpers.kv_config import config
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.engine_config import policy_for
 from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError
@@ -112,8 +113,8 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
     name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = checkpoint(name)
-    config = get_config(str(source), trust_remote_code=False)
-    family = family_of(config)
+    hf_config = get_config(str(source), trust_remote_code=False)
+    family = family_of(hf_config)
 
     def quantised(tower: bool) -> Path:
         folder = tmp_path / str(tower)
@@ -130,7 +131,7 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
         return folder
 
     def load(folder: Path) -> None:
-        VisionEncoder.load(config, str(folder), device=torch.device("cpu"), dtype=torch.float32)
+        VisionEncoder.load(hf_config, str(folder), device=torch.device("cpu"), dtype=torch.float32)
 
     load(quantised(tower=False))
     with pytest.raises(CheckpointError, match=r"is quantised .*quantises the language model only"):
@@ -193,6 +194,11 @@ def test_what_the_tower_cannot_serve_is_refused_of_the_operator_and_of_a_request
     settings = VisionSettings(method=method, score=asked.get("score", "auto"), keep_ratio=0.5)
     with pytest.raises(SettingsError, match=sentence):
         for_family(settings, family)
+
+
+def test_the_second_stage_is_refused_before_a_hybrid_decoder(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="cannot be used with a qwen3_5_text decoder; the supported"):
+        config(checkpoint("qwen3_5"))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
