@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ CHAT_TEMPLATE = (
 """LLaVA-1.5's own form, `USER: <image>\\n question ASSISTANT:`; pictures come before their message's text."""
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(
+    vocabulary: dict[str, int] = VOCABULARY, special: Sequence[str] = ("<image>", "USER:", "ASSISTANT:")
+) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words; words it does not know become `<unk>`, and `<s>` starts every text."""
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("colour", "color")])
     words.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "removed", invert=True)
     words.post_processor = processors.TemplateProcessing(
@@ -42,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token=SPECIALS[PAD],
-        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+        additional_special_tokens=list(special),
     )
 
 

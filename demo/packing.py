@@ -7,6 +7,7 @@ that the prompt `USER: <image> question ASSISTANT:` gets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +40,22 @@ class Packed:
     first: Tensor
 
 
-def pack(questions: list[list[SceneQuestion]], kept: Tensor, device: torch.device) -> Packed:
-    """Pack each picture's questions behind its `kept` tokens, int64 [B]; shorter ones are padded."""
+def pack(
+    questions: list[list[SceneQuestion]],
+    kept: Tensor,
+    device: torch.device,
+    prefix: Sequence[int] = PREFIX,
+    behind: Sequence[int] = (),
+) -> Packed:
+    """Pack each picture's questions behind its `kept` tokens, int64 [B]; shorter ones are padded.
+
+    Between `prefix` and each question's words stand the picture and the tokens of `behind`.
+    """
     rows: list[list[tuple[int, int, int, int]]] = []  # token, segment, position, target
     for asked in questions:
         row: list[tuple[int, int, int, int]] = []
         for segment, question in enumerate(asked, start=1):
-            prompt = [*words_of(question.text), ASSISTANT]
+            prompt = [*behind, *words_of(question.text), ASSISTANT]
             answer = VOCABULARY[question.answer]
             tokens = [*prompt, answer]
             targets = [IGNORE] * (len(prompt) - 1) + [answer, END]
@@ -54,11 +64,11 @@ def pack(questions: list[list[SceneQuestion]], kept: Tensor, device: torch.devic
                 for place, (token, target) in enumerate(zip(tokens, targets, strict=True))
             ]
         rows.append(row)
-    longest, before = max(map(len, rows)), len(PREFIX) + int(kept.max())
+    longest, before = max(map(len, rows)), len(prefix) + int(kept.max())
     filled = torch.tensor([row + [(PAD, -1, 0, IGNORE)] * (longest - len(row)) for row in rows])
     batch = len(rows)
     place = torch.arange(before).expand(batch, -1)
-    end = len(PREFIX) + kept[:, None]
+    end = len(prefix) + kept[:, None]
     segments = torch.cat([torch.where(place < end, 0, _PADDING), filled[..., 1]], 1)
     positions = torch.cat([place, end + filled[..., 2]], 1)
     wanted = torch.cat([torch.full((batch, before), IGNORE), filled[..., 3]], 1)

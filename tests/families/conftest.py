@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_processor import processor_of
 
 Checkpoint = Callable[[str], Path]
+
+
+def chosen(in_ci: Sequence[str]) -> list[str]:
+    """Families for tests that start an engine each; VTPRUNE_TEST_FAMILIES: names by commas, or all."""
+    asked = os.environ.get("VTPRUNE_TEST_FAMILIES")
+    if asked is None:
+        return list(in_ci)
+    return list(CHECKPOINTS) if asked == "all" else asked.split(",")
 
 
 @pytest.fixture(scope="session")

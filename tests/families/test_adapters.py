@@ -19,6 +19,7 @@ from tests.families.conftest import Checkpoint
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle
 from tests.helpers.family_processor import placeholder_of, processor_of
+from tests.helpers.kv_config import config
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.engine_config import policy_for
 from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError
@@ -112,8 +113,8 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
     name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = checkpoint(name)
-    config = get_config(str(source), trust_remote_code=False)
-    family = family_of(config)
+    hf_config = get_config(str(source), trust_remote_code=False)
+    family = family_of(hf_config)
 
     def quantised(tower: bool) -> Path:
         folder = tmp_path / str(tower)
@@ -130,11 +131,33 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
         return folder
 
     def load(folder: Path) -> None:
-        VisionEncoder.load(config, str(folder), device=torch.device("cpu"), dtype=torch.float32)
+        VisionEncoder.load(hf_config, str(folder), device=torch.device("cpu"), dtype=torch.float32)
 
     load(quantised(tower=False))
     with pytest.raises(CheckpointError, match=r"is quantised .*quantises the language model only"):
         load(quantised(tower=True))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl_chat"])
+def test_a_clients_pixel_limits_count_and_have_entries_of_their_own(
+    name: str, processor: Callable[[str], Any]
+) -> None:
+    """Where the operator trusts a request's `mm_processor_kwargs`: they change pixels, and so every key."""
+    limits: dict[str, dict[str, Any]] = {
+        "qwen2_5_vl": {"max_pixels": 28 * 28 * 20},
+        "qwen3_vl": {"max_pixels": 32 * 32 * 20},
+        "mistral3": {"size": {"longest_edge": 112}},
+        "internvl_chat": {"max_dynamic_patch": 2},
+    }
+    ours, (image,) = processor(name), [picture((640, 480), seed=9)]
+    kwargs, _ = request_kwargs(keep_ratio=0.5)
+    found = []
+    for given in ({}, limits[name], {}):
+        items = ours.info.parse_mm_data({"image": [image]})
+        result = ours(placeholder_of(ours), items, hf_processor_mm_kwargs={**kwargs, **given})
+        found.append((result["vtprune_vision_tokens"], result["mm_hashes"]["image"][0]))
+    assert found[0] == found[2]
+    assert found[1][0] < found[0][0] and found[1][1] != found[0][1]
 
 
 def test_embeddings_that_the_caller_gives_pass_as_they_are(
@@ -173,10 +196,15 @@ def test_what_the_tower_cannot_serve_is_refused_of_the_operator_and_of_a_request
         for_family(settings, family)
 
 
+def test_the_second_stage_is_refused_before_a_hybrid_decoder(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="cannot be used with a qwen3_5_text decoder; the supported"):
+        config(checkpoint("qwen3_5"))
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: Checkpoint) -> None:
     family = family_of(get_config(str(checkpoint(name)), trust_remote_code=False))
     policy = policy_for(PrunePolicy(), family)
     assert policy.score == family.default_score and policy.default_method == family.default_method
     assert policy.methods == servable_methods(family) and family.default_method in policy.methods
-    for_family(VisionSettings(method=policy.default_method, keep_ratio=0.5), family)
+    for_family(VisionSettings(method=policy.default_method, score="auto", keep_ratio=0.5), family)

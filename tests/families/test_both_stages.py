@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both stages in families whose positions have three dimensions, on the real engine, beside the reference."""
+"""Both stages where positions have three dimensions or placeholders hold text, beside the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.model_runner_v2 import environment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 #: Family and model runner.
-RUNS = [("qwen2_5_vl", "v1"), ("qwen3_vl", "v2")]
+RUNS = [("qwen2_5_vl", "v1"), ("qwen3_vl", "v2"), ("mistral3", "v1")]
 Run = Callable[[str, str], dict[str, Any]]
 
 

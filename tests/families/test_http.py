@@ -8,7 +8,6 @@ by commas, starts one for each.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import MODEL_NAME, start_server, stop_server
-from tests.families.conftest import Checkpoint
+from tests.families.conftest import Checkpoint, chosen
 from tests.helpers.client import answer, chat_body, counts, post
 from tests.helpers.family_cases import LANDSCAPE, PORTRAIT, SMALL
-from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.pictures import data_url
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
@@ -30,9 +28,7 @@ from vllm_vtprune.vision.features import servable_methods, servable_scores
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 #: Tiles without coordinates; three-dimensional positions and deepstack.
-_IN_CI = "llava_next,qwen3_vl"
-_ASKED = os.environ.get("VTPRUNE_TEST_FAMILIES", _IN_CI)
-SERVED = list(CHECKPOINTS) if _ASKED == "all" else _ASKED.split(",")
+SERVED = chosen(["llava_next", "qwen3_vl"])
 QUARTER = {"X-VTPrune-Keep-Ratio": "0.25"}
 
 

@@ -15,7 +15,12 @@ def processor_of(folder: Path, **options: Any) -> Any:
     from vllm.tokenizers import get_tokenizer
 
     load_general_plugins()
-    given = {"dtype": "float32", "max_model_len": 2048, "limit_mm_per_prompt": {"image": 16}, **options}
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "limit_mm_per_prompt": {"image": 16},
+        **options,
+    }
     config = EngineArgs(str(folder), **given).create_engine_config()
     return MULTIMODAL_REGISTRY.create_processor(config.model_config, tokenizer=get_tokenizer(str(folder)))
 

@@ -33,10 +33,10 @@ def for_family(settings: VisionSettings, family: Family, score: str = AUTO_SCORE
     Raises:
         SettingsError: a score or a method that this family's tower cannot serve.
     """
-    if settings.keeps_all:
-        return settings
     if settings.score == AUTO_SCORE:
         settings = replace(settings, score=family.default_score if score == AUTO_SCORE else score)
+    if settings.keeps_all:
+        return settings
     check_servable(family, settings.score, (settings.method,))
     return settings
 

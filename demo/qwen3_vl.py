@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Qwen3-VL on the demo's pictures: its shape, how pictures enter it, packed questions, its export.
+
+What it has that the demo model has not is what makes pruning without CLS hard to judge on random weights: a
+tower without CLS, units of 2x2 patches, a deepstack level and three-dimensional positions. Pictures come at
+two resolutions, 36 and 144 units.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from demo.export import CHAT_TEMPLATE, tokenizer
+from demo.model import END, IMAGE, PAD, SPECIALS, START, USER, VOCABULARY, VOCABULARY_SIZE
+from demo.packing import Packed, pack
+from demo.tower import normalise
+from vtprune_eval.scene_questions import SceneQuestion
+from vtprune_eval.scenes import PATCH
+
+LIMIT_BYTES = 12_000_000
+"""Largest `model.safetensors` that may be shipped."""
+MERGE = 2
+#: Sides of the pictures, in pixels.
+SIDES = (168, 336)
+VISION_START, VISION_END, VIDEO = range(VOCABULARY_SIZE - 3, VOCABULARY_SIZE)
+#: The demo's words, the image token under the name that Qwen's processor looks for.
+_WORDS = {word: number for word, number in VOCABULARY.items() if number != IMAGE}
+_TOKENS = {
+    "<|image_pad|>": IMAGE,
+    "<|vision_start|>": VISION_START,
+    "<|vision_end|>": VISION_END,
+    "<|video_pad|>": VIDEO,
+}
+PREFIX = (START, USER, VISION_START)
+"""Tokens before the picture; behind it stands `VISION_END`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model's dimensions; the default stays below 12 MB in 16 bits."""
+
+    tower_width: int = 128
+    tower_layers: int = 5
+    tower_heads: int = 4
+    text_width: int = 128
+    text_layers: int = 6
+    text_heads: int = 4
+
+
+def build(shape: Shape) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL with random weights; input and output embeddings are one."""
+    if len(VOCABULARY) > VISION_START:
+        raise ValueError(f"the vocabulary's {len(VOCABULARY)} words leave no room for the vision tokens")
+    head = shape.text_width // shape.text_heads
+    rows = columns = head // 2 // 3
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": shape.tower_layers,
+            "hidden_size": shape.tower_width,
+            "intermediate_size": 4 * shape.tower_width,
+            "num_heads": shape.tower_heads,
+            "out_hidden_size": shape.text_width,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "deepstack_visual_indexes": [shape.tower_layers // 2],
+            "num_position_embeddings": (max(SIDES) // PATCH) ** 2,
+        },
+        text_config={
+            "vocab_size": VOCABULARY_SIZE,
+            "hidden_size": shape.text_width,
+            "intermediate_size": 3 * shape.text_width,
+            "num_hidden_layers": shape.text_layers,
+            "num_attention_heads": shape.text_heads,
+            # as many, so that keys can start as queries do (`language.start_on_matches`)
+            "num_key_value_heads": shape.text_heads,
+            "head_dim": head,
+            "max_position_embeddings": 4096,
+            "bos_token_id": START,
+            "eos_token_id": END,
+            "pad_token_id": PAD,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [head // 2 - rows - columns, rows, columns],
+                "mrope_interleaved": True,
+            },
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+@lru_cache
+def unit_patches(side: int) -> Tensor:
+    """[units, 4]: the patches of each unit by their raster numbers, in a picture of `side` patches."""
+    numbers = torch.arange(side**2).view(side // MERGE, MERGE, side // MERGE, MERGE)
+    return numbers.permute(0, 2, 1, 3).reshape(-1, MERGE**2)
+
+
+def patch_rows(pixels: Tensor) -> Tensor:
+    """What the exported image processor makes of uint8 pictures [B, S, S, 3]: [B * patches, values].
+
+    Unit by unit, a picture standing for both of a video's frames, as in
+    `transformers.models.qwen2_vl.image_processing_qwen2_vl`.
+    """
+    images = normalise(pixels)
+    batch, channels, size, _ = images.shape
+    units = size // PATCH // MERGE
+    cut = images.view(batch, channels, units, MERGE, PATCH, units, MERGE, PATCH)
+    ordered = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)  # [B * patches, C, P, P]
+    return ordered[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tower makes of `B` pictures of `N` units.
+
+    `patches` [B, N * 4, tower width] before the merger, unit by unit; `units` [B, N, text width] behind it;
+    `levels` as many for each deepstack level.
+    """
+
+    patches: Tensor
+    units: Tensor
+    levels: list[Tensor]
+
+
+def see(model: Qwen3VLForConditionalGeneration, pixels: Tensor) -> Seen:
+    """Run the tower over uint8 pictures [B, S, S, 3] of one size."""
+    batch, side = len(pixels), pixels.shape[1] // PATCH
+    grid = torch.tensor([[1, side, side]] * batch, device=pixels.device)
+    out = model.model.visual(patch_rows(pixels), grid_thw=grid)
+    return Seen(
+        out.last_hidden_state.unflatten(0, (batch, -1)),
+        out.pooler_output.unflatten(0, (batch, -1)),
+        [level.unflatten(0, (batch, -1)) for level in out.deepstack_features],
+    )
+
+
+def pack_questions(questions: list[list[SceneQuestion]], keep: Tensor) -> Packed:
+    """Questions behind the units in `keep`, [B, K] ascending and -1 behind the shorter ones."""
+    return pack(questions, (keep >= 0).sum(1).cpu(), keep.device, PREFIX, (VISION_END,))
+
+
+def positions_of(packed: Packed, keep: Tensor, side: int) -> Tensor:
+    """[3, B, L]: kept units stand where they do in the whole picture of side x side units, text behind it."""
+    first, last = len(PREFIX), len(PREFIX) + keep.shape[1]
+    positions = packed.positions.expand(3, -1, -1).clone()
+    units = keep.clamp(min=0)
+    positions[:, :, first:last] = first + torch.stack([torch.zeros_like(units), units // side, units % side])
+    # the text goes on behind the picture's longer side, however many of its units stay
+    positions[:, :, last:] += side - (keep >= 0).sum(1)[:, None]
+    return positions
+
+
+def answer_logits(model: Qwen3VLForConditionalGeneration, seen: Seen, keep: Tensor, packed: Packed) -> Tensor:
+    """Logits where an answer is predicted, [asked, vocabulary]."""
+    language, units = model.model.language_model, keep.clamp(min=0)
+    first, last = len(PREFIX), len(PREFIX) + keep.shape[1]
+
+    def kept(values: Tensor) -> Tensor:
+        return values.gather(1, units[..., None].expand(-1, -1, values.shape[-1]))
+
+    prefix = torch.tensor(PREFIX, device=keep.device).expand(len(keep), -1)
+    embed = language.embed_tokens
+    inputs = torch.cat([embed(prefix), kept(seen.units), embed(packed.tokens)], 1)
+    visual = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=keep.device)
+    visual[:, first:last] = True
+    states = language(
+        inputs_embeds=inputs,
+        attention_mask=packed.visible,
+        position_ids=positions_of(packed, keep, round(seen.units.shape[1] ** 0.5)),
+        visual_pos_masks=visual,
+        deepstack_visual_embeds=[kept(level).flatten(0, 1) for level in seen.levels],
+        use_cache=False,
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(states[packed.asking])
+    return logits
+
+
+def export(model: Qwen3VLForConditionalGeneration, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights, configuration, tokenizer, processor and chat template into `folder`.
+
+    Raises:
+        ValueError: the weights would exceed `LIMIT_BYTES`.
+    """
+    weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if weight_bytes > LIMIT_BYTES:
+        raise ValueError(
+            f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
+        )
+    stored = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
+    stored.config.dtype = dtype
+    stored.save_pretrained(folder)
+    processor(SIDES).save_pretrained(folder)
+
+
+def processor(sides: Sequence[int]) -> Qwen3VLProcessor:
+    """Tokenizer, picture preparation and chat template; pictures of these sides keep their size."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
+
+    means = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    sizes = {"shortest_edge": min(sides) ** 2, "longest_edge": max(sides) ** 2}
+    words = tokenizer({**_WORDS, **_TOKENS}, [*_TOKENS, *SPECIALS[USER : USER + 2]])
+    template = CHAT_TEMPLATE.replace("<image>\n", "<|vision_start|><|image_pad|><|vision_end|>")
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=PATCH, size=sizes, **means),
+        words,
+        Qwen3VLVideoProcessor(patch_size=PATCH, size=sizes, **means),
+        chat_template=template,
+    )
