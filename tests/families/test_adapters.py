@@ -16,6 +16,7 @@ from tests.families.conftest import Checkpoint
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle
 from vllm_vtprune import request_kwargs
+from vllm_vtprune.families.base import Kept
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.features import everything, servable_methods
 from vllm_vtprune.vision.processor import PrunedProcessor
@@ -101,3 +102,21 @@ def ours_prompt(processor: Any, images: int) -> str:
     tokenizer = processor.info.get_tokenizer()
     text: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     return text
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_question_rates_every_unit_by_its_own_embedding(name: str, processor: Callable[[str], Any]) -> None:
+    ours = processor(name)
+    output, _ = ours.tower_output(picture((640, 480)), VisionSettings(score="received"))
+    encoder, units = ours.vision.encoder, output.patches.shape[0]
+    ((embeddings, _),) = encoder.project([everything(output)])
+    rows = ours.family.of_units(output, embeddings)
+    assert rows.shape == (units, ours.family.config.get_text_config().hidden_size)
+    for unit in (0, units // 2, units - 1):
+        ((alone, _),) = encoder.project([Kept(output, torch.tensor([unit]), output.patches[unit : unit + 1])])
+        # among the newlines, where the family has them
+        distances = (alone[:, : rows.shape[1]] - rows[unit]).abs().amax(dim=1)
+        assert distances.min() < 1e-4 * rows.abs().max()
+    rated = ours.rater.rate(output, "what is it ?")
+    assert rated.shape == (units,) and bool(rated.isfinite().all())
+    assert not torch.equal(rated, ours.rater.rate(output, "something else"))
