@@ -127,3 +127,18 @@ def test_bad_input_is_named(server: str, body: Any, param: str) -> None:
     response = post(server, body, path="/vtprune/explain")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_it_explains_a_question_as_serving_reads_it(server: str) -> None:
+    settings = {"method": "cdpruner", "keep_ratio": 0.2}
+
+    def kept(question: str) -> list[bool]:
+        body = {"image_url": data_url(scene()), "vtprune": settings, "question": question}
+        told: list[bool] = post(server, body, path="/vtprune/explain").json()["kept"]
+        return told
+
+    chosen = [kept(q) for q in ("what color is the circle ?", "how many red squares are there ?", "")]
+    assert [sum(kept_of) for kept_of in chosen] == [29] * 3
+    assert chosen[0] != chosen[1] and kept("  what color is the  circle ?") == chosen[0]
+    plain = explain(server, scene(), **settings)
+    assert plain["kept"] == chosen[2], "without a question the score decides"
