@@ -115,6 +115,7 @@ def _published(options: argparse.Namespace) -> None:
         options.api_key,
         options.limit,
         options.tasks_include,
+        options.concurrency,
     )
     published.judge(plan)
     with contextlib.ExitStack() as stack:

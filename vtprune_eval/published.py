@@ -46,6 +46,7 @@ class Plan:
         api_key: the server's.
         limit: questions of each task; None for all.
         include: a folder with tasks of one's own, in lmms-eval's format.
+        concurrency: requests in flight.
     """
 
     server: str
@@ -56,6 +57,7 @@ class Plan:
     api_key: str | None = None
     limit: int | None = None
     include: Path | None = None
+    concurrency: int = 8
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def judge(plan: Plan) -> None:
     if not found:
         raise RunnerError(
             f"{plan.python} has no lmms-eval, which --tasks runs: make an environment for it (`make "
-            f"tasks-env`, or `python -m venv DIR && DIR/bin/pip install {LMMS_EVAL}`) and name its "
-            "interpreter with --tasks-python DIR/bin/python."
+            f"tasks-env`, or `python -m venv DIR && DIR/bin/pip install {LMMS_EVAL} 'filelock<4'`) and name "
+            "its interpreter with --tasks-python DIR/bin/python."
         )
     if plan.include is not None and not plan.include.is_dir():
         raise RunnerError(f"--tasks-include names {plan.include}, which is no folder.")
@@ -199,7 +201,7 @@ def _lmms_eval(plan: Plan, url: str, model: str, task: str, folder: Path) -> Non
         "--batch_size",
         "1",
     ]
-    command += ["--model_args", f"model_version={model},base_url={url}/v1"]
+    command += ["--model_args", f"model_version={model},base_url={url}/v1,num_cpus={plan.concurrency}"]
     command += ["--log_samples", "--output_path", str(folder)]
     command += ["--limit", str(plan.limit)] if plan.limit is not None else []
     command += ["--include_path", str(plan.include)] if plan.include is not None else []
@@ -223,7 +225,7 @@ def _metrics(folder: Path, task: str) -> dict[str, dict[str, float | None]]:
     for name, entries in results.items():
         for key, value in entries.items():
             metric, _, rule = key.partition(",")
-            if not isinstance(value, int | float) or not rule or metric.endswith("_stderr"):
+            if not isinstance(value, int | float) or not rule or "_stderr" in metric:
                 continue
             error = entries.get(f"{metric}_stderr,{rule}")
             label = metric if name == task else f"{name} {metric}"
