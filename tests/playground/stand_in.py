@@ -34,6 +34,7 @@ class StandIn:
         word_seconds: how long a stream takes from its first word to its second.
         break_stream: whether a stream ends in an error after its first word.
         explained: the settings of each `/vtprune/explain` request.
+        questions: its question.
         at_once: the most explain requests that were open at one time.
     """
 
@@ -45,6 +46,7 @@ class StandIn:
     word_seconds: float = 0.0
     break_stream: bool = False
     explained: list[dict[str, Any]] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
     at_once: int = 0
     url: str = ""
     _open: int = 0
@@ -89,12 +91,15 @@ class StandIn:
                 "balanced": {"aggressiveness": 0.5, "kv_keep": 0.5},
             },
             "methods": ["inflection", "merging", "own_count", "random"],
+            "reads_question": ["random"],
             "versions": {},
         }
 
     async def _explain(self, request: Request) -> dict[str, Any]:
-        settings = (await request.json())["vtprune"]
+        body = await request.json()
+        settings = body["vtprune"]
         self.explained.append(settings)
+        self.questions.append(body["question"])
         self._open += 1
         self.at_once = max(self.at_once, self._open)
         await asyncio.sleep(self.explain_seconds)

@@ -38,7 +38,8 @@ def test_config_tells_policy_and_model(server: str) -> None:
     assert model["prune_layer"] == config["policy"]["prune_layer"]
     assert model["prune_layer"] is None or 1 <= model["prune_layer"] < model["decoder_layers"]
     assert config["policy"]["default_preset"] in config["presets"]
-    assert "inflection" in config["methods"]
+    assert "inflection" in config["methods"] and config["reads_question"] == ["cdpruner"]
+    assert config["auto"]["levels"] == ["off", "light", "balanced"]
     assert config["versions"]["vllm"] == "0.32.0"
     assert config["policy"].keys() | config["limits"].keys() == OperatorSettings.model_fields.keys()
     assert config["limits"] == ServerLimits().model_dump(mode="json")
