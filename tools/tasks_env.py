@@ -16,6 +16,8 @@ from pathlib import Path
 from vtprune_eval.published import LMMS_EVAL, default_python
 
 _TORCH = "torch==2.13.0"
+#: lmms-eval 0.7.3 imports a module that filelock 4 has no more.
+_BESIDE = ("filelock<4",)
 _SHIM = Path(__file__).parent / "torchvision_shim.py"
 
 
@@ -29,7 +31,7 @@ def make() -> Path:
     # the build without CUDA where there is one to be had
     if subprocess.run([*install, f"{_TORCH}+cpu"], check=False).returncode:
         subprocess.run([*install, _TORCH], check=True)
-    subprocess.run([*install, LMMS_EVAL], check=True)
+    subprocess.run([*install, LMMS_EVAL, *_BESIDE], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     shutil.copy(_SHIM, site / "vtprune_torchvision_shim.py")
     (site / "vtprune_torchvision_shim.pth").write_text(

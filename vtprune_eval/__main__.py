@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_vtprune import demo_model
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.vision.features import needs_of
-from vtprune_eval import published
+from vtprune_eval import published, published_report
 from vtprune_eval.arguments import make_parser
 from vtprune_eval.backend import Runner, RunnerError
 from vtprune_eval.draw import draw_kept
@@ -116,6 +116,7 @@ def _published(options: argparse.Namespace) -> None:
         options.api_key,
         options.limit,
         options.tasks_include,
+        options.concurrency,
     )
     published.judge(plan)
     with contextlib.ExitStack() as stack:
@@ -126,12 +127,12 @@ def _published(options: argparse.Namespace) -> None:
         document = published.run_tasks(plan, _progress)
     for path, text in (
         (options.out / "tasks.json", json.dumps(document, indent=1)),
-        (options.out / "tasks.md", published.page(document)),
+        (options.out / "tasks.md", published_report.page(document)),
     ):
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
     try:
-        print(f"wrote {published.plot(document, options.out / 'tasks.png')}")
+        print(f"wrote {published_report.plot(document, options.out / 'tasks.png')}")
     except ImportError:
         print("No plot: matplotlib is not installed (pip install 'vtprune[bench]').", file=sys.stderr)
 

@@ -57,6 +57,12 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     how.add_argument("--method", type=_names((*METHODS, DOWNSCALE)), default=[DEFAULT_METHOD])
     how.add_argument("--aggressiveness", type=_numbers("aggressiveness"), default=[])
     how.add_argument("--keep-ratio", type=_numbers("keep_ratio"), default=[])
+    how.add_argument(
+        "--max-share",
+        type=_numbers("keep_ratio"),
+        default=[1.0],
+        help="of each picture no more than this share stays, as presets have it; not with --server",
+    )
     how.add_argument("--score", choices=tuple(SCORES), default="cosine")
     how.add_argument("--kv-keep", type=_numbers("kv_keep"), default=[1.0])
     how.add_argument("--kv-scope", type=_names(FIELDS["kv_scope"].choices), default=["all"])

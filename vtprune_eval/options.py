@@ -23,6 +23,7 @@ _OPERATORS = {
     "--window": ("window", [8]),
     "--relevance": ("relevance", ["attention"]),
     "--score": ("score", "cosine"),
+    "--max-share": ("max_share", [1.0]),
 }
 
 
@@ -59,8 +60,8 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
     amounts: list[dict[str, Any]] = [{"keep_ratio": r, "aggressiveness": None} for r in options.keep_ratio]
     amounts = amounts or [{"aggressiveness": a} for a in options.aggressiveness or [0.0]]
     visions = [
-        VisionSettings(method=method, score=options.score, **amount)
-        for method, amount in product(options.method, amounts)
+        VisionSettings(method=method, score=options.score, max_share=most, **amount)
+        for method, amount, most in product(options.method, amounts, options.max_share)
     ]
     if options.schedule:
         return [

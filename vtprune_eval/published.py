@@ -22,10 +22,11 @@ import httpx
 from vllm_vtprune.contract import HEADERS
 from vtprune_eval.arm_proxy import arm_proxy
 from vtprune_eval.backend import RunnerError
-from vtprune_eval.tables import markdown, percent
+from vtprune_eval.tables import percent
 
 #: The release whose options and files this module knows.
 LMMS_EVAL = "lmms-eval==0.7.3"
+#: The arms' names, or their ends.
 OFF, RANDOM, DOWNSCALE = "off", "random", "downscale"
 _DONE = "done.json"
 _FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec('lmms_eval') is None)"
@@ -45,6 +46,7 @@ class Plan:
         api_key: the server's.
         limit: questions of each task; None for all.
         include: a folder with tasks of one's own, in lmms-eval's format.
+        concurrency: requests in flight.
     """
 
     server: str
@@ -55,6 +57,7 @@ class Plan:
     api_key: str | None = None
     limit: int | None = None
     include: Path | None = None
+    concurrency: int = 8
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ def judge(plan: Plan) -> None:
     if not found:
         raise RunnerError(
             f"{plan.python} has no lmms-eval, which --tasks runs: make an environment for it (`make "
-            f"tasks-env`, or `python -m venv DIR && DIR/bin/pip install {LMMS_EVAL}`) and name its "
-            "interpreter with --tasks-python DIR/bin/python."
+            f"tasks-env`, or `python -m venv DIR && DIR/bin/pip install {LMMS_EVAL} 'filelock<4'`) and name "
+            "its interpreter with --tasks-python DIR/bin/python."
         )
     if plan.include is not None and not plan.include.is_dir():
         raise RunnerError(f"--tasks-include names {plan.include}, which is no folder.")
@@ -198,7 +201,7 @@ def _lmms_eval(plan: Plan, url: str, model: str, task: str, folder: Path) -> Non
         "--batch_size",
         "1",
     ]
-    command += ["--model_args", f"model_version={model},base_url={url}/v1"]
+    command += ["--model_args", f"model_version={model},base_url={url}/v1,num_cpus={plan.concurrency}"]
     command += ["--log_samples", "--output_path", str(folder)]
     command += ["--limit", str(plan.limit)] if plan.limit is not None else []
     command += ["--include_path", str(plan.include)] if plan.include is not None else []
@@ -222,7 +225,7 @@ def _metrics(folder: Path, task: str) -> dict[str, dict[str, float | None]]:
     for name, entries in results.items():
         for key, value in entries.items():
             metric, _, rule = key.partition(",")
-            if not isinstance(value, int | float) or not rule or metric.endswith("_stderr"):
+            if not isinstance(value, int | float) or not rule or "_stderr" in metric:
                 continue
             error = entries.get(f"{metric}_stderr,{rule}")
             label = metric if name == task else f"{name} {metric}"
@@ -244,81 +247,3 @@ def _server_config(plan: Plan) -> dict[str, Any]:
             f"{plan.server} does not show a vtprune server's configuration ({error}): start `vtprune serve`, "
             "and give its key with --api-key or in $OPENAI_API_KEY."
         ) from None
-
-
-def page(document: dict[str, Any]) -> str:
-    """The report: a table for each task, each arm beside the unpruned one."""
-    limit = "" if document["limit"] is None else f" The first {document['limit']} questions of each task."
-    versions = document["versions"]
-    parts = [
-        f"# {document['model']} on published benchmarks",
-        f"By `vtprune eval --tasks` with {LMMS_EVAL}, vtprune {versions['vtprune']} on vLLM "
-        f"{versions['vllm']}.{limit} `±` is the tool's own standard error; `of off` is the share of the "
-        "unpruned score. Compare arms of this page with each other, never with a published number.",
-    ]
-    for task in dict.fromkeys(row["task"] for row in document["rows"]):
-        parts += [f"## {task}", _table([row for row in document["rows"] if row["task"] == task])]
-    parts += [f"- {note}" for note in document["notes"]]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(rows[0]["metrics"])
-    whole = rows[0]["metrics"]
-    lines = []
-    for row in rows:
-        cells = [row["arm"], percent(row["share_kept"]), str(row["traffic"]["answered"])]
-        for name in names:
-            metric = row["metrics"].get(name)
-            if metric is None:
-                cells += ["–", "–"]
-                continue
-            error = "" if metric["error"] is None else f" ± {metric['error']:.3g}"
-            base = whole[name]["value"]
-            cells += [f"{metric['value']:.4g}{error}", percent(metric["value"] / base if base else None)]
-        lines.append(cells)
-    header = ["arm", "vision tokens kept", "answers"]
-    return markdown([*header, *(cell for name in names for cell in (name, "of off"))], lines)
-
-
-def plot(document: dict[str, Any], path: Path) -> Path:
-    """Each task's first metric against the share of the vision tokens kept, a point for each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
-    figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks), 4), layout="constrained", squeeze=False
-    )
-    for axis, task in zip(axes[0], tasks, strict=True):
-        rows = [row for row in document["rows"] if row["task"] == task]
-        metric = next(iter(rows[0]["metrics"]))
-        axis.axhline(rows[0]["metrics"][metric]["value"], color="black", linewidth=1)
-        for row in rows:
-            entry = row["metrics"].get(metric)
-            if entry is None:
-                continue
-            rule = row["arm"].rpartition("-")[2]
-            colour, marker = {RANDOM: ("#555555", "s"), DOWNSCALE: ("#2a9d8f", "^"), OFF: ("black", "D")}.get(
-                rule, ("#c1121f", "o")
-            )
-            axis.errorbar(
-                100 * row["share_kept"], entry["value"], entry["error"], fmt=marker, color=colour, capsize=3
-            )
-            axis.annotate(
-                row["arm"],
-                (100 * row["share_kept"], entry["value"]),
-                fontsize=8,
-                xytext=(5, 4),
-                textcoords="offset points",
-            )
-        axis.set_title(task)
-        axis.set_xlabel("vision tokens kept (%)")
-        axis.set_ylabel(metric)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path

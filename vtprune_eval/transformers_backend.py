@@ -46,7 +46,13 @@ class LocalModel:
         )
         model.eval().requires_grad_(False)
         self.encoder = VisionEncoder.load(config, checkpoint, device=torch.device(device), dtype=dtype)
-        self.rater = question_rater(self.encoder, self.processor.tokenizer, checkpoint)
+        self.rater = question_rater(
+            self.encoder.family,
+            self.encoder.project,
+            self.processor.tokenizer,
+            checkpoint,
+            device=self.encoder.device,
+        )
         language: nn.Module = model.model.language_model.to(device)
         ends = model.generation_config.eos_token_id
         stop = frozenset([ends] if isinstance(ends, int) else ends or ())

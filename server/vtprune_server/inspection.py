@@ -18,6 +18,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.settings import Controls
 from vllm_vtprune.vision.explain import Explanation, explain
 from vllm_vtprune.vision.features import servable_scores
@@ -92,6 +93,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         "presets": {name: dataclasses.asdict(preset) for name, preset in context.policy.presets.items()},
         "auto": {"level": state.vtprune_auto.level, "levels": list(state.vtprune_auto.levels)},
         "methods": list(context.policy.methods),
+        "reads_question": [name for name in context.policy.methods if get_method(name).reads_question],
         "versions": _versions(),
     }
 

@@ -46,6 +46,7 @@ if task == "broken":
 folder = pathlib.Path(options["--output_path"]) / "model"
 folder.mkdir(parents=True, exist_ok=True)
 entry = {"alias": task, "right,none": answered / 3, "right_stderr,none": 0.1, "text,none": "x"}
+entry |= {"right_stderr_clt,none": 0.2, "right_expected_accuracy,none": []}
 (folder / "20261127_results.json").write_text(json.dumps({"results": {task: entry}}))
 """
 

@@ -187,3 +187,28 @@ def test_pictures_keep_their_order(runner: LocalRunner, questions: Questions) ->
     assert counts == [
         selection.count for selection in runner.pictures.select(SETTINGS[2]) for _ in range(len(TEXTS))
     ]
+
+
+def test_a_method_that_reads_the_question_chooses_for_each_alone(
+    model: LocalModel, runner: LocalRunner, questions: Questions
+) -> None:
+    setting = Setting(VisionSettings(method="cdpruner", aggressiveness=None, keep_ratio=0.2))
+    together = runner.answer(setting)
+    for number in (0, 4, 8):
+        question = questions.asked[number]
+        alone = Questions("one", [questions.pictures[question.picture]], [replace(question, picture=0)])
+        assert LocalRunner(model, alone, frozenset(), LIMIT).answer(setting) == [together[number]]
+    asked = [(number // 3, runner._relevance(number)) for number in range(9)]
+    kept = [selection.indices for selection in runner.pictures.select_asked(setting, asked)]
+    assert {len(indices) for indices in kept} == {29}
+    assert not torch.equal(kept[0], kept[1]), "another question, another choice"
+
+
+def test_an_interrupted_run_finds_its_replies(
+    model: LocalModel, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = LocalRunner(model, questions, frozenset(), LIMIT, tmp_path)
+    replies = {setting: first.answer(setting) for setting in SETTINGS[:2]}
+    again = LocalRunner(model, questions, frozenset(), LIMIT, tmp_path)
+    monkeypatch.setattr(LocalRunner, "_answered", lambda *_: pytest.fail("it was run again"))
+    assert {setting: again.answer(setting) for setting in SETTINGS[:2]} == replies

@@ -23,6 +23,7 @@ from tests.helpers.kv_config import config
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.engine_config import policy_for
 from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError
+from vllm_vtprune.families.base import Kept
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import VisionSettings
@@ -208,3 +209,21 @@ def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: 
     assert policy.score == family.default_score and policy.default_method == family.default_method
     assert policy.methods == servable_methods(family) and family.default_method in policy.methods
     for_family(VisionSettings(method=policy.default_method, score="auto", keep_ratio=0.5), family)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_question_rates_every_unit_by_its_own_embedding(name: str, processor: Callable[[str], Any]) -> None:
+    ours = processor(name)
+    output, _ = ours.tower_output(picture((640, 480)), VisionSettings(score="received"))
+    encoder, units = ours.vision.encoder, output.patches.shape[0]
+    ((embeddings, _),) = encoder.project([everything(output)])
+    rows = ours.family.of_units(output, embeddings)
+    assert rows.shape == (units, ours.family.config.get_text_config().hidden_size)
+    for unit in (0, units // 2, units - 1):
+        ((alone, _),) = encoder.project([Kept(output, torch.tensor([unit]), output.patches[unit : unit + 1])])
+        # among the newlines, where the family has them
+        distances = (alone[:, : rows.shape[1]] - rows[unit]).abs().amax(dim=1)
+        assert distances.min() < 1e-4 * rows.abs().max()
+    rated = ours.rater.rate(output, "what is it ?")
+    assert rated.shape == (units,) and bool(rated.isfinite().all())
+    assert not torch.equal(rated, ours.rater.rate(output, "something else"))

@@ -37,6 +37,7 @@ class StandIn:
         break_stream: whether a stream ends in an error after its first word.
         tiles: how many parts of the picture beside the whole have a curve of their own.
         explained: the settings of each `/vtprune/explain` request.
+        questions: its question.
         at_once: the most explain requests that were open at one time.
     """
 
@@ -51,6 +52,7 @@ class StandIn:
     break_stream: bool = False
     tiles: int = 0
     explained: list[dict[str, Any]] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
     at_once: int = 0
     url: str = ""
     _open: int = 0
@@ -95,12 +97,15 @@ class StandIn:
                 "balanced": {"aggressiveness": 0.5, "kv_keep": 0.5},
             },
             "methods": ["inflection", "merging", "own_count", "random"],
+            "reads_question": ["random"],
             "versions": {},
         }
 
     async def _explain(self, request: Request) -> dict[str, Any]:
-        settings = (await request.json())["vtprune"]
+        body = await request.json()
+        settings = body["vtprune"]
         self.explained.append(settings)
+        self.questions.append(body["question"])
         self._open += 1
         self.at_once = max(self.at_once, self._open)
         await asyncio.sleep(self.explain_seconds)

@@ -95,6 +95,35 @@ def test_cap_bounds_the_slider(page: Page, stand_in: StandIn) -> None:
     assert stand_in.explained[-1]["aggressiveness"] == 0.6
 
 
+def test_another_question_is_explained_anew_where_the_method_reads_it(page: Page, stand_in: StandIn) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def leave(question: str) -> None:
+        page.fill("#question", question)
+        page.find("#question").send_keys(Keys.TAB)
+        page.settle()
+
+    page.open(stand_in.url)
+    page.settle()
+    before = len(stand_in.explained)
+    leave("Where is it?")
+    assert len(stand_in.explained) == before
+    page.select("#method", "random")
+    page.settle()
+    assert stand_in.questions[-1] == "Where is it?"
+    leave("What color is it?")
+    assert stand_in.questions[-1] == "What color is it?"
+    assert stand_in.explained[-1]["method"] == "random"
+
+
+def test_the_operators_default_method_is_the_one_to_begin_with(page: Page, stand_in: StandIn) -> None:
+    stand_in.policy = {"default_method": "random", "default_preset": "auto"}
+    page.open(stand_in.url)
+    page.settle()
+    assert stand_in.explained[-1]["method"] == "random"
+    assert stand_in.explained[-1]["preset"] == "balanced"
+
+
 def test_slow_answers_come_one_at_a_time_and_the_last_one_stays(page: Page, stand_in: StandIn) -> None:
     from selenium.webdriver.common.keys import Keys
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,9 @@ import pytest
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from benchmarks import auto_queue
+from benchmarks.auto_queue import SERVICE, late_share, simulate
+from benchmarks.auto_queue import controller as goal_controller
 from vllm_vtprune.contract import AUTO, LEVEL_HEADER, PRESETS
 from vllm_vtprune.errors import PolicyError, SettingsError
 from vllm_vtprune.offline import request_kwargs
@@ -86,63 +88,28 @@ def test_a_load_between_two_levels_does_not_swing_for_ever() -> None:
 
 # --- before a queue ----------------------------------------------------------------------------------------
 
-#: Seconds one server takes for a request under each preset.
-SERVICE = {"off": 0.2, "light": 0.12, "balanced": 0.08, "aggressive": 0.06}
-GOAL_S = 1.0
-
-
-def simulated(
-    rate: Callable[[float], float], level: AutoLevel | str, seconds: float
-) -> list[tuple[float, float, str]]:
-    """One server, first come first served; arrivals evenly spaced at `rate`(t).
-
-    Returns:
-        Of each request when it came, its time to first token, and the preset it was given on arrival.
-    """
-    now, due, free_at = 0.0, 0.0, 0.0
-    queue: deque[tuple[float, str]] = deque()
-    done: list[tuple[float, float, str]] = []
-    step = 0.01
-    for number in range(int(seconds / step)):
-        now = number * step
-        current = level if isinstance(level, str) else level.level
-        while rate(now) and due <= now:
-            queue.append((now, current))
-            due += 1 / rate(now)
-        due = max(due, now)
-        while queue and free_at <= now:
-            came, preset = queue.popleft()
-            free_at = max(free_at, now) + SERVICE[preset]
-            done.append((came, free_at - came, preset))
-        if not isinstance(level, str) and number % 25 == 0:
-            expected = sum(SERVICE[preset] for _, preset in queue)
-            level.observe(Load(waiting=len(queue), ttft_s=expected), now)
-    return done
-
-
-def late(done: list[tuple[float, float, str]], after: float = 10.0) -> float:
-    """Share of the requests that missed the goal once the first seconds were over."""
-    kept = [ttft for came, ttft, _ in done if came >= after]
-    return sum(ttft > GOAL_S for ttft in kept) / len(kept)
-
 
 @pytest.mark.parametrize("times_capacity", [1.5, 2.0, 3.0])
 def test_under_overload_it_holds_the_goal_where_off_cannot(times_capacity: float) -> None:
     rate = times_capacity / SERVICE["off"]
-    auto = controller(waiting=20, ttft_s=0.6 * GOAL_S)
-    assert late(simulated(lambda _: rate, "off", 120)) > 0.9
-    assert late(simulated(lambda _: rate, auto, 120)) < 0.05
+    assert late_share(simulate(lambda _: rate, "off", 120)) > 0.9
+    assert late_share(simulate(lambda _: rate, goal_controller(), 120)) < 0.05
     if times_capacity > SERVICE["off"] / SERVICE["light"]:
-        assert late(simulated(lambda _: rate, "light", 120)) > 0.9
+        assert late_share(simulate(lambda _: rate, "light", 120)) > 0.9
 
 
 def test_within_capacity_it_prunes_nothing_and_after_overload_it_gives_full_pictures_back() -> None:
-    auto = controller(waiting=20, ttft_s=0.6 * GOAL_S)
-    assert {preset for *_, preset in simulated(lambda _: 4.0, auto, 60)} == {"off"}
-    done = simulated(lambda now: 12.0 if now < 30 else 2.0, auto, 150)
-    by_time = [preset for came, _, preset in done if came > 120]
-    assert "balanced" in {preset for came, _, preset in done if came < 30}
-    assert set(by_time) == {"off"}
+    auto = goal_controller()
+    assert {request.preset for request in simulate(lambda _: 4.0, auto, 60)} == {"off"}
+    done = simulate(lambda now: 12.0 if now < 30 else 2.0, auto, 150)
+    assert "balanced" in {request.preset for request in done if request.came < 30}
+    assert {request.preset for request in done if request.came > 120} == {"off"}
+
+
+def test_the_simulation_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert auto_queue.main(["--plot", str(tmp_path / "auto.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "3x" in shown and (tmp_path / "auto.png").stat().st_size > 10_000
 
 
 # --- vLLM's statistics -------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def test_config_tells_policy_and_model(server: str) -> None:
     assert config["policy"]["default_preset"] in config["presets"]
     assert model["default_method"] in config["methods"]
     assert model["presets_calibrated"] is True
+    assert "inflection" in config["methods"] and config["reads_question"] == ["cdpruner"]
+    assert config["auto"]["levels"] == ["off", "light", "balanced"]
     assert config["versions"]["vllm"] == "0.32.0"
     assert config["policy"].keys() | config["limits"].keys() == OperatorSettings.model_fields.keys()
     assert config["limits"] == ServerLimits().model_dump(mode="json")
@@ -128,3 +130,18 @@ def test_bad_input_is_named(server: str, body: Any, param: str) -> None:
     response = post(server, body, path="/vtprune/explain")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_it_explains_a_question_as_serving_reads_it(server: str) -> None:
+    settings = {"method": "cdpruner", "keep_ratio": 0.2}
+
+    def kept(question: str) -> list[bool]:
+        body = {"image_url": data_url(scene()), "vtprune": settings, "question": question}
+        told: list[bool] = post(server, body, path="/vtprune/explain").json()["kept"]
+        return told
+
+    chosen = [kept(q) for q in ("what color is the circle ?", "how many red squares are there ?", "")]
+    assert [sum(kept_of) for kept_of in chosen] == [29] * 3
+    assert chosen[0] != chosen[1] and kept("  what color is the  circle ?") == chosen[0]
+    plain = explain(server, scene(), **settings)
+    assert plain["kept"] == chosen[2], "without a question the score decides"

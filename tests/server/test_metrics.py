@@ -160,3 +160,14 @@ def test_images_that_wait_for_the_tower_are_shown_and_none_is_left_over(server: 
     while waiting() != 0 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert waiting() == 0
+
+
+def test_auto_follows_the_engines_own_statistics(server: str) -> None:
+    """A long answer holds blocks of the KV cache, a part of what the preset auto goes by."""
+    body = chat_body(scene(), stream=True, max_tokens=800, min_tokens=800, ignore_eos=True)
+    seen = [metric(server, "vtprune_auto_pressure")]
+    with httpx.stream("POST", server + CHAT, json=body, timeout=120) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number % 50 == 0:
+                seen.append(metric(server, "vtprune_auto_pressure"))
+    assert max(seen) > 0

@@ -204,9 +204,10 @@ class AnyRes(Family):
             projected.append((torch.cat((part, newlines))[order.to(part.device)], places))
         return projected
 
-    def unit_embeddings(self, modules: Any, output: TowerOutput) -> Tensor:
-        """Without newlines."""
-        return self.embeddings(modules, output.patches)
+    def of_units(self, output: TowerOutput, embeddings: Tensor) -> Tensor:
+        """Without newlines, view after view."""
+        places = self.layout(output.on_host["image_sizes"]).places
+        return embeddings[places.to(embeddings.device)]
 
     def layout(self, image_size: Tensor) -> Layout:
         """Of a picture of (height, width) pixels."""

@@ -166,13 +166,11 @@ class Family(ABC):
     def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
         """Embeddings of what stays, all images in one pass where the tower allows it."""
 
-    def unit_embeddings(self, modules: Any, output: TowerOutput) -> Tensor:
-        """[N, E] of every unit, E the language model's width: what `project` makes of it alone."""
-        units = output.patches.shape[0]
-        whole = Kept(output, torch.arange(units, device=output.patches.device), output.patches)
-        ((rows, _),) = self.project(modules, [whole])
+    def of_units(self, output: TowerOutput, embeddings: Tensor) -> Tensor:
+        """[N, E] of every unit, E the language model's width, from what `project` makes of a whole image."""
         # behind what is no unit; of what the engine is given, the embedding comes first
-        return rows[-units:, : int(self.config.get_text_config().hidden_size)]
+        width = int(self.config.get_text_config().hidden_size)
+        return embeddings[-output.patches.shape[0] :, :width]
 
     @abstractmethod
     def patches(self, item: Item) -> int:

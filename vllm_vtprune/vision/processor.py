@@ -354,9 +354,11 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         model_config = self.info.ctx.model_config
         context = plugin_context(model_config)
         return question_rater(
-            self.vision.encoder,
+            self.family,
+            self.vision.encoder.project,
             self.info.get_tokenizer(),
             model_config.model,
+            device=self.vision.encoder.device,
             text_tower=context.policy.text_tower,
             revision=model_config.revision,
             download_dir=context.download_dir,

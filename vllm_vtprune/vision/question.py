@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from vllm_vtprune.errors import CheckpointError, PolicyError
-from vllm_vtprune.families.base import Family, TowerOutput
+from vllm_vtprune.families.base import Family, Kept, Projected, TowerOutput
 from vllm_vtprune.selection.ops import cosines
 from vllm_vtprune.vision.checkpoint import EmbeddingRows
-from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.features import everything
 
 logger = logging.getLogger(__name__)
 
+Project = Callable[[Sequence[Kept]], Sequence[Projected]]
 #: Questions of which the encoded form is kept.
 _KNOWN = 256
 #: Segments of a question that CLIP's text tower reads; later ones are passed over.
@@ -45,15 +46,21 @@ class EmbeddingRater(QuestionRater):
     with every family, not a published method (OpenVINO's CDPruner rates by the same two).
 
     Args:
-        encoder: tower and projector.
+        family: the model's adapter.
+        project: the projector.
         tokenize: token ids of a text, special tokens left out.
         rows: the language model's input embeddings.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, tokenize: Callable[[str], Sequence[int]], rows: EmbeddingRows
+        self,
+        family: Family,
+        project: Project,
+        tokenize: Callable[[str], Sequence[int]],
+        rows: EmbeddingRows,
     ) -> None:
-        self._encoder = encoder
+        self._family = family
+        self._project = project
         self._read = lru_cache(_KNOWN)(lambda question: rows.read(tokenize(question)))
 
     @torch.inference_mode()
@@ -62,7 +69,8 @@ class EmbeddingRater(QuestionRater):
         tokens: Tensor = self._read(question)
         if not tokens.shape[0]:
             return None
-        units = self._encoder.family.unit_embeddings(self._encoder.modules, output)
+        ((embeddings, _),) = self._project([everything(output)])
+        units = self._family.of_units(output, embeddings)
         return cosines(units, tokens.to(units.device)).mean(dim=-1)
 
 
@@ -110,8 +118,8 @@ class ClipRater(QuestionRater):
         texts: Tensor | None = self._encode(question)
         if texts is None:
             return None
-        units = self._projection(self._norm(output.patches.float()))
-        return -cosines(units, texts).mean(dim=-1)
+        units = self._projection(self._norm(output.patches.to(self._device, torch.float32)))
+        return (-cosines(units, texts).mean(dim=-1)).to(output.patches.device)
 
     @torch.inference_mode()
     def _segments(self, question: str) -> Tensor | None:
@@ -160,10 +168,12 @@ def check_text_tower(path: str, family: Family) -> None:
 
 
 def question_rater(
-    encoder: VisionEncoder,
+    family: Family,
+    project: Project,
     tokenizer: Any,
     model: str,
     *,
+    device: torch.device,
     text_tower: str = "",
     revision: str | None = None,
     download_dir: str | None = None,
@@ -172,9 +182,11 @@ def question_rater(
     """The rater that the operator's settings name.
 
     Args:
-        encoder: the model's tower.
+        family: the model's adapter.
+        project: the projector.
         tokenizer: the model's.
         model: folder or hub id.
+        device: where a text tower runs.
         text_tower: folder or hub id of a CLIP model; empty for the language model's embeddings.
         revision: of a hub id.
         download_dir: cache folder of the hub client.
@@ -187,7 +199,7 @@ def question_rater(
         PolicyError: the text tower cannot be loaded.
     """
     if text_tower:
-        return ClipRater.load(text_tower, encoder.device)
+        return ClipRater.load(text_tower, device)
     if dummy or tokenizer is None:
         return None
     try:
@@ -200,4 +212,4 @@ def question_rater(
     def tokenize(text: str) -> list[int]:
         return [i for i in tokenizer.encode(text, add_special_tokens=False) if i not in special]
 
-    return EmbeddingRater(encoder, tokenize, rows)
+    return EmbeddingRater(family, project, tokenize, rows)

@@ -23,8 +23,8 @@ export const getConfig = () => getJson("vtprune/config");
 export const getModels = () => getJson("v1/models");
 
 /** Scores, curve, cut and kept mask of one picture (a data: URL) under some settings; nothing is generated. */
-export async function explain(image, settings, signal) {
-  return (await send("vtprune/explain", { body: { image_url: image, vtprune: settings }, signal })).json();
+export async function explain(image, settings, question) {
+  return (await send("vtprune/explain", { body: { image_url: image, vtprune: settings, question } })).json();
 }
 
 const HEADERS = {

@@ -96,7 +96,7 @@ async function explainOnce(picture) {
   let explanation = null;
   let problem = null;
   try {
-    explanation = await explain(picture.url, settings.values);
+    explanation = await explain(picture.url, settings.values, id("question").value);
   } catch (error) {
     problem = sentence(error);
   }
@@ -221,8 +221,14 @@ function suggestion(text) {
   button.addEventListener("click", () => {
     id("question").value = text;
     id("question").focus();
+    followQuestion();
   });
   return button;
+}
+
+/** A method may keep other patches for another question. */
+function followQuestion() {
+  if (settings.followQuestion) refreshExplanation();
 }
 
 // ---- asking -----------------------------------------------------------------------------------------------------
@@ -299,6 +305,7 @@ function showError(box, text) {
 
 function listen() {
   id("views").addEventListener("change", draw);
+  id("question").addEventListener("change", followQuestion);
   id("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     if (state.asking) state.asking.abort();

@@ -15,6 +15,7 @@ export class SettingsPanel {
     this.presets = {};
     this.pruneLayer = null;
     this.clientControls = true;
+    this.readsQuestion = [];
     id("aggressiveness").addEventListener("input", () => this.#update(true));
     id("method").addEventListener("change", () => this.#update(true));
     id("kv-keep").addEventListener("input", () => this.#update(false));
@@ -23,11 +24,12 @@ export class SettingsPanel {
   }
 
   /** Take the server's facts: caps, methods, presets, and whether there is a prune layer. */
-  configure({ policy = {}, model = {}, presets = {}, methods = [] }) {
+  configure({ policy = {}, model = {}, presets = {}, methods = [], reads_question: readsQuestion = [] }) {
     this.presets = presets;
     this.pruneLayer = model.prune_layer ?? null;
     this.clientControls = policy.client_controls !== false;
-    this.#methods(methods);
+    this.readsQuestion = readsQuestion;
+    this.#methods(methods, policy.default_method || "inflection");
     this.#presetButtons();
     id("aggressiveness").max = policy.max_aggressiveness ?? 1;
     id("kv-keep").min = Math.max(0.05, policy.min_kv_keep ?? 0);
@@ -60,11 +62,16 @@ export class SettingsPanel {
     return `${method}, ${preset ? `${preset} (${amount})` : amount}${kvKeep ? `, KV kept ${share(kvKeep)}${scope}` : ""}`;
   }
 
-  #methods(names) {
+  /** Whether another question may keep other patches. */
+  get followQuestion() {
+    return this.readsQuestion.includes(this.values.method);
+  }
+
+  #methods(names, usual) {
     const select = id("method");
     const chosen = select.value;
     select.replaceChildren(...names.map((name) => new Option(name)));
-    select.value = names.includes(chosen) ? chosen : names.includes("inflection") ? "inflection" : names[0];
+    select.value = names.includes(chosen) ? chosen : names.includes(usual) ? usual : names[0];
   }
 
   #presetButtons() {
@@ -80,9 +87,9 @@ export class SettingsPanel {
     id("presets").replaceChildren(...buttons);
   }
 
-  /** The server's default, or `balanced` where that is to prune nothing; later calls keep what was chosen. */
+  /** The server's default, or `balanced` where that prunes nothing or by load; later calls keep what was chosen. */
   #begin(defaultPreset) {
-    const preset = this.presets[defaultPreset === "off" ? "balanced" : defaultPreset];
+    const preset = this.presets[["off", "auto"].includes(defaultPreset) ? "balanced" : defaultPreset];
     if (preset && !this.begun) this.#apply(preset);
     else this.#update(true);
     this.begun = true;
