@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.settings import KVSettings
 from vtprune_calibrate.journal import Journal
 from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
@@ -126,17 +127,29 @@ class Trials:
         runner: what answers.
         base: stage 1, the window and the rating of every trial.
         by: `answers`: a reply counts where it is right; `agreement`: where it is the unpruned one's.
+        borders: the prune layers that a server has, each asked for its share in every request; None where
+            any schedule can be run.
     """
 
     runner: Runner
     base: Setting
     by: str = "answers"
+    borders: tuple[int, ...] | None = None
 
     def setting(self, schedule: Sequence[PruneLayer]) -> Setting:
         """The setting that tries a schedule; an empty one drops nothing."""
         if not schedule:
             return self.base
-        return replace(self.base, kv=AS_SCHEDULED, schedule=tuple(schedule))
+        if self.borders is None:
+            return replace(self.base, kv=AS_SCHEDULED, schedule=tuple(schedule))
+        shares = [prune_layer.share for prune_layer in self._at_borders(schedule)]
+        return replace(self.base, kv=KVSettings.of(shares, "vision"))
+
+    def _at_borders(self, schedule: Sequence[PruneLayer]) -> list[PruneLayer]:
+        """The same schedule with a share for each of the server's prune layers."""
+        assert self.borders is not None
+        below = {border: [p.share for p in schedule if p.layer <= border] for border in self.borders}
+        return [PruneLayer(border, (1.0, *shares)[-1], "vision") for border, shares in below.items()]
 
     def right(self, schedule: Sequence[PruneLayer]) -> Floats:
         """1 where a question is answered as it should be, [Q]."""
@@ -162,7 +175,8 @@ class Trials:
 
     def cost(self, schedule: Sequence[PruneLayer], costs: Costs) -> Cost:
         """What its prompts took."""
-        return costs.of_replies(self.runner.answer(self.setting(schedule)), schedule)
+        counted = schedule if self.borders is None or not schedule else self._at_borders(schedule)
+        return costs.of_replies(self.runner.answer(self.setting(schedule)), counted)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ class CostShape:
             element=_BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"],
         )
 
+    @staticmethod
+    def of_decoder(decoder: Mapping[str, int]) -> CostShape:
+        """From the decoder's numbers in `/vtprune/config`; tower and projector cost nothing."""
+        return CostShape(0, 0, 0, 0, 0, **decoder)
+
     @property
     def layer_weights(self) -> int:
         """Weights of one decoder layer."""
