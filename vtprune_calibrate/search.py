@@ -104,11 +104,14 @@ def cover(curve: Sequence[float], most: int, borders: Sequence[int] | None = Non
     anywhere = {*_choices(falls, most), *_even_choices(layers, most)}
     for edges in sorted(anywhere if borders is None else _choices(borders, most)):
         shares = [_up(curve[edge]) for edge in edges]
+        schedule = _schedule(edges, shares)
+        if len(schedule) < len(edges):  # nothing would leave at one of them
+            continue
         sizes = band_sizes(layers, edges)
         stored = sum(size * share for size, share in zip(sizes, (1.0, *shares), strict=True))
         price = stored * (1 + band_groups(sizes)[1]), len(edges)
         if best is None or price < best:
-            best, chosen = price, _schedule(edges, shares)
+            best, chosen = price, schedule
     return chosen
 
 

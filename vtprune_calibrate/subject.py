@@ -83,6 +83,11 @@ def server_subject(url: str, api_key: str | None, concurrency: int) -> Subject:
             f"{base}/vtprune/config says nothing of prune layers ({error!r}): name a running vtprune server "
             "of this version, and its key with --api-key."
         ) from None
+    if "," in policy["relevance"]:
+        raise RunnerError(
+            f"{base} rates tokens differently at each prune layer ({policy['relevance']}), and a schedule "
+            "may leave some out: start it with one --vtprune-relevance."
+        )
     if not layers or any(share < 1 or of != "vision" for _, share, of in layers):
         raise RunnerError(
             f"{base} has {'other' if layers else 'no'} prune layers than a search needs: start it with up to "
