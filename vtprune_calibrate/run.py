@@ -100,8 +100,9 @@ class Calibration:
         self.subject, self.shape = subject, subject.shape
         self.folder, self.parts, self.bar = folder, parts, Bar()
         # a server has a window and a rating of its own, which no request names
-        own = {} if subject.borders else {"window": subject.window, "relevance": subject.relevance}
-        self.base = Setting(vision, **own)
+        self.base = Setting(vision)
+        if subject.borders is None:
+            self.base = Setting(vision, window=subject.window, relevance=subject.relevance)
         self.facts = {
             "model": {"name": subject.name, "weights": subject.weights},
             "data": {
