@@ -30,7 +30,7 @@ from vtprune_calibrate.search import (
     least_shares,
 )
 from vtprune_calibrate.subject import Subject
-from vtprune_calibrate.trials import Bar, Costs, JournaledRunner, Trials
+from vtprune_calibrate.trials import Bar, Cost, Costs, JournaledRunner, Trials
 from vtprune_eval.backend import Runner
 from vtprune_eval.calibrate import calibrate
 from vtprune_eval.setting import Setting
@@ -131,12 +131,15 @@ class Calibration:
     @cached_property
     def costs(self) -> Costs:
         """Of the prompts that decide."""
-        return Costs(self.shape, self.search.runner.answer(self.base))
+        return Costs(self.shape, self.search.runner.answer(self.base), self.subject.window)
+
+    def _cost(self, schedule: PruneLayers) -> Cost:
+        return self.costs.of(schedule, self.subject.relevance.split(","))
 
     @cached_property
     def costs_held_out(self) -> Costs:
         """Of the prompts that confirm."""
-        return Costs(self.shape, self.confirm.runner.answer(self.base))
+        return Costs(self.shape, self.confirm.runner.answer(self.base), self.subject.window)
 
     def find(
         self, wanted: float | Budget, bands: int, candidates: Sequence[int] | None = None
@@ -172,7 +175,7 @@ class Calibration:
         target = self.search.score(()) - wanted
         results = [self._needed(borders[start:], target) for start in starts]
         found = [
-            (self.costs.of(schedule).kv_bytes, Found(schedule, curve), needed)
+            (self._cost(schedule).kv_bytes, Found(schedule, curve), needed)
             for curve, needed in results
             if (schedule := cover(curve, bands, self.subject.borders))
         ]
@@ -199,7 +202,7 @@ class Calibration:
 
     def _under_budget(self, budget: Budget, bands: int) -> tuple[Found, dict[str, Any]]:
         def cost(schedule: PruneLayers) -> float:
-            found = self.costs.of(schedule)
+            found = self._cost(schedule)
             return found.flops if budget.unit == "flops" else found.kv_bytes
 
         whole = self.costs.whole

@@ -81,10 +81,11 @@ def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
         "# Schedules compared",
         f"Made by `vtprune calibrate --study` on {result['date']}, model `{model['name']}` (weights "
         f"{model['weights']}). {data['questions']} questions decided, these {data['held_out']} others were "
-        "asked afterwards. FLOPs (of the decoder's prefill) and KV bytes are shares of the unpruned "
-        "prompts'. Brackets are 95 % confidence intervals (bootstrap over pictures; differences are paired, "
-        "in percentage points); a star marks a difference whose interval excludes 0. Random dropping has the "
-        "same counts at every prune layer, the mean of three draws; an exit leaves nothing to choose.",
+        "asked afterwards. FLOPs (of the decoder's prefill and of the ratings) and KV bytes are shares of "
+        "the unpruned prompts'. Brackets are 95 % confidence intervals (bootstrap over pictures; differences "
+        "are paired, in percentage points); a star marks a difference whose interval excludes 0. Random "
+        "dropping has the same counts at every prune layer, the mean of three draws; an exit leaves nothing "
+        "to choose.",
         "![answers against costs](costs.png)",
         table([unpruned, *rows]),
         "## KV-cache groups",

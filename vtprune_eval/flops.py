@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vllm_vtprune.kv_drop.ratings import ITERATIONS
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -191,6 +193,26 @@ def kv_bytes(shape: CostShape, request: RequestShape) -> float:
     """KV cache that the request's prompt holds, over all layers."""
     entries = sum(layers * tokens for layers, tokens in request.by_band(shape.layers))
     return entries * 2 * shape.kv_width * shape.element
+
+
+def rating_flops(shape: CostShape, rating: str, tokens: float, window: int) -> float:
+    """Operations that rate a prompt's tokens at a prune layer: logits and key norms, softmax left out.
+
+    Args:
+        shape: the model's.
+        rating: a name of `vllm_vtprune.kv_drop.relevance.RELEVANCE`; any other costs nothing.
+        tokens: of the prompt that reach the prune layer.
+        window: last prompt tokens that rate the others.
+    """
+    logits = 2 * shape.q_width * tokens
+    return {
+        "attention": window * logits,
+        "no_rope": window * logits,
+        "last_token": logits,
+        # every iteration makes all pairs' logits anew
+        "pagerank": ITERATIONS * tokens * logits,
+        "key_norm": 2 * shape.kv_width * tokens,
+    }.get(rating, 0.0)
 
 
 def as_dict(work: Mapping[str, Work]) -> dict[str, Any]:
