@@ -65,7 +65,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
 
     async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
-        with self._injected(request, later_turn=_carries_an_answer(messages)) as settings:
+        with self._injected(request, later_turn=carries_an_answer(messages)) as settings:
             conversation, engine_inputs = await super().preprocess_chat(request, messages, *args, **kwargs)
         self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
@@ -158,7 +158,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             context.add(counts)
 
 
-def _carries_an_answer(messages: list[Any]) -> bool:
+def carries_an_answer(messages: list[Any]) -> bool:
     """Whether the model has answered before in this conversation; an answer to be continued is none."""
     roles = [m.get("role") if isinstance(m, Mapping) else getattr(m, "role", None) for m in messages[:-1]]
     return "assistant" in roles
