@@ -223,7 +223,7 @@ class Calibration:
 
         None from a server, which tells no scores.
         """
-        runner = self._local()
+        runner = local_runner(self.search)
         if runner is None:
             return None
         prompts = runner.prompts[:_RANKED]
@@ -234,16 +234,11 @@ class Calibration:
 
     def presets(self) -> dict[str, float]:
         """The aggressiveness at which each preset keeps its share of these pictures; none from a server."""
-        runner = self._local()
+        runner = local_runner(self.search)
         if runner is None:
             return {}
         found = calibrate(runner.pictures, SHARES.values())
         return {name: found.chosen[share] for name, share in SHARES.items()}
-
-    def _local(self) -> LocalRunner | None:
-        runner = self.search.runner
-        found = runner.runner if isinstance(runner, JournaledRunner) else None
-        return found if isinstance(found, LocalRunner) else None
 
     def confirmed(self, schedule: PruneLayers, name: str = "calibrated") -> tuple[Row, Row, list[Row]]:
         """On questions held out: the unpruned row, the schedule's, and rows of single prune layers."""
@@ -264,6 +259,13 @@ class Calibration:
         if len(every) <= _MOST_ALONE:
             return list(every)
         return [max(1, round(layers * n / (_MOST_ALONE + 1))) for n in range(1, _MOST_ALONE + 1)]
+
+
+def local_runner(trials: Trials) -> LocalRunner | None:
+    """What answers on transformers; None where a server does."""
+    runner = trials.runner
+    found = runner.runner if isinstance(runner, JournaledRunner) else None
+    return found if isinstance(found, LocalRunner) else None
 
 
 def run(

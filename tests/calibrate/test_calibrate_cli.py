@@ -113,6 +113,8 @@ def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> N
         assert ("random" in row["versus"]) == (row["relevance"] is not None)
     budgets = [row["flops"] for row in found["rows"] if "flops=" in row["name"]]
     assert all(spent <= most for spent, most in zip(budgets, (0.801, 0.701, 0.601), strict=True))
+    assert [row["layer"] for row in found["gates"]] == [1, 2, 3, 4]
+    assert all(0 <= row["fires"] <= 1 and 0 < row["kv_bytes"] <= 1 for row in found["gates"])
     page = (tmp_path / "results.md").read_text()
     assert all(f"| {name} " in page for name in names)
 
