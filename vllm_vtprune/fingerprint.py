@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from vllm_vtprune.vision.checkpoint import shards
@@ -29,6 +30,12 @@ def fingerprint(model: str, *, revision: str | None = None, download_dir: str | 
         CheckpointError: it has no safetensors files.
     """
     return of_files(shards(model, lambda name: name, revision, download_dir))
+
+
+@cache
+def cached_fingerprint(model: str, revision: str | None, download_dir: str | None) -> str:
+    """`fingerprint`, read once."""
+    return fingerprint(model, revision=revision, download_dir=download_dir)
 
 
 def of_files(paths: Iterable[Path]) -> str:

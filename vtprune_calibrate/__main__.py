@@ -4,6 +4,8 @@
     vtprune calibrate --tolerance 0.01 --out calibration
     vtprune calibrate --budget flops=0.5 --bands 2 --out calibration
     vtprune calibrate llava-hf/llava-1.5-7b-hf --questions mine.jsonl --budget kv=0.4 --device cuda --out 7b
+    vtprune serve MODEL --prune-layers 7:vision=1,14:vision=1,21:vision=1
+    vtprune calibrate --server http://localhost:8000 --tolerance 0.01 --questions mine.jsonl --out found
     vtprune calibrate --study --out docs/schedules
     vtprune serve llava-hf/llava-1.5-7b-hf --prune-schedule 7b/schedule.json
 
@@ -12,7 +14,9 @@ the best answers at a share of the unpruned prompt's FLOPs or KV bytes (P-Sigmoi
 2412.00556's, as `vtprune_calibrate.search` says. The questions that decide are not those that confirm: part
 of the file's pictures is held out, and drawn scenes are of the validation and the test split. An interrupted
 run goes on where it stopped when the command is given again. Without MODEL the embedded demo model answers,
-on transformers. Exit status: 0, or 2 with one sentence where something cannot run.
+on transformers, as LLaVA with a Llama decoder does; with --server any model that vtprune serves, and the
+server's own prune layers are the candidates. Exit status: 0, or 2 with one sentence where something cannot
+run.
 """
 
 from __future__ import annotations
@@ -28,10 +32,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_vtprune import demo_model
 from vllm_vtprune.errors import VTPruneError
+from vllm_vtprune.settings import VisionSettings
 from vtprune_calibrate.arguments import make_parser
-from vtprune_calibrate.run import JOURNAL, Calibration, Parts, base_setting, held_out, run
+from vtprune_calibrate.run import JOURNAL, Calibration, Parts, held_out, run
 from vtprune_calibrate.study import run_study
+from vtprune_calibrate.subject import Subject, checkpoint_subject, server_subject
 from vtprune_eval.options import model_config
+from vtprune_eval.scenes import BASE_SIZE
 from vtprune_eval.tasks import drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel
 from vtprune_loadtest.command import command, make_folder
@@ -50,9 +57,16 @@ def _run(options: argparse.Namespace) -> None:
         return
     if (options.tolerance is None) == (options.budget is None):
         raise ValueError("Give one of --tolerance and --budget: the fewest tokens, or the best answers.")
-    config = model_config(options.model)
-    parts = _parts(options, config)
-    calibration = _calibration(options, config, parts)
+    if options.server:
+        if options.model is not None or (options.relevance, options.window) != ("attention", 8):
+            raise ValueError("A server has a model, a rating and a window of its own: leave out yours.")
+        parts = _parts(options, BASE_SIZE)  # a bad file is told before the server is asked
+        subject = server_subject(options.server, options.api_key, options.concurrency)
+    else:
+        config = model_config(options.model)
+        parts = _parts(options, config.vision_config.image_size)
+        subject = _checkpoint(options, config)
+    calibration = _calibration(options, subject, parts)
     wanted = options.budget if options.tolerance is None else options.tolerance
     for path in run(calibration, wanted, options.bands, options.candidates, _say):
         print(f"wrote {path}")
@@ -62,36 +76,40 @@ def _study(options: argparse.Namespace) -> None:
     if options.model is not None or options.tolerance is not None or options.budget is not None:
         raise ValueError("--study is the demo model's, and has goals of its own: leave out MODEL and goals.")
     config = model_config(None)
-    calibration = _calibration(options, config, _parts(options, config))
+    parts = _parts(options, config.vision_config.image_size)
+    calibration = _calibration(options, _checkpoint(options, config), parts)
     for path in run_study(calibration, demo_model.PRUNE_LAYER, options.bands, _say):
         print(f"wrote {path}")
     # the folder is a document's: what has been written needs no resuming
     (options.out / JOURNAL).unlink()
 
 
-def _calibration(options: argparse.Namespace, config: Any, parts: Parts) -> Calibration:
+def _calibration(options: argparse.Namespace, subject: Subject, parts: Parts) -> Calibration:
+    vision = VisionSettings(aggressiveness=options.aggressiveness)
+    folder = make_folder("--out", options.out)
+    return Calibration(subject, parts, vision, options.by, folder, options.max_tokens)
+
+
+def _checkpoint(options: argparse.Namespace, config: Any) -> Subject:
     disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch finds no CUDA device on this machine.")
     checkpoint = options.model or str(demo_model.FOLDER)
-    return Calibration(
+    written = json.loads(config.to_json_string(use_diff=False))
+    return checkpoint_subject(
         checkpoint,
-        json.loads(config.to_json_string(use_diff=False)),
-        parts,
-        base_setting(options.aggressiveness, options.window, options.relevance),
-        options.by,
-        make_folder("--out", options.out),
+        written,
+        options.relevance,
+        options.window,
         lambda: LocalModel(checkpoint, options.device, getattr(torch, options.dtype)),
-        options.max_tokens,
     )
 
 
-def _parts(options: argparse.Namespace, config: Any) -> Parts:
+def _parts(options: argparse.Namespace, size: int) -> Parts:
     if options.questions is not None:
         return held_out(file_questions(options.questions, options.suffix), options.hold_out)
-    size = config.vision_config.image_size
     validation, test = (
         drawn_questions(split, options.scenes, size, options.domain) for split in ("validation", "test")
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,13 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         "--aggressiveness", type=_share, default=0.0, help="of stage 1 below it; default: nothing pruned"
     )
     where = parser.add_argument_group("where it runs")
+    where.add_argument(
+        "--server", metavar="URL", help="a running vtprune server whose prune layers are the candidates"
+    )
+    where.add_argument(
+        "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="the server's; default: $OPENAI_API_KEY"
+    )
+    where.add_argument("--concurrency", type=_count, default=8, help="requests in flight to the server")
     where.add_argument("--device", default="cpu")
     where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     where.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")

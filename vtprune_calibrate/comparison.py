@@ -41,8 +41,8 @@ def compare(
     Returns:
         `name`, `schedule`, `relevance`, `flops` and `kv_bytes` (shares of the unpruned prompts'),
         `accuracy`, and where something is dropped `versus`: the differences to the unpruned model and to
-        random dropping. At an exit random drops the same tokens, so there is no such entry where nothing but
-        exits is scheduled.
+        random dropping. There is no such entry where nothing but exits is scheduled, which leave no choice,
+        nor from a server, which no request makes drop at random.
     """
     if relevance is not None:
         trials = replace(trials, base=replace(trials.base, relevance=relevance))
@@ -61,7 +61,7 @@ def compare(
         return row
     whole = trials.right(())
     row["versus"]["unpruned"] = _versus(right, whole, trials)
-    if chance and rates(schedule):
+    if chance and rates(schedule) and trials.borders is None:
         row["versus"]["random"] = _versus(right, _at_random(trials, schedule), trials)
     return row
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_vtprune.fingerprint import fingerprint
 from vllm_vtprune.settings import VisionSettings
 from vtprune_calibrate import document
 from vtprune_calibrate.arguments import Budget
@@ -30,14 +29,15 @@ from vtprune_calibrate.search import (
     cover,
     least_shares,
 )
-from vtprune_calibrate.trials import Bar, Costs, JournaledRunner, Trials
+from vtprune_calibrate.subject import Subject
+from vtprune_calibrate.trials import Bar, Cost, Costs, JournaledRunner, Trials
+from vtprune_eval.backend import Runner
 from vtprune_eval.calibrate import calibrate
-from vtprune_eval.flops import CostShape
 from vtprune_eval.setting import Setting
 from vtprune_eval.study import SHARES
 from vtprune_eval.tables import Row
 from vtprune_eval.tasks import Questions
-from vtprune_eval.transformers_backend import LocalModel, LocalRunner
+from vtprune_eval.transformers_backend import LocalRunner
 
 JOURNAL = "journal.jsonl"
 #: Prompts on which layers' rankings are compared: each costs a matrix of all its token pairs.
@@ -82,66 +82,64 @@ class Calibration:
     """A model, its questions and how they are asked."""
 
     def __init__(
-        self,
-        checkpoint: str,
-        config: dict[str, Any],
-        parts: Parts,
-        base: Setting,
-        by: str,
-        folder: Path,
-        load: Callable[[], LocalModel],
-        limit: int,
+        self, subject: Subject, parts: Parts, vision: VisionSettings, by: str, folder: Path, limit: int
     ) -> None:
         """Open the journal; nothing is loaded yet.
 
         Args:
-            checkpoint: folder or hub id.
-            config: the checkpoint's config.json.
+            subject: the model.
             parts: the questions.
-            base: stage 1, window and rating.
+            vision: stage 1 below every schedule.
             by: see `Trials`.
             folder: of journal, schedule and plot.
-            load: loads the model.
             limit: tokens of an answer at most.
 
         Raises:
             JournalError: the folder holds another calibration's journal.
         """
-        self.shape = CostShape.of_config(config)
-        self.folder, self.base, self.parts, self.bar = folder, base, parts, Bar()
-        self._load = cache(load)
+        self.subject, self.shape = subject, subject.shape
+        self.folder, self.parts, self.bar = folder, parts, Bar()
+        # a server has a window and a rating of its own, which no request names
+        self.base = Setting(vision)
+        if subject.borders is None:
+            self.base = Setting(vision, window=subject.window, relevance=subject.relevance)
         self.facts = {
-            "model": {"name": Path(checkpoint).name, "weights": fingerprint(checkpoint)},
+            "model": {"name": subject.name, "weights": subject.weights},
             "data": {
                 "name": f"{parts.search.name}; {parts.confirm.name} held out",
                 "sha256": document.data_hash([parts.search, parts.confirm]),
                 "questions": len(parts.search.asked),
                 "held_out": len(parts.confirm.asked),
             },
-            "stage_1": {"aggressiveness": base.vision.aggressiveness},
-            "window": base.window,
+            "stage_1": {"aggressiveness": vision.aggressiveness},
+            "window": subject.window,
             "judged_by": by,
         }
-        journal = Journal(folder / JOURNAL, {**self.facts, "max_tokens": limit})
+        run = {**self.facts, "borders": subject.borders, "relevance": subject.relevance, "max_tokens": limit}
+        journal = Journal(folder / JOURNAL, run)
         self.resumed = len(journal)
 
         def trials(questions: Questions, part: str) -> Trials:
-            def make() -> LocalRunner:
-                return LocalRunner(self._load(), questions, frozenset(), limit)
+            def make() -> Runner:
+                return subject.make(questions, limit)
 
-            return Trials(JournaledRunner(make, questions, part, journal, self.bar), base, by)
+            runner = JournaledRunner(make, questions, part, journal, self.bar)
+            return Trials(runner, self.base, by, subject.borders)
 
         self.search, self.confirm = trials(parts.search, "search"), trials(parts.confirm, "confirm")
 
     @cached_property
     def costs(self) -> Costs:
         """Of the prompts that decide."""
-        return Costs(self.shape, self.search.runner.answer(self.base))
+        return Costs(self.shape, self.search.runner.answer(self.base), self.subject.window)
+
+    def _cost(self, schedule: PruneLayers) -> Cost:
+        return self.costs.of(schedule, self.subject.relevance.split(","))
 
     @cached_property
     def costs_held_out(self) -> Costs:
         """Of the prompts that confirm."""
-        return Costs(self.shape, self.confirm.runner.answer(self.base))
+        return Costs(self.shape, self.confirm.runner.answer(self.base), self.subject.window)
 
     def find(
         self, wanted: float | Budget, bands: int, candidates: Sequence[int] | None = None
@@ -164,7 +162,9 @@ class Calibration:
         """
         if isinstance(wanted, Budget):
             return self._under_budget(wanted, bands)
-        borders = list(candidates or range(1, self.shape.layers))
+        borders = list(candidates or self.subject.borders or range(1, self.shape.layers))
+        if self.subject.borders and not set(borders) <= set(self.subject.borders):
+            raise SearchError(f"--candidates must be of the server's prune layers, {self.subject.borders}.")
         if not 1 <= borders[0] <= borders[-1] < self.shape.layers:
             raise SearchError(
                 f"--candidates must be 1 to {self.shape.layers - 1} for {self.shape.layers} decoder layers."
@@ -175,9 +175,9 @@ class Calibration:
         target = self.search.score(()) - wanted
         results = [self._needed(borders[start:], target) for start in starts]
         found = [
-            (self.costs.of(schedule).kv_bytes, Found(schedule, curve), needed)
+            (self._cost(schedule).kv_bytes, Found(schedule, curve), needed)
             for curve, needed in results
-            if (schedule := cover(curve, bands))
+            if (schedule := cover(curve, bands, self.subject.borders))
         ]
         if not found:
             raise SearchError(
@@ -202,13 +202,15 @@ class Calibration:
 
     def _under_budget(self, budget: Budget, bands: int) -> tuple[Found, dict[str, Any]]:
         def cost(schedule: PruneLayers) -> float:
-            found = self.costs.of(schedule)
+            found = self._cost(schedule)
             return found.flops if budget.unit == "flops" else found.kv_bytes
 
         whole = self.costs.whole
         most = budget.absolute(whole.flops if budget.unit == "flops" else whole.kv_bytes)
         self.bar.expect(len(SLOPES) + 5, "searching")
-        found = best_under_budget(self.search.score, cost, most, self.shape.layers, bands)
+        found = best_under_budget(
+            self.search.score, cost, most, self.shape.layers, bands, borders=self.subject.borders
+        )
         method = {
             "method": "P-Sigmoid (arXiv 2412.00556) in our parametrisation: r(l) = 1 / (1 + exp(a (l - b)))",
             "wanted": {"budget": {budget.unit: budget.amount}},
@@ -216,25 +218,27 @@ class Calibration:
         }
         return found, method
 
-    def kendall_tau(self) -> list[list[float]]:
-        """How alike the layers rank the visual tokens, mean over some of the prompts, [layers - 1] twice."""
-        relevance = self.base.relevances[0]
-        runner = self._local(self.search)
+    def kendall_tau(self) -> list[list[float]] | None:
+        """How alike the layers rank the visual tokens, mean over some prompts, [layers - 1] twice.
+
+        None from a server, which tells no scores.
+        """
+        runner = local_runner(self.search)
+        if runner is None:
+            return None
         prompts = runner.prompts[:_RANKED]
         embeddings = runner.pictures.embed(runner.pictures.select(self.base))
-        ratings = runner.model.decoder.ratings(embeddings, prompts, self.base.window, relevance)
+        relevance, window = self.base.relevances[0], self.base.window
+        ratings = runner.model.decoder.ratings(embeddings, prompts, window, relevance)
         return [[round(x, 3) for x in row] for row in mean_tau([r.numpy() for r in ratings]).tolist()]
 
     def presets(self) -> dict[str, float]:
-        """The aggressiveness at which each preset keeps its share of these pictures, on average."""
-        found = calibrate(self._local(self.search).pictures, SHARES.values())
+        """The aggressiveness at which each preset keeps its share of these pictures; none from a server."""
+        runner = local_runner(self.search)
+        if runner is None:
+            return {}
+        found = calibrate(runner.pictures, SHARES.values())
         return {name: found.chosen[share] for name, share in SHARES.items()}
-
-    @staticmethod
-    def _local(trials: Trials) -> LocalRunner:
-        runner = trials.runner
-        assert isinstance(runner, JournaledRunner) and isinstance(runner.runner, LocalRunner)
-        return runner.runner
 
     def confirmed(self, schedule: PruneLayers, name: str = "calibrated") -> tuple[Row, Row, list[Row]]:
         """On questions held out: the unpruned row, the schedule's, and rows of single prune layers."""
@@ -247,12 +251,21 @@ class Calibration:
         return unpruned, row, alone
 
     def few_borders(self) -> list[int]:
-        """Prune layers to try alone: all of a shallow decoder, else those at its fifths."""
+        """Prune layers to try alone: a server's, all of a shallow decoder, else those at its fifths."""
+        if self.subject.borders:
+            return list(self.subject.borders)
         layers = self.shape.layers
         every = range(1, layers)
         if len(every) <= _MOST_ALONE:
             return list(every)
         return [max(1, round(layers * n / (_MOST_ALONE + 1))) for n in range(1, _MOST_ALONE + 1)]
+
+
+def local_runner(trials: Trials) -> LocalRunner | None:
+    """What answers on transformers; None where a server does."""
+    runner = trials.runner
+    found = runner.runner if isinstance(runner, JournaledRunner) else None
+    return found if isinstance(found, LocalRunner) else None
 
 
 def run(
@@ -270,7 +283,7 @@ def run(
     searched = calibration.search.interval(found.schedule)
     content = document.document(
         found.schedule,
-        calibration.base.relevances,
+        calibration.subject.relevance.split(","),
         calibration.shape.layers,
         {
             **calibration.facts,
@@ -294,7 +307,8 @@ def run(
     )
     path = document.write(content, calibration.folder / "schedule.json")
     say(table([unpruned, row, *alone]))
-    say(f"Kendall's tau between neighbouring layers: {_neighbours(content['kendall_tau'])}")
+    if content["kendall_tau"]:
+        say(f"Kendall's tau between neighbouring layers: {_neighbours(content['kendall_tau'])}")
     return [path, *_plot(calibration, unpruned, alone, row)]
 
 
@@ -309,8 +323,3 @@ def _plot(calibration: Calibration, unpruned: Row, alone: Sequence[Row], row: Ro
 
 def _neighbours(tau: Sequence[Sequence[float]]) -> str:
     return ", ".join(f"{tau[at][at + 1]:.2f}" for at in range(len(tau) - 1)) or "one layer only"
-
-
-def base_setting(aggressiveness: float, window: int, relevance: str) -> Setting:
-    """What every trial has in common."""
-    return Setting(VisionSettings(aggressiveness=aggressiveness), window=window, relevance=relevance)

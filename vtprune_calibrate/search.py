@@ -85,7 +85,7 @@ def least_shares(
     return tuple(share / steps for share in found)
 
 
-def cover(curve: Sequence[float], most: int) -> PruneLayers:
+def cover(curve: Sequence[float], most: int, borders: Sequence[int] | None = None) -> PruneLayers:
     """The cheapest schedule that gives every layer at least its share of a falling curve.
 
     In a decoder of more than twelve layers borders lie where the curve falls, or evenly. Cost is what a
@@ -94,19 +94,24 @@ def cover(curve: Sequence[float], most: int) -> PruneLayers:
     Args:
         curve: share of the visual tokens that each layer needs; the first layer has all, [layers].
         most: prune layers at most.
+        borders: the only layers where they may be; None for any.
     """
     layers = len(curve)
     best: tuple[float, int] | None = None
     chosen: PruneLayers = ()
     # past the layer where the need falls, a border may leave less of the cache empty
     falls = [layer for layer in range(1, layers) if layers <= _SHALLOW or curve[layer] < curve[layer - 1]]
-    for edges in sorted({*_choices(falls, most), *_even_choices(layers, most)}):
+    anywhere = {*_choices(falls, most), *_even_choices(layers, most)}
+    for edges in sorted(anywhere if borders is None else _choices(borders, most)):
         shares = [_up(curve[edge]) for edge in edges]
+        schedule = _schedule(edges, shares)
+        if len(schedule) < len(edges):  # nothing would leave at one of them
+            continue
         sizes = band_sizes(layers, edges)
         stored = sum(size * share for size, share in zip(sizes, (1.0, *shares), strict=True))
         price = stored * (1 + band_groups(sizes)[1]), len(edges)
         if best is None or price < best:
-            best, chosen = price, _schedule(edges, shares)
+            best, chosen = price, schedule
     return chosen
 
 
@@ -122,7 +127,12 @@ def sigmoid(slope: float, middle: float, layers: int) -> tuple[float, ...]:
 
 
 def within_budget(
-    slope: float, layers: int, most: int, cost: Callable[[PruneLayers], float], budget: float
+    slope: float,
+    layers: int,
+    most: int,
+    cost: Callable[[PruneLayers], float],
+    budget: float,
+    borders: Sequence[int] | None = None,
 ) -> Found | None:
     """The schedule nearest to a sigmoid of that slope of all that spend the budget; None where none can.
 
@@ -135,9 +145,10 @@ def within_budget(
         most: prune layers at most.
         cost: of a schedule; it grows with the shares.
         budget: the most it may cost.
+        borders: see `cover`.
     """
     best: tuple[float, Found] | None = None
-    for edges in _even_choices(layers, most):
+    for edges in _even_choices(layers, most) if borders is None else _choices(borders, most):
         middle = _middle(slope, layers, edges, cost, budget)
         if middle is None:
             continue
@@ -157,6 +168,7 @@ def best_under_budget(
     most: int,
     slopes: Sequence[float] = SLOPES,
     refinements: int = 2,
+    borders: Sequence[int] | None = None,
 ) -> Found:
     """P-Sigmoid: the schedule within a budget that scores best.
 
@@ -168,17 +180,19 @@ def best_under_budget(
         most: prune layers at most.
         slopes: those tried first, rising.
         refinements: how often the two gaps beside the best slope are halved.
+        borders: see `cover`.
 
     Raises:
         SearchError: even an exit at the first layer costs more.
     """
     scored = cache(score)
-    found = {slope: within_budget(slope, layers, most, cost, budget) for slope in slopes}
+    found = {slope: within_budget(slope, layers, most, cost, budget, borders) for slope in slopes}
     if not any(found.values()):
-        least = cost((PruneLayer(1, 0.0, "vision"),))
+        first = 1 if borders is None else borders[0]
+        least = cost((PruneLayer(first, 0.0, "vision"),))
         raise SearchError(
-            f"no schedule costs as little as the budget of {budget:g}: with every visual token gone after "
-            f"the first layer a prompt still costs {least:g}. Give a budget above that."
+            f"no schedule costs as little as the budget of {budget:g}: with every visual token gone from "
+            f"layer {first} on a prompt still costs {least:g}. Give a budget above that."
         )
 
     def best() -> float:
@@ -191,7 +205,7 @@ def best_under_budget(
         place = tried.index(at)
         for low, high in itertools.pairwise(tried[max(0, place - 1) : place + 2]):
             between = (low + high) / 2
-            found[between] = within_budget(between, layers, most, cost, budget)
+            found[between] = within_budget(between, layers, most, cost, budget, borders)
     result = found[best()]
     assert result is not None
     return result

@@ -7,7 +7,7 @@ dropping at the same counts beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from vllm_vtprune.kv_drop.schedule import NAMED, PruneLayer, band_groups, band_s
 from vtprune_calibrate.arguments import Budget
 from vtprune_calibrate.comparison import compare, one_border, table
 from vtprune_calibrate.document import facts_of_run
+from vtprune_calibrate.gate import gate_table, gated_rows
 from vtprune_calibrate.plots import plot_costs
-from vtprune_calibrate.run import Calibration
+from vtprune_calibrate.run import Calibration, local_runner
 from vtprune_eval.report import dump
 from vtprune_eval.tables import Row, markdown
 
@@ -54,6 +55,7 @@ def run_study(
     borders = calibration.few_borders()
     calibration.bar.expect(5 * len(borders), "single prune layers")
     alone = one_border(trials, costs, borders)
+    gates = _gates(calibration, borders)
     calibration.bar.close()
     result = {
         **facts_of_run(calibration.facts),
@@ -62,6 +64,7 @@ def run_study(
         "unpruned": unpruned,
         "rows": rows,
         "one_prune_layer": alone,
+        "gates": gates,
     }
     say(table([unpruned, *rows]))
     folder = calibration.folder
@@ -74,6 +77,15 @@ def run_study(
     return [path, _page(result, layers, folder / "results.md"), plot]
 
 
+def _gates(calibration: Calibration, exits: Sequence[int]) -> list[Row]:
+    runners = [local_runner(trials) for trials in (calibration.search, calibration.confirm)]
+    calibration.bar.expect(2 * len(exits), "gates")
+    search, confirm = runners
+    assert search is not None and confirm is not None
+    costs = calibration.costs_held_out
+    return gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
+
+
 def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
     rows, unpruned = result["rows"], result["unpruned"]
     data, model = result["data"], result["model"]
@@ -81,10 +93,11 @@ def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
         "# Schedules compared",
         f"Made by `vtprune calibrate --study` on {result['date']}, model `{model['name']}` (weights "
         f"{model['weights']}). {data['questions']} questions decided, these {data['held_out']} others were "
-        "asked afterwards. FLOPs (of the decoder's prefill) and KV bytes are shares of the unpruned "
-        "prompts'. Brackets are 95 % confidence intervals (bootstrap over pictures; differences are paired, "
-        "in percentage points); a star marks a difference whose interval excludes 0. Random dropping has the "
-        "same counts at every prune layer, the mean of three draws; an exit leaves nothing to choose.",
+        "asked afterwards. FLOPs (of the decoder's prefill and of the ratings) and KV bytes are shares of "
+        "the unpruned prompts'. Brackets are 95 % confidence intervals (bootstrap over pictures; differences "
+        "are paired, in percentage points); a star marks a difference whose interval excludes 0. Random "
+        "dropping has the same counts at every prune layer, the mean of three draws; an exit leaves nothing "
+        "to choose.",
         "![answers against costs](costs.png)",
         table([unpruned, *rows]),
         "## KV-cache groups",
@@ -93,6 +106,12 @@ def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
         _groups(rows, layers),
         "## Single prune layers",
         table([unpruned, *result["one_prune_layer"]]),
+        "## A gate that decides for each question",
+        "DyVTE (arXiv 2411.19628) trains a gate that says, question by question, whether all visual tokens "
+        "may leave. Trained here on the questions that decided, for one exit at a time; no engine runs it. "
+        "`answer survives`: how often the exit leaves the unpruned answer; `right to`: how often it does "
+        "where the gate fires.",
+        gate_table(result["gates"]),
         "## How alike the layers rank the visual tokens",
         "Kendall's tau-b between prune layers, mean over prompts:",
         _tau(result["kendall_tau"]),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 
 from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.settings import KVSettings
 from vtprune_calibrate.journal import Journal
 from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
-from vtprune_eval.flops import CostShape, RequestShape, kv_bytes, request_work
+from vtprune_eval.flops import CostShape, RequestShape, kv_bytes, rating_flops, request_work
 from vtprune_eval.setting import AS_SCHEDULED, Setting
 from vtprune_eval.statistics import Interval
 from vtprune_eval.tasks import Questions, is_right, normalised
@@ -126,17 +128,29 @@ class Trials:
         runner: what answers.
         base: stage 1, the window and the rating of every trial.
         by: `answers`: a reply counts where it is right; `agreement`: where it is the unpruned one's.
+        borders: the prune layers that a server has, each asked for its share in every request; None where
+            any schedule can be run.
     """
 
     runner: Runner
     base: Setting
     by: str = "answers"
+    borders: tuple[int, ...] | None = None
 
     def setting(self, schedule: Sequence[PruneLayer]) -> Setting:
         """The setting that tries a schedule; an empty one drops nothing."""
         if not schedule:
             return self.base
-        return replace(self.base, kv=AS_SCHEDULED, schedule=tuple(schedule))
+        if self.borders is None:
+            return replace(self.base, kv=AS_SCHEDULED, schedule=tuple(schedule))
+        shares = [prune_layer.share for prune_layer in self._at_borders(schedule)]
+        return replace(self.base, kv=KVSettings.of(shares, "vision"))
+
+    def _at_borders(self, schedule: Sequence[PruneLayer]) -> list[PruneLayer]:
+        """The same schedule with a share for each of the server's prune layers."""
+        assert self.borders is not None
+        below = {border: [p.share for p in schedule if p.layer <= border] for border in self.borders}
+        return [PruneLayer(border, (1.0, *shares)[-1], "vision") for border, shares in below.items()]
 
     def right(self, schedule: Sequence[PruneLayer]) -> Floats:
         """1 where a question is answered as it should be, [Q]."""
@@ -162,12 +176,13 @@ class Trials:
 
     def cost(self, schedule: Sequence[PruneLayer], costs: Costs) -> Cost:
         """What its prompts took."""
-        return costs.of_replies(self.runner.answer(self.setting(schedule)), schedule)
+        counted = schedule if self.borders is None or not schedule else self._at_borders(schedule)
+        return costs.of_replies(self.runner.answer(self.setting(schedule)), counted, self.base.relevances)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over prompts: operations of the decoder's prefill, and bytes of KV cache."""
+    """Means over prompts: operations of the decoder's prefill, ratings included, and bytes of KV cache."""
 
     flops: float
     kv_bytes: float
@@ -176,37 +191,53 @@ class Cost:
 class Costs:
     """What schedules cost a set of prompts."""
 
-    def __init__(self, shape: CostShape, replies: Sequence[Reply]) -> None:
+    def __init__(self, shape: CostShape, replies: Sequence[Reply], window: int) -> None:
         """Read the prompts' lengths.
 
         Args:
             shape: the model's.
             replies: to the prompts, nothing dropped in the decoder.
+            window: last prompt tokens that rate the others.
         """
-        self._shape = shape
+        self._shape, self._window = shape, window
         self._prompts = Counter((reply.prompt_tokens, reply.vision_tokens_kept) for reply in replies)
 
     @cached_property
     def whole(self) -> Cost:
         """With nothing dropped."""
-        return self.of(())
+        return self.of((), ("",))
 
-    def of(self, schedule: Sequence[PruneLayer]) -> Cost:
-        """Of a schedule of shares of the visual tokens, as it is planned."""
+    def of(self, schedule: Sequence[PruneLayer], relevance: Sequence[str]) -> Cost:
+        """Of a schedule of shares of the visual tokens; the last rating holds for the rest."""
         seen: Counter[tuple[int, ...]] = Counter()
         for (tokens, visual), times in self._prompts.items():
             seen[tokens, *tokens_kept(tokens, visual, tokens - visual, schedule)] += times
-        return self._mean(seen, schedule)
+        return self._mean(seen, schedule, relevance)
 
-    def of_replies(self, replies: Sequence[Reply], schedule: Sequence[PruneLayer]) -> Cost:
+    def of_replies(
+        self, replies: Sequence[Reply], schedule: Sequence[PruneLayer], relevance: Sequence[str]
+    ) -> Cost:
         """Of prompts as they were counted."""
-        return self._mean(Counter(reply.by_band[: len(schedule) + 1] for reply in replies), schedule)
+        seen = Counter(reply.by_band[: len(schedule) + 1] for reply in replies)
+        return self._mean(seen, schedule, relevance)
 
-    def _mean(self, seen: Counter[tuple[int, ...]], schedule: Sequence[PruneLayer]) -> Cost:
+    def _mean(
+        self, seen: Counter[tuple[int, ...]], schedule: Sequence[PruneLayer], relevance: Sequence[str]
+    ) -> Cost:
         flops = held = 0.0
         for (tokens, *above), times in seen.items():
             layers = (prune_layer.layer for prune_layer in schedule)
             request = RequestShape(0, tokens, 0, 1, tuple(zip(layers, above, strict=True)))
             flops += times * request_work(self._shape, request)["prefill"].flops
+            flops += times * self._rating((tokens, *above), schedule, relevance)
             held += times * kv_bytes(self._shape, request)
         return Cost(flops / seen.total(), held / seen.total())
+
+    def _rating(self, seen: Sequence[int], schedule: Sequence[PruneLayer], relevance: Sequence[str]) -> float:
+        """Of a prompt, where something leaves and more than the text goes on."""
+        flops = 0.0
+        for at, (prune_layer, (reaching, kept)) in enumerate(zip(schedule, pairwise(seen), strict=True)):
+            if prune_layer.share and kept < reaching:
+                rating = relevance[min(at, len(relevance) - 1)]
+                flops += rating_flops(self._shape, rating, reaching, self._window)
+        return flops

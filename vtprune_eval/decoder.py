@@ -166,6 +166,39 @@ class Decoder:
         seen = [slice(len(p.before), len(p.before) + len(pictures[p.picture])) for p in prompts]
         return [torch.stack([scores[n][place] for scores in by_layer]).cpu() for n, place in enumerate(seen)]
 
+    @torch.inference_mode()
+    def text_states(
+        self, pictures: Sequence[Tensor], prompts: Sequence[Prompt], layers: Sequence[int]
+    ) -> Tensor:
+        """What DyVTE's gate reads below some layers (arXiv 2411.19628), nothing dropped.
+
+        The mean hidden state of the text behind the picture without its last token, and that of the last.
+
+        Args:
+            pictures: see `answer`.
+            prompts: see `answer`.
+            layers: rising; the states are those that layer reads.
+
+        Returns:
+            [layers, B, 2 * hidden].
+        """
+        sequences = [
+            torch.cat([self._embed(p.before), pictures[p.picture], self._embed(p.after)]) for p in prompts
+        ]
+        hidden, valid = _pad(sequences)
+        mask, places, ends = _causal(valid), _places(valid), valid.sum(1).tolist()
+        found, first = [], 0
+        for layer in layers:
+            hidden = self._run(range(first, layer), hidden, places, mask, None)
+            states = []
+            for row, prompt, end in zip(hidden, prompts, ends, strict=True):
+                text = row[end - len(prompt.after) : end]
+                behind = text[:-1] if len(text) > 1 else text
+                states.append(torch.cat([behind.mean(0), text[-1]]))
+            found.append(torch.stack(states))
+            first = layer
+        return torch.stack(found)
+
     def _decode(self, run: _Run, limit: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in run.kept]
         ended = [False] * len(answers)

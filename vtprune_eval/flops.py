@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vllm_vtprune.kv_drop.ratings import ITERATIONS
 from vtprune_loadtest.errors import LoadTestError
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,6 +86,11 @@ class CostShape:
             vocab=text["vocab_size"],
             element=_BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"],
         )
+
+    @staticmethod
+    def of_decoder(decoder: Mapping[str, int]) -> CostShape:
+        """From the decoder's numbers in `/vtprune/config`; tower and projector cost nothing."""
+        return CostShape(0, 0, 0, 0, 0, **decoder)
 
     @property
     def layer_weights(self) -> int:
@@ -200,6 +206,26 @@ def kv_bytes(shape: CostShape, request: RequestShape) -> float:
     """KV cache that the request's prompt holds, over all layers."""
     entries = sum(layers * tokens for layers, tokens in request.by_band(shape.layers))
     return entries * 2 * shape.kv_width * shape.element
+
+
+def rating_flops(shape: CostShape, rating: str, tokens: float, window: int) -> float:
+    """Operations that rate a prompt's tokens at a prune layer: logits and key norms, softmax left out.
+
+    Args:
+        shape: the model's.
+        rating: a name of `vllm_vtprune.kv_drop.relevance.RELEVANCE`; any other costs nothing.
+        tokens: of the prompt that reach the prune layer.
+        window: last prompt tokens that rate the others.
+    """
+    logits = 2 * shape.q_width * tokens
+    return {
+        "attention": window * logits,
+        "no_rope": window * logits,
+        "last_token": logits,
+        # every iteration makes all pairs' logits anew
+        "pagerank": ITERATIONS * tokens * logits,
+        "key_norm": 2 * shape.kv_width * tokens,
+    }.get(rating, 0.0)
 
 
 def as_dict(work: Mapping[str, Work]) -> dict[str, Any]:

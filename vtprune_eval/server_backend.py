@@ -203,12 +203,14 @@ def _reply(response: httpx.Response) -> Reply:
     counts = answer["usage"].get("vtprune")
     if counts is None:
         raise RunnerError("The server's usage has no vtprune entry: is the plugin loaded in it?")
+    first, *above = counts.get("kv_tokens_kept_by_layer") or [counts["kv_tokens_kept"]]
     return Reply(
         (answer["choices"][0]["message"]["content"] or "").strip(),
         counts["vision_tokens"],
         counts["vision_tokens_kept"],
         answer["usage"]["prompt_tokens"],
-        counts["kv_tokens_kept"],
+        first,
+        tuple(above),
     )
 
 

@@ -159,6 +159,16 @@ class LocalRunner:
             self._replies[key] = self._answer(embeddings, dropping, prompts, places)
         return self._replies[key]
 
+    def text_states(self, layers: Sequence[int]) -> Tensor:
+        """`Decoder.text_states` of all questions about whole pictures, [layers, Q, 2 * hidden]."""
+        embeddings = self.pictures.embed(self.pictures.select(Setting()))
+        found: dict[int, Tensor] = {}
+        for numbers in self._batches([len(rows) for rows in embeddings], shared=False):
+            prompts = [self.prompts[number] for number in numbers]
+            states = self.model.decoder.text_states(embeddings, prompts, layers)
+            found |= dict(zip(numbers, states.unbind(1), strict=True))
+        return torch.stack([found[number] for number in range(len(self.prompts))], dim=1)
+
     def _asks(self, setting: Setting) -> bool:
         method = METHODS.get(setting.vision.method)
         reads = method is not None and method.reads_question and not setting.vision.keeps_all

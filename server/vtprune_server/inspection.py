@@ -18,6 +18,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm_vtprune import demo_model
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.fingerprint import cached_fingerprint
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.settings import Controls
 from vllm_vtprune.vision.explain import Explanation, explain
@@ -84,6 +85,8 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             # the shares that the presets are named for were measured on the demo model's tower alone
             "presets_calibrated": model_config.model == str(demo_model.FOLDER),
             "decoder_layers": text.num_hidden_layers,
+            "decoder": _decoder(model_config),
+            "weights": await asyncio.to_thread(_weights, model_config),
             "prune_layer": context.policy.prune_layer,
             "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
             "encoder_device": str(tower.device),
@@ -133,6 +136,33 @@ def _processor(state: Any) -> PrunedProcessor:
     if not isinstance(processor, PrunedProcessor):
         raise VLLMValidationError("This server's model takes no images that vtprune prunes.")
     return processor
+
+
+def _decoder(model_config: Any) -> dict[str, int]:
+    """What of the decoder decides its cost, as `vtprune_eval.flops.CostShape` names it."""
+    text = model_config.hf_text_config
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # of a mixture of experts, the part that a token passes
+    experts = getattr(text, "num_experts_per_tok", None)
+    per_expert = getattr(text, "moe_intermediate_size", None)
+    return {
+        "hidden": text.hidden_size,
+        "intermediate": experts * per_expert if experts and per_expert else text.intermediate_size,
+        "layers": text.num_hidden_layers,
+        "q_width": heads * head,
+        "kv_width": (getattr(text, "num_key_value_heads", None) or heads) * head,
+        "vocab": text.vocab_size,
+        "element": model_config.dtype.itemsize,
+    }
+
+
+def _weights(model_config: Any) -> str | None:
+    """The fingerprint that schedules name their model by; None for made-up weights."""
+    context = plugin_context(model_config)
+    if context.dummy_weights:
+        return None
+    return cached_fingerprint(model_config.model, model_config.revision, context.download_dir)
 
 
 def _limits(model_config: Any) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
-        later_turn = _carries_an_answer(messages)
+        later_turn = carries_an_answer(messages)
         settings = with_question(self.resolve(request, later_turn=later_turn), question_of(messages))
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
@@ -169,7 +169,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             context.add(counts)
 
 
-def _carries_an_answer(messages: list[Any]) -> bool:
+def carries_an_answer(messages: list[Any]) -> bool:
     """Whether the model has answered before in this conversation; an answer to be continued is none."""
     roles = [m.get("role") if isinstance(m, Mapping) else getattr(m, "role", None) for m in messages[:-1]]
     return "assistant" in roles

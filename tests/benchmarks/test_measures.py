@@ -27,8 +27,10 @@ from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer, sum_in
 from tests.benchmarks.conftest import DECODER, TOWER
 from tests.helpers.fake_chat import serve_fake_chat
+from vllm_vtprune.kv_drop.ratings import ITERATIONS, Bucket
+from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import PruneLayer, check
-from vtprune_eval.flops import CostShape, RequestShape, Work, kv_bytes, request_work
+from vtprune_eval.flops import CostShape, RequestShape, Work, kv_bytes, rating_flops, request_work
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.processes import ServerProcess
 from vtprune_loadtest.spread import Spread
@@ -94,6 +96,22 @@ def test_operations_are_those_that_torch_counts(tiny: Path) -> None:
     triangle = 4 * shape.q_width * tokens * (tokens + 1) / 2 * DECODER.layers
     square = 4 * shape.q_width * tokens**2 * DECODER.layers
     assert counter.get_total_flops() == prefill.flops - head - triangle + square
+
+
+@pytest.mark.parametrize("name", ["attention", "no_rope", "last_token", "pagerank"])
+def test_ratings_are_counted_as_they_run(name: str) -> None:
+    heads, kv_heads, size, tokens, window = 4, 2, 8, 70, 6
+    shape = CostShape(0, 0, 0, 0, 0, 32, 64, 2, heads * size, kv_heads * size, 8, 4)
+    bucket = Bucket(tokens, torch.tensor([0]), torch.tensor([tokens]), torch.tensor([9]))
+    relevance = RELEVANCE[name]
+    queries = relevance.queries(window)
+    q, k = torch.randn(tokens, heads, size), torch.randn(tokens, kv_heads, size)
+    with FlopCounterMode(display=False) as counter:
+        relevance.rating(q, k, bucket, queries, 1.0)
+    # ranks times weights, a head's size less than the logits, are left out
+    flow = ITERATIONS * 2 * heads * tokens**2 if name == "pagerank" else 0
+    assert counter.get_total_flops() - flow == rating_flops(shape, name, tokens, window)
+    assert rating_flops(shape, "inherited", tokens, window) == 0
 
 
 def test_decoding_counts_each_step(tiny: Path) -> None:

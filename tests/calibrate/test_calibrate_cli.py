@@ -113,6 +113,8 @@ def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> N
         assert ("random" in row["versus"]) == (row["relevance"] is not None)
     budgets = [row["flops"] for row in found["rows"] if "flops=" in row["name"]]
     assert all(spent <= most for spent, most in zip(budgets, (0.801, 0.701, 0.601), strict=True))
+    assert [row["layer"] for row in found["gates"]] == [1, 2, 3, 4]
+    assert all(0 <= row["fires"] <= 1 and 0 < row["kv_bytes"] <= 1 for row in found["gates"])
     page = (tmp_path / "results.md").read_text()
     assert all(f"| {name} " in page for name in names)
 
@@ -154,6 +156,48 @@ def test_what_cannot_run_is_one_sentence_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.startswith("vtprune calibrate: ") and error.count("\n") == 1
+
+
+def test_a_server_without_free_prune_layers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = dict.fromkeys(
+        ("hidden", "intermediate", "layers", "q_width", "kv_width", "vocab", "element"), 8
+    )
+    model: dict[str, Any] = {"id": "m", "weights": "w", "decoder": decoder, "prune_layers": []}
+
+    def config(*_: object, **__: object) -> httpx.Response:
+        told = {"model": model, "policy": {"window": 8, "relevance": "attention"}}
+        return httpx.Response(200, json=told, request=httpx.Request("GET", "http://x"))
+
+    monkeypatch.setattr(httpx, "get", config)
+    command = f"--server http://127.0.0.1:9 --tolerance 0.1 --scenes 1 --out {tmp_path}".split()
+    for prune_layers in ([], [{"layer": 2, "share": 0.5, "of": "vision"}]):
+        model["prune_layers"] = prune_layers
+        assert main(command) == CANNOT_RUN
+        assert "--prune-layers 8:vision=1,16:vision=1" in capsys.readouterr().err
+    assert main([*command, "--window", "4"]) == CANNOT_RUN
+    assert "leave out yours" in capsys.readouterr().err
+
+
+@pytest.mark.engine
+def test_a_server_is_calibrated_as_its_checkpoint_is(tmp_path: Path) -> None:
+    """The same questions, tried over HTTP on the engine's own prune layers."""
+    goal = "--tolerance 0.1 --scenes 2"
+    assert main(f"{goal} --out {tmp_path}/local".split()) == 0
+    every = ",".join(f"{layer}:vision=1" for layer in range(1, 5))
+    server = start_server(tmp_path / "log", "--prune-layers", every)
+    try:
+        assert main(f"{goal} --server {server.url} --out {tmp_path}/server".split()) == 0
+    finally:
+        stop_server(server)
+    local, remote = read(tmp_path / "local"), read(tmp_path / "server")
+    for name in ("prune_layers", "needed", "cost", "layers", "window", "relevance"):
+        assert remote[name] == local[name], name
+    assert remote["model"]["weights"] == local["model"]["weights"]
+    assert remote["scores"]["searched"] == local["scores"]["searched"]
+    assert remote["scores"]["held_out"]["calibrated"] == local["scores"]["held_out"]["calibrated"]
+    assert (remote["kendall_tau"], remote["presets"]) == (None, {})
 
 
 @pytest.mark.engine

@@ -167,6 +167,19 @@ def test_of_equals_the_flattest_is_taken() -> None:
     assert found.slope == 0.001
 
 
+def test_only_the_borders_that_there_are_are_used() -> None:
+    borders = (2, 5, 6)
+    found = best_under_budget(lambda _: 1.0, cost(8), 0.6, 8, 2, borders=borders)
+    assert {p.layer for p in found.schedule} <= set(borders) and len(found.schedule) <= 2
+    curve = [1.0, 1.0, 1.0, 0.7, 0.5, 0.5, 0.2, 0.2]
+    covered = cover(curve, 3, borders)
+    assert [(p.layer, p.share) for p in covered] == [(5, 0.5), (6, 0.2)]
+    # 5 would give more layers the half, and leave cache empty
+    assert cover(curve, 1, borders)[0].layer == 6
+    with pytest.raises(SearchError, match="from layer 5 on"):
+        best_under_budget(lambda _: 1.0, cost(8), 0.5, 8, 2, borders=(5, 6))
+
+
 def test_a_budget_below_the_text_is_refused_with_what_there_is() -> None:
     with pytest.raises(SearchError, match=r"budget of 0.1: .* still costs 0.27"):
         best_under_budget(lambda _: 1.0, cost(8), 0.1, 8, 2)

@@ -60,14 +60,14 @@ def test_bands_are_drawn_over_depth(page: Page, stand_in: StandIn) -> None:
     assert "prune layers 8, 24" in page.text("#facts")
     assert not page.find("#pruned .depth").is_displayed()
     page.ask()
-    depth = page.find("#pruned .depth")
+    depth = page.find("#pruned .depth-steps")
     assert depth.get_attribute("aria-label") == (
         "Prompt tokens by depth: layers 0 to 7: 20 tokens; layers 8 to 23: 10 tokens; "
         "layers 24 to 31: 4 tokens"
     )
     script = """
-        const steps = [...document.querySelectorAll("#pruned .depth > span")];
-        return steps.map((step) => [step.clientWidth, step.firstChild.clientHeight]);
+        const steps = [...document.querySelectorAll("#pruned .depth-steps > span")];
+        return steps.map((step) => [step.clientWidth, step.lastChild.clientHeight]);
     """
     drawn = page.driver.execute_script(script)
     widths, heights = zip(*drawn, strict=True)

@@ -9,9 +9,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.conftest import MODEL_NAME
+from tests.conftest import DEMO_MODEL, MODEL_NAME
 from tests.helpers.client import chat_body, metric, post
 from tests.helpers.pictures import data_url, noise, scene
+from vllm_vtprune.fingerprint import fingerprint
+from vtprune_eval.flops import CostShape
 from vtprune_server.limits import ServerLimits
 from vtprune_server.options import OperatorSettings
 
@@ -42,6 +44,10 @@ def test_config_tells_policy_and_model(server: str) -> None:
     assert model["presets_calibrated"] is True
     assert "inflection" in config["methods"] and config["reads_question"] == ["cdpruner"]
     assert config["auto"]["levels"] == ["off", "light", "balanced"]
+    assert model["weights"] == fingerprint(str(DEMO_MODEL))
+    shape, whole = CostShape.of_decoder(model["decoder"]), CostShape.of(DEMO_MODEL)
+    assert shape.layer_weights == whole.layer_weights
+    assert (shape.layers, shape.kv_width, shape.element) == (whole.layers, whole.kv_width, whole.element)
     assert config["versions"]["vllm"] == "0.32.0"
     assert config["policy"].keys() | config["limits"].keys() == OperatorSettings.model_fields.keys()
     assert config["limits"] == ServerLimits().model_dump(mode="json")

@@ -42,7 +42,7 @@ class PruneLayer:
 
     def __str__(self) -> str:
         """As it is written in a schedule."""
-        if self.share == 1:
+        if self.share == 1 and self.of == "prompt":
             return str(self.layer)
         unit = "vision=" if self.of == "vision" and self.share else ""
         return f"{self.layer}:{unit}{self.share:g}"

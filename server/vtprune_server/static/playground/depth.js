@@ -12,24 +12,23 @@ export function bandsOf({ decoder_layers: layers, prune_layers: pruneLayers } = 
   return [counts.kv_tokens, ...above].map((tokens, at) => ({ from: edges[at], to: edges[at + 1] - 1, tokens }));
 }
 
-/** Fill an element with the bands, side by side; it is hidden where there are none. */
-export function drawDepth(root, bands) {
-  root.hidden = bands.length === 0;
+/** Fill a figure with the bands, side by side; it is hidden where there are none. */
+export function drawDepth(figure, bands) {
+  figure.hidden = bands.length === 0;
+  const steps = figure.querySelector(".depth-steps");
   const most = Math.max(1, ...bands.map((band) => band.tokens));
-  root.replaceChildren(
-    ...bands.map((band) => {
-      const step = document.createElement("span");
-      const fill = document.createElement("span");
-      step.style.flexGrow = band.to - band.from + 1;
-      step.title = words(band);
-      step.dataset.tokens = String(band.tokens);
-      fill.style.height = `${(100 * band.tokens) / most}%`;
-      fill.textContent = band.tokens.toLocaleString("en");
-      step.append(fill);
-      return step;
-    }),
-  );
-  root.setAttribute("aria-label", `Prompt tokens by depth: ${bands.map(words).join("; ")}`);
+  steps.replaceChildren(...bands.map((band) => step(band, band.tokens / most)));
+  steps.setAttribute("aria-label", `Prompt tokens by depth: ${bands.map(words).join("; ")}`);
+}
+
+function step(band, share) {
+  const [root, label, fill] = ["span", "small", "span"].map((name) => document.createElement(name));
+  root.style.flexGrow = band.to - band.from + 1;
+  root.title = words(band);
+  label.textContent = band.tokens.toLocaleString("en");
+  fill.style.height = `calc((100% - 1.2rem) * ${share})`;
+  root.append(label, fill);
+  return root;
 }
 
 function words({ from, to, tokens }) {
