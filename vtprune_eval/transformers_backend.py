@@ -163,7 +163,7 @@ class LocalRunner:
         """`Decoder.text_states` of all questions about whole pictures, [layers, Q, 2 * hidden]."""
         embeddings = self.pictures.embed(self.pictures.select(Setting()))
         found: dict[int, Tensor] = {}
-        for numbers in self._batches([len(rows) for rows in embeddings], shared=False):
+        for numbers in self._batches(self.prompts, [len(rows) for rows in embeddings], shared=False):
             prompts = [self.prompts[number] for number in numbers]
             states = self.model.decoder.text_states(embeddings, prompts, layers)
             found |= dict(zip(numbers, states.unbind(1), strict=True))
