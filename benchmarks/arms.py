@@ -86,7 +86,7 @@ def _scheduled(text: str, schedule: str) -> Arm:
     if below.server != PRUNING.name:
         raise LoadTestError(f"{text}@{schedule}: a schedule stands in place of vllm and of kv parts.")
     headers = (*below.headers, (_HEADERS["kv"], "0.999999"))
-    return Arm(f"{text}@{schedule}", f"vtprune@{schedule}", headers, schedule)
+    return Arm(f"{text}@{schedule}", f"vtprune@{schedule}", headers, schedule=schedule)
 
 
 def parse_arms(text: str) -> list[Arm]:
