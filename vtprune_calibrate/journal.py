@@ -64,7 +64,7 @@ class Journal:
         try:
             first, *rest = [json.loads(line) for line in lines]
             done = {
-                entry["key"]: [_reply(*row, entry["counts"]) for row in entry["replies"]] for entry in rest
+                entry["key"]: [_reply(row, entry["counts"]) for row in entry["replies"]] for entry in rest
             }
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise JournalError(
@@ -87,6 +87,7 @@ def _numbers(reply: Reply) -> tuple[Any, ...]:
     return tuple(value for name, value in asdict(reply).items() if name != "text")
 
 
-def _reply(text: str, at: int, kinds: Sequence[Sequence[Any]]) -> Reply:
+def _reply(row: Sequence[Any], kinds: Sequence[Sequence[Any]]) -> Reply:
+    text, at = row
     *numbers, above = kinds[at]
-    return Reply(text, *numbers, tuple(above))
+    return Reply(text, *numbers, kept_above=tuple(above))

@@ -169,7 +169,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             context.add(counts)
 
 
-def carries_an_answer(messages: list[Any]) -> bool:
+def carries_an_answer(messages: Sequence[Any]) -> bool:
     """Whether the model has answered before in this conversation; an answer to be continued is none."""
     roles = [m.get("role") if isinstance(m, Mapping) else getattr(m, "role", None) for m in messages[:-1]]
     return "assistant" in roles

@@ -245,4 +245,4 @@ def _most_tiles(config: Any) -> int:
         # transformers' `GotOcr2ImageProcessor.max_patches`, which InternVL is published with
         return 1 + int(getattr(config, "max_dynamic_patch", None) or 12)
     side = config.vision_config.image_size
-    return 1 + max((height // side) * (width // side) for height, width in points)
+    return 1 + max(int(height // side) * int(width // side) for height, width in points)

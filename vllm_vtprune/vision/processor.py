@@ -42,6 +42,7 @@ from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.question import QuestionRater, question_rater
 from vllm_vtprune.vision.service import VisionService, vision_service
+from vllm_vtprune.vision.shared.client import SharedTower
 from vllm_vtprune.vision.transfer import to_host
 
 #: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
@@ -344,7 +345,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
 
     @property
-    def vision(self) -> VisionService:
+    def vision(self) -> VisionService | SharedTower:
         """The process's tower; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
 
@@ -355,10 +356,10 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         context = plugin_context(model_config)
         return question_rater(
             self.family,
-            self.vision.encoder.project,
+            self.vision.project,
             self.info.get_tokenizer(),
             model_config.model,
-            device=self.vision.encoder.device,
+            device=self.vision.device,
             text_tower=context.policy.text_tower,
             revision=model_config.revision,
             download_dir=context.download_dir,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ def _host_copy(output: TowerOutput, pinned: bool) -> TowerOutput:
     buffer = torch.empty(
         sum(_aligned(t.nbytes) for t in tensors.values()), dtype=torch.uint8, pin_memory=pinned
     )
-    copies, start = {}, 0
+    copies: dict[str, Any] = {}
+    start = 0
     for name, tensor in tensors.items():
         copies[name] = _view(buffer, start, tensor).copy_(tensor, non_blocking=True)
         start += _aligned(tensor.nbytes)

@@ -135,7 +135,7 @@ def unpack_output(packed: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tower
         views=tuple(View((rows, columns), start) for rows, columns, start in packed["views"]),
         on_host=_unpack_named(packed["on_host"], tensors),
         places=packed["places"],
-        **_unpack_named(packed["named"], tensors),  # type: ignore[arg-type]
+        **_unpack_named(packed["named"], tensors),
     )
 
 
