@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -41,6 +41,9 @@ from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.service import VisionService, vision_service
 from vllm_vtprune.vision.transfer import to_host
+
+if TYPE_CHECKING:
+    from vllm_vtprune.vision.shared.client import SharedTower
 
 #: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
 _IMAGES = "vtprune_images"
@@ -333,8 +336,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
 
     @property
-    def vision(self) -> VisionService:
-        """The process's tower; loaded on first use."""
+    def vision(self) -> VisionService | SharedTower:
+        """The process's tower, or its access to a shared one; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
 
     @cached_property
