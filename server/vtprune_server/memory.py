@@ -45,7 +45,8 @@ def report(args: argparse.Namespace) -> str:
     shape = TowerShape.of(family_of(config), args.max_pixels)
     width = getattr(torch, args.dtype).itemsize
     language = (_parameters(config) - shape.parameters) * width
-    rows, sums = [], []
+    rows: list[tuple[str, ...]] = []
+    sums: list[TowerMemory] = []
     for count in args.api_server_count:
         towers = tower_memory(
             shape,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -42,8 +42,10 @@ from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
 from vllm_vtprune.vision.question import QuestionRater, question_rater
 from vllm_vtprune.vision.service import VisionService, vision_service
-from vllm_vtprune.vision.shared.client import SharedTower
 from vllm_vtprune.vision.transfer import to_host
+
+if TYPE_CHECKING:
+    from vllm_vtprune.vision.shared.client import SharedTower
 
 #: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
 _IMAGES = "vtprune_images"
@@ -346,7 +348,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     @property
     def vision(self) -> VisionService | SharedTower:
-        """The process's tower; loaded on first use."""
+        """The process's tower, or its access to a shared one; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
 
     @cached_property

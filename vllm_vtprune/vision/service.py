@@ -240,7 +240,7 @@ class VisionService:
             seconds = time.perf_counter() - started
             results = self._to_cache(batch, results)
         except BaseException as error:
-            results = [error] * len(batch)
+            results = [error for _ in batch]
         self._finish(batch)
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, BaseException):

@@ -76,7 +76,7 @@ def output_on(output: TowerOutput, device: torch.device) -> TowerOutput:
         for name in _ON_DEVICE
         if (tensor := getattr(output, name)) is not None
     }
-    return dataclasses.replace(output, **moved)
+    return dataclasses.replace(output, **moved)  # type: ignore[arg-type]
 
 
 def held_bytes(output: TowerOutput, *, pinned: bool) -> int:
@@ -94,7 +94,7 @@ def _host_copy(output: TowerOutput, pinned: bool) -> TowerOutput:
     for name, tensor in tensors.items():
         copies[name] = _view(buffer, start, tensor).copy_(tensor, non_blocking=True)
         start += _aligned(tensor.nbytes)
-    return dataclasses.replace(output, **copies)
+    return dataclasses.replace(output, **copies)  # type: ignore[arg-type]
 
 
 def _uploaded(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -104,7 +104,8 @@ def _uploaded(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     for tensor in tensors:
         _view(staged, start, tensor).copy_(tensor)
         start += _aligned(tensor.nbytes)
-    there, start, views = staged.to(device, non_blocking=True), 0, []
+    there, start = staged.to(device, non_blocking=True), 0
+    views: list[Tensor] = []
     for tensor in tensors:
         views.append(_view(there, start, tensor))
         start += _aligned(tensor.nbytes)

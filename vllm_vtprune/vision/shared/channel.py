@@ -34,7 +34,8 @@ def send(channel: socket.socket, message: Any, tensors: Sequence[Tensor] = ()) -
     Raises:
         OSError: the other side is gone.
     """
-    where, size = [], 0
+    where: list[tuple[str, list[int], int]] = []
+    size = 0
     for tensor in tensors:
         where.append((str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
