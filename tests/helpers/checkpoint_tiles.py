@@ -58,8 +58,7 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
     """
     source = internvl(folder / "hf", published=published)
     found = json.loads((source / "config.json").read_text())
-    vision = found["vision_config"]
-    text = {**found["text_config"], "tie_word_embeddings": found["tie_word_embeddings"]}
+    vision, text = found["vision_config"], found["text_config"]
     config = {
         "model_type": "qianfan_ocr",
         "architectures": ["InternVLChatModel"],
@@ -72,6 +71,8 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
             "qk_normalization": vision["use_qk_norm"],
         },
         "text_config": text,
+        # vLLM hands the outer one on to the language model
+        "tie_word_embeddings": found["tie_word_embeddings"],
         "downsample_ratio": 0.5,
         "force_image_size": vision["image_size"][0],
         "min_dynamic_patch": 1,
