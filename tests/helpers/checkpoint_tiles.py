@@ -130,7 +130,12 @@ def mistral3(folder: Path, *, published: bool = False) -> Path:
     text = MistralConfig(**text_config(special), head_dim=32, sliding_window=None, rms_norm_eps=1e-5)
     vision = PixtralVisionConfig(**{**TILE, "image_size": longest}, head_dim=16)
     config = Mistral3Config(
-        vision_config=vision, text_config=text, image_token_index=1, spatial_merge_size=2, dtype="float32"
+        vision_config=vision,
+        text_config=text,
+        image_token_index=1,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+        dtype="float32",
     )
     tokens = tokenizer(special, "[IMG]")
     processor = PixtralProcessor(
