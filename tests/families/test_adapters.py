@@ -139,7 +139,7 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
         load(quantised(tower=True))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl_chat"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "mistral3"])
 def test_a_clients_pixel_limits_count_and_have_entries_of_their_own(
     name: str, processor: Callable[[str], Any]
 ) -> None:
@@ -148,7 +148,6 @@ def test_a_clients_pixel_limits_count_and_have_entries_of_their_own(
         "qwen2_5_vl": {"max_pixels": 28 * 28 * 20},
         "qwen3_vl": {"max_pixels": 32 * 32 * 20},
         "mistral3": {"size": {"longest_edge": 112}},
-        "internvl_chat": {"max_dynamic_patch": 2},
     }
     ours, (image,) = processor(name), [picture((640, 480), seed=9)]
     kwargs, _ = request_kwargs(keep_ratio=0.5)
