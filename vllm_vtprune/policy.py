@@ -43,7 +43,7 @@ class OperatorModel(BaseModel):
 def _one_of(names: Iterable[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}, not {value!r}")
+            raise ValueError(f"must be one of {', '.join(filter(None, names))}, not {value!r}")
         return value
 
     return AfterValidator(check)
@@ -138,7 +138,7 @@ class PrunePolicy(OperatorModel):
         description="selection methods clients may name, separated by commas; without "
         f"{DEFAULT_METHOD} among them the first is the default",
     )
-    default_method: Annotated[str, _one_of(METHODS)] = Field(
+    default_method: Annotated[str, _one_of(("", *METHODS))] = Field(
         default="",
         description=f"the method of a request that names none, one of those above; off is {DEFAULT_METHOD}",
     )
