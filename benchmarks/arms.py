@@ -64,7 +64,7 @@ def parse_arm(text: str) -> Arm:
         return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),))
     if text.startswith(DOWNSCALE):
         (setting,) = parse_settings(text, ())
-        return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),), setting.pixels)
+        return Arm(text, PRUNING.name, ((_HEADERS["a"], "0"),), pixels=setting.pixels)
     headers = []
     for part in text.split("+"):
         name = part.rstrip("0123456789.")

@@ -72,6 +72,10 @@ def simulate(rate: Callable[[float], float], level: AutoLevel | str, seconds: fl
     return done
 
 
+def _constant(rate: float) -> Callable[[float], float]:
+    return lambda _: rate
+
+
 def late_share(done: Sequence[Served], after: float = 10.0) -> float:
     """Share of the requests that missed the goal, once the first seconds were over."""
     kept = [request.ttft_s for request in done if request.came >= after]
@@ -91,8 +95,9 @@ def _run(arguments: list[str], prog: str) -> None:
     for times in (0.5, 1.0, 1.5, 2.0, 3.0):
         arrivals = times / SERVICE["off"]
         cells = [f"{times:g}x"]
-        for level in ("off", "balanced", controller()):
-            done = simulate(lambda _, rate=arrivals: rate, level, 120)  # type: ignore[misc]
+        levels: tuple[AutoLevel | str, ...] = ("off", "balanced", controller())
+        for level in levels:
+            done = simulate(_constant(arrivals), level, 120)
             cells.append(f"{100 * late_share(done):.0f} %")
         full = sum(request.preset == "off" for request in done) / len(done)
         rows.append([*cells, f"{100 * full:.0f} %"])

@@ -49,7 +49,7 @@ class OperatorModel(BaseModel):
 def _one_of(names: Iterable[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}, not {value!r}")
+            raise ValueError(f"must be one of {', '.join(filter(None, names))}, not {value!r}")
         return value
 
     return AfterValidator(check)

@@ -175,10 +175,10 @@ def _run(plan: Plan, model: str, arm: Arm, task: str, progress: Callable[[str], 
         raise RunnerError(
             f"lmms-eval's {task} got no answer from the server for the arm {arm.name}: {traffic.errors[:1]}"
         )
-    before = traffic.vision_tokens
+    total = traffic.vision_tokens
     result = {
         "metrics": _metrics(folder, task),
-        "share_kept": traffic.vision_tokens_kept / before if before else 1.0,
+        "share_kept": traffic.vision_tokens_kept / total if total else 1.0,
         "traffic": asdict(traffic),
     }
     done.write_text(json.dumps({"asked": asked, **result}, indent=1))

@@ -9,7 +9,7 @@ entry added, so that flag never needs opening.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
-    def _injected(self, request: Any, messages: Sequence[Any] = ()) -> Iterator[PruneSettings]:
+    def _injected(self, request: Any, messages: list[Any] | None = None) -> Iterator[PruneSettings]:
         client_kwargs = getattr(request, "mm_processor_kwargs", None)
         validate_request_mm_kwargs(
             mm_processor_kwargs=client_kwargs,
@@ -122,6 +122,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             trust_request_mm_kwargs=self.client_mm_kwargs_trusted,
         )
         _refuse_own_key(client_kwargs, "mm_processor_kwargs")
+        messages = messages or ()
         later_turn = carries_an_answer(messages)
         settings = with_question(self.resolve(request, later_turn=later_turn), question_of(messages))
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):

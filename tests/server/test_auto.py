@@ -119,16 +119,11 @@ def told(
     load: EngineLoad, waiting: int, kv: float = 0.0, ttfts: tuple[float, ...] = (), idx: int = 0
 ) -> None:
     """One step's statistics, through vLLM's own manager."""
-    manager = SimpleNamespace(stat_loggers=[load])
+    manager: Any = SimpleNamespace(stat_loggers=[load])
     iteration = IterationStats()
     iteration.time_to_first_tokens_iter.extend(ttfts)
-    StatLoggerManager.record(
-        manager,
-        SchedulerStats(num_waiting_reqs=waiting, kv_cache_usage=kv),
-        iteration,
-        None,
-        idx,  # type: ignore[arg-type]
-    )
+    stats = SchedulerStats(num_waiting_reqs=waiting, kv_cache_usage=kv)
+    StatLoggerManager.record(manager, stats, iteration, None, idx)
 
 
 @pytest.fixture

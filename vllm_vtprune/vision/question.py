@@ -102,11 +102,11 @@ class ClipRater(QuestionRater):
         Raises:
             PolicyError: there is no such checkpoint, or it is no CLIP.
         """
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel, CLIPTokenizer
 
         try:
             model = CLIPModel.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = CLIPTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise PolicyError(f"text_tower {path!r} cannot be loaded as a CLIP model: {error}") from error
         logger.info("vtprune: text tower of %s on %s", path, device)
