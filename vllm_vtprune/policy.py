@@ -33,7 +33,7 @@ from vllm_vtprune.settings import AUTO_SCORE, Controls, KVSettings, PruneSetting
 
 CONFIG_KEY = "vtprune"
 #: A prompt that loses tokens in the decoder can neither read nor fill the prefix cache, which otherwise holds
-#: all but the last question of a later turn (docs/schedules.md has the measurement).
+#: all but the last question of a later turn (docs/benchmarks.md counts what that costs).
 FIRST_TURN, EVERY_TURN = "first_turn", "every_turn"
 PRESET_TURNS = (FIRST_TURN, EVERY_TURN)
 
