@@ -35,7 +35,7 @@ CONFIG_KEY = "vtprune"
 #: The method that the model's family names (`families.base.Family.default_method`).
 AUTO_METHOD = "auto"
 #: A prompt that loses tokens in the decoder can neither read nor fill the prefix cache, which otherwise holds
-#: all but the last question of a later turn (docs/schedules.md has the measurement).
+#: all but the last question of a later turn (docs/benchmarks.md counts what that costs).
 FIRST_TURN, EVERY_TURN = "first_turn", "every_turn"
 PRESET_TURNS = (FIRST_TURN, EVERY_TURN)
 

@@ -9,12 +9,13 @@ once it is one product of matrices of signs.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def tau(scores: NDArray[np.floating]) -> NDArray[np.float64]:
+def tau(scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Tau-b between all pairs of rankings.
 
     Args:
@@ -32,7 +33,7 @@ def tau(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     return found
 
 
-def mean_tau(prompts: Iterable[NDArray[np.floating]]) -> NDArray[np.float64]:
+def mean_tau(prompts: Iterable[NDArray[np.floating[Any]]]) -> NDArray[np.float64]:
     """The mean over prompts of `tau`, [layers, layers]."""
     mean: NDArray[np.float64] = np.nanmean(np.stack([tau(scores) for scores in prompts]), axis=0)
     return mean

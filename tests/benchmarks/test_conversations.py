@@ -8,6 +8,10 @@ import itertools
 import pytest
 
 from benchmarks.conversations import ARMS, BOTH, STAGE_1, Held, Talk, has_cost, report, stops_paying
+from benchmarks.turns import conversation, turn_flops
+from vtprune_eval.flops import CostShape
+
+SHAPE = CostShape(0, 0, 0, 0, 0, 64, 128, 12, 64, 64, 100, 2)
 
 
 def test_each_turn_repeats_the_conversation_before_it() -> None:
@@ -39,6 +43,30 @@ def test_the_turn_at_which_stage_2_stops_paying(
     both = [[wait * ratio for wait, ratio in zip(turns, ratios, strict=True)] for turns in alone]
     assert stops_paying(both, alone) == stops
     assert has_cost(both, alone) == cost
+
+
+FIXED = {"turns": 4, "question": 20, "answer": 30, "visual": 200, "prune_layer": 3, "block": 16}
+
+
+def test_only_what_is_new_is_counted_where_nothing_is_dropped() -> None:
+    whole = conversation(SHAPE, (1.0, 1.0, False), system=0, **FIXED)
+    prompts = [200 + (turn + 1) * 20 + turn * 30 for turn in range(4)]
+    assert whole[0] == turn_flops(SHAPE, prompts[0], 0, prompts[0], 3)
+    held = [(prompt + 30) // 16 * 16 for prompt in prompts]
+    expected = [turn_flops(SHAPE, n, cached, n, 3) for n, cached in zip(prompts[1:], held, strict=False)]
+    assert whole[1:] == expected
+    # the last token's logits are wanted even where all before it is there
+    assert all(0 < later < whole[0] / 3 for later in whole[1:])
+
+
+def test_dropping_pays_for_the_whole_prompt_and_leaves_the_next_turn_nothing() -> None:
+    stage_1 = conversation(SHAPE, (0.25, 1.0, False), system=0, **FIXED)
+    every = conversation(SHAPE, (0.25, 0.5, False), system=0, **FIXED)
+    first = conversation(SHAPE, (0.25, 0.5, True), system=0, **FIXED)
+    assert every[0] == first[0] < stage_1[0]
+    assert all(dropping > alone for dropping, alone in zip(every[1:], stage_1[1:], strict=True))
+    assert first[1] > every[1] > stage_1[1]
+    assert first[2:] == stage_1[2:]
 
 
 def test_the_report_names_the_turn() -> None:
