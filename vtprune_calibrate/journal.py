@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from vtprune_eval.backend import Reply
 
 class JournalError(VTPruneError, ValueError):
     """A journal that belongs to another run; the message says what to do."""
+
+
+#: The numbers of a reply, but for the last, which is a tuple.
+_COUNTS = tuple(field.name for field in fields(Reply) if field.name not in ("text", "kept_above"))
 
 
 class Journal:
@@ -90,4 +94,5 @@ def _numbers(reply: Reply) -> tuple[Any, ...]:
 def _reply(row: Sequence[Any], kinds: Sequence[Sequence[Any]]) -> Reply:
     text, at = row
     *numbers, above = kinds[at]
-    return Reply(text, *numbers, kept_above=tuple(above))
+    counts = dict(zip(_COUNTS, numbers, strict=True))
+    return Reply(text=text, **counts, kept_above=tuple(above))

@@ -114,7 +114,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         return Controls({"preset": (preset, "model")} if preset is not None else {})
 
     @contextmanager
-    def _injected(self, request: Any, messages: list[Any] | None = None) -> Iterator[PruneSettings]:
+    def _injected(self, request: Any, messages: Sequence[Any] | None = None) -> Iterator[PruneSettings]:
         client_kwargs = getattr(request, "mm_processor_kwargs", None)
         validate_request_mm_kwargs(
             mm_processor_kwargs=client_kwargs,

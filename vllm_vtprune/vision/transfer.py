@@ -76,7 +76,7 @@ def output_on(output: TowerOutput, device: torch.device) -> TowerOutput:
         for name in _ON_DEVICE
         if (tensor := getattr(output, name)) is not None
     }
-    return dataclasses.replace(output, **moved)  # type: ignore[arg-type]
+    return dataclasses.replace(output, **moved)
 
 
 def held_bytes(output: TowerOutput, *, pinned: bool) -> int:
@@ -94,7 +94,7 @@ def _host_copy(output: TowerOutput, pinned: bool) -> TowerOutput:
     for name, tensor in tensors.items():
         copies[name] = _view(buffer, start, tensor).copy_(tensor, non_blocking=True)
         start += _aligned(tensor.nbytes)
-    return dataclasses.replace(output, **copies)  # type: ignore[arg-type]
+    return dataclasses.replace(output, **copies)
 
 
 def _uploaded(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
