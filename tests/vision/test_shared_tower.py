@@ -194,6 +194,29 @@ def test_errors_keep_their_type_and_the_next_request_works(held: Any) -> None:
     assert float(embeddings) == 1 and places.tolist() == [0]
 
 
+def test_a_process_that_is_dying_and_still_takes_connections_has_died_once(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.sock"
+    dying = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    dying.bind(str(path))
+    dying.listen()
+    cut: list[int] = []
+
+    def die() -> None:
+        while len(cut) < 6:
+            dying.accept()[0].close()
+            cut.append(1)
+        service = VisionService(HeldEncoder(), FeatureCache(1 << 20))  # type: ignore[arg-type]
+        process = TowerProcess(lambda _: service)
+        threading.Thread(target=process.listen, args=(path, 0.5), daemon=True).start()
+        time.sleep(0.2)
+        dying.close()
+
+    threading.Thread(target=die, daemon=True).start()
+    tower = SharedTower(tmp_path, "cpu", RECIPE)
+    assert [float(o.patches) for o in tower.encode(["k4"], _items(["k4"]))] == [4] and len(cut) == 6
+    tower._forget()
+
+
 # --- a real process -----------------------------------------------------------------------------------------
 
 

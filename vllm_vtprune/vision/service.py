@@ -8,6 +8,7 @@ request waits neither for company nor, on the CPU, for another thread to wake up
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -386,14 +387,18 @@ def vision_service(model_config: ModelConfig) -> VisionService | SharedTower:
                 max_batch=policy.encoder_batch,
                 threads=policy.encoder_threads,
             )
-            service = _services[key] = _shared(recipe, context) if policy.shares_tower else recipe.service()
+            service = _services[key] = (
+                _shared(key, recipe, context) if policy.shares_tower else recipe.service()
+            )
         return service
 
 
-def _shared(recipe: Recipe, context: PluginContext) -> SharedTower:
+def _shared(key: tuple[str, ...], recipe: Recipe, context: PluginContext) -> SharedTower:
     from vllm_vtprune.vision.shared.client import SharedTower, tower_folder
 
-    name = str(recipe.load["device"]).replace(":", "")
+    # another model's tower is another process
+    model = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
+    name = f"{recipe.load['device'].type}{recipe.load['device'].index or ''}-{model}"
     return SharedTower(tower_folder(), name, recipe, first=context.first_process)
 
 

@@ -146,19 +146,26 @@ class SharedTower:
         self._call({"do": "state"})
 
     def _call(self, message: dict[str, Any], tensors: Sequence[Tensor] = ()) -> tuple[Any, list[Tensor]]:
-        for attempt in range(2):
+        died: set[int] = set()
+        deadline = time.monotonic() + _START_S
+        while True:
             channel = self._channel()
+            number = self._starts()
             try:
                 send(channel, message, tensors)
                 answer, found = receive(channel)
             except (OSError, EOFError) as error:
                 channel.close()
                 self._forget()
-                if attempt:
+                if number not in died:
+                    logger.warning("vtprune: the vision tower's process has died; the request is sent again.")
+                died.add(number)
+                if len(died) > 1 or time.monotonic() > deadline:
                     raise TowerLostError(
                         "The vision tower's process died twice while it served a request: its log says why."
                     ) from error
-                logger.warning("vtprune: the vision tower's process has died; the request is sent again.")
+                # one that is dying still takes connections for a moment: that is no second death
+                time.sleep(_POLL_S)
                 continue
             with self._lock:
                 if len(self._spare) < _SPARE:
@@ -169,7 +176,6 @@ class SharedTower:
             if "error" in answer:
                 raise _ERRORS.get(answer["error"], RuntimeError)(answer["text"])
             return answer, found
-        raise AssertionError
 
     def _learn(self, answer: dict[str, Any]) -> None:
         if self._first:
