@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.llava import DecoderShape, byte_tokenizer
 
@@ -54,6 +55,7 @@ def random_qwen2_5_vl(
     head = decoder.hidden // decoder.heads
     # time, rows and columns, in the shares of the published models: 16, 24, 24 of 64
     section = [head // 8, 3 * head // 16, 3 * head // 16]
+    ids: dict[str, Any] = {name: TOKENS.index(token) for name, token in _NAMED.items()}
     config = Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         vision_config={
@@ -81,7 +83,7 @@ def random_qwen2_5_vl(
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
         },
         dtype="float32",
-        **{name: TOKENS.index(token) for name, token in _NAMED.items()},
+        **ids,
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

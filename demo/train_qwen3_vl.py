@@ -16,7 +16,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.settings, self.seed, self.path, self.step = settings, seed, folder / "state.pt", 0
         self.model: Any = build(shape)
-        start_on_matches(self.model)
+        start_on_matches(cast(Any, self.model))
         self.heads = Heads(shape.tower_width)
         visual, language = self.model.model.visual, self.model.model.language_model
         rate = (settings.lr, settings.weight_decay)

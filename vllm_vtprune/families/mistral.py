@@ -42,7 +42,8 @@ class Mistral3(Family):
             raise CheckpointError(
                 f"vision_feature_layer is {layer}: vtprune supports Mistral 3 with -1, as it is published."
             )
-        self._patch, self._merge = int(vision.patch_size), int(self.config.spatial_merge_size)
+        patch: Any = vision.patch_size
+        self._patch, self._merge = int(patch), int(self.config.spatial_merge_size)
 
     def build(self) -> nn.Module:
         """`tower` and `projector`."""

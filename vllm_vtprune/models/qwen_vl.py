@@ -42,7 +42,7 @@ class PrunedQwen3_5(PrunedModel, Qwen3_5ForConditionalGeneration):
 
 
 @pruned
-class PrunedQwen3_5Moe(PrunedModel, Qwen3_5MoeForConditionalGeneration):
+class PrunedQwen3_5Moe(PrunedModel, Qwen3_5MoeForConditionalGeneration):  # type: ignore[misc]
     """As the dense one."""
 
 
