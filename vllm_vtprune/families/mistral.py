@@ -9,7 +9,7 @@ embedding; all of them stay, also of a row that lost every unit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class Mistral3(Family):
             raise CheckpointError(
                 f"vision_feature_layer is {layer}: vtprune supports Mistral 3 with -1, as it is published."
             )
-        self._patch, self._merge = cast(int, vision.patch_size), int(self.config.spatial_merge_size)
+        patch: Any = vision.patch_size
+        self._patch, self._merge = int(patch), int(self.config.spatial_merge_size)
 
     def build(self) -> nn.Module:
         """`tower` and `projector`."""
