@@ -81,6 +81,8 @@ AUTO_PRESSURE = Gauge(
 AUTO_MOVES = Counter(
     "vtprune_auto_moves", "Steps of the preset auto, up (prune more) or down.", ["direction"]
 )
+for _direction in ("up", "down"):  # there from the start, so that a rate sees the first step
+    AUTO_MOVES.labels(_direction)
 AUTO_REQUESTS = Counter(
     "vtprune_auto_requests", "Answered requests under the preset auto, by the preset it was.", ["level"]
 )

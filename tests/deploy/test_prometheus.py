@@ -66,7 +66,7 @@ def _wait_until(true: Callable[[], bool], folder: Path) -> None:
 def _traffic(server: str) -> None:
     """Something for each panel: presets, both stages, refusals, a picture again."""
     seed = int(time.monotonic() * 1000) % 10**6
-    for preset in ("off", "light", "balanced", "aggressive"):
+    for preset in ("off", "light", "balanced", "aggressive", "auto"):
         assert post(server, chat_body(noise(seed), vtprune={"preset": preset})).status_code == 200
     assert post(server, chat_body(question="what")).status_code == 200
     assert post(server, chat_body(scene(), vtprune={"kv_keep": 0.5})).status_code == 200

@@ -33,6 +33,11 @@ OURS = [
     "GET /vtprune/config",
 ]
 OTHERS = [
+    "POST /v1/chat/completions/render",
+    "POST /v1/completions/render",
+    "POST /v1/responses/render",
+    "POST /v1/messages/render",
+    "POST /inference/v1/generate",
     "POST /detokenize",
     "POST /generative_scoring",
     "POST /is_scaling_elastic_ep",

@@ -113,7 +113,7 @@ def test_the_operator_may_choose_another_default_method() -> None:
     assert (named.vision.method, named.preset) == ("inflection", "custom")
     with pytest.raises(ValueError, match="default_method 'scope' is not among the methods"):
         PrunePolicy(default_method="scope", methods=("topk",))
-    with pytest.raises(ValueError, match="must be one of inflection"):
+    with pytest.raises(ValueError, match="must be one of auto, inflection"):
         PrunePolicy(default_method="nothing")
     # flags and variables hand over every field, as it is
     assert PrunePolicy(**PrunePolicy().model_dump()) == PrunePolicy()
