@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -26,7 +27,8 @@ from tests.deploy.nodes import Node, machines
 FILES = REPOSITORY / "deploy" / "ray"
 _BIN = Path(sys.executable).parent
 _PORT = 8000
-_START_SECONDS = 240
+#: An update starts one engine after the other, each beside one that serves.
+_START_SECONDS = 600
 
 
 class RayCluster:
@@ -163,24 +165,17 @@ class RayCluster:
     def proxy_of(self, number: int) -> psutil.Process:
         """The process of Serve's proxy on a node."""
         port = httpx.URL(self.url(number)).port
-        for process in self.nodes[number].processes():
-            if "ProxyActor" in " ".join(process.cmdline()) and any(
-                c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in _sockets(process)
-            ):
-                return process
+        # psutil sees the sockets of its own network namespace only
+        listening = self.nodes[number].command("ss", "-Hltnp", f"sport = :{port}")
+        told = subprocess.run(listening, capture_output=True, text=True, check=True).stdout
+        if found := re.search(r"pid=(\d+)", told):
+            return psutil.Process(int(found[1]))
         raise LookupError("the node has no proxy")
 
     def logs(self) -> str:
         """What replicas have printed, on all nodes."""
         files = sorted(self.folder.glob("n*/session_latest/logs/*.err"))
         return "\n".join(file.read_text(errors="replace") for file in files)
-
-
-def _sockets(process: psutil.Process) -> list[Any]:
-    try:
-        return list(process.net_connections("tcp"))
-    except psutil.Error:
-        return []
 
 
 def node_environment() -> dict[str, str]:
