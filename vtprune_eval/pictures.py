@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from PIL import Image
@@ -113,7 +114,7 @@ def _rows(features: VisionFeatures, rows: list[int]) -> VisionFeatures:
     names = ("patches", "cls", "cls_attention", "received", "keys")
     values = {name: getattr(features, name) for name in names}
     seeds = tuple(features.seeds[row] for row in rows)
-    taken = {name: value if value is None else value[rows] for name, value in values.items()}
+    taken: dict[str, Any] = {name: value if value is None else value[rows] for name, value in values.items()}
     return VisionFeatures(grid=features.grid, seeds=seeds, **taken)
 
 

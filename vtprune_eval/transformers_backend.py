@@ -130,7 +130,7 @@ class LocalRunner:
             return self._answered(setting)
         path = self._memory / f"{hashlib.blake2b(repr(setting).encode(), digest_size=12).hexdigest()}.json"
         if path.is_file():
-            return [Reply(*fields, tuple(above)) for *fields, above in json.loads(path.read_text())]
+            return [Reply(*(*fields, tuple(above))) for *fields, above in json.loads(path.read_text())]
         replies = self._answered(setting)
         self._memory.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".new")

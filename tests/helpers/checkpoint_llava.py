@@ -25,7 +25,7 @@ def llava_next(folder: Path, *, published: bool = False) -> Path:
 
     side = 336 if published else 56
     pinpoints = [[side * r, side * c] for r, c in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
-    config = LlavaNextConfig(
+    config = LlavaNextConfig(  # type: ignore[call-arg]
         vision_config=_clip(side),
         text_config=LlamaConfig(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
@@ -63,7 +63,7 @@ def llava_onevision(folder: Path, *, published: bool = False) -> Path:
 
     side, most = (384, 6) if published else (56, 4)
     pinpoints = [[side * r, side * c] for r in range(1, most + 1) for c in range(1, most + 1)]
-    config = LlavaOnevisionConfig(
+    config = LlavaOnevisionConfig(  # type: ignore[call-arg]
         vision_config=_siglip(side),
         text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
@@ -98,7 +98,7 @@ def llava_siglip(folder: Path, *, published: bool = False) -> Path:
     )
 
     side = 384 if published else 56
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]
         vision_config=_siglip(side),
         text_config=Qwen2Config(**text_config(LLAVA_TOKENS)),
         image_token_id=1,
@@ -126,7 +126,7 @@ def _clip(side: int) -> Any:
 def _siglip(side: int) -> Any:
     from transformers import SiglipVisionConfig
 
-    return SiglipVisionConfig(**{**TILE, "image_size": side}, vision_use_head=False)
+    return SiglipVisionConfig(**{**TILE, "image_size": side}, vision_use_head=False)  # type: ignore[call-arg]
 
 
 def public(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.llava import CHAT_TEMPLATE, byte_tokenizer
 
 #: A tower for square tiles.
-TILE = {
+TILE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.helpers.checkpoint_parts import save, text_config, tokenizer
 
 QWEN_TOKENS = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN_IDS = {
+QWEN_IDS: dict[str, Any] = {
     "vision_start_token_id": 1,
     "vision_end_token_id": 2,
     "image_token_id": 3,

@@ -128,7 +128,7 @@ def mistral3(folder: Path, *, published: bool = False) -> Path:
     longest = 1540 if published else 336
     special = ("</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     text = MistralConfig(**text_config(special), head_dim=32, sliding_window=None, rms_norm_eps=1e-5)
-    vision = PixtralVisionConfig(**{**TILE, "image_size": longest}, head_dim=16)
+    vision = PixtralVisionConfig(**{**TILE, "image_size": longest}, head_dim=16)  # type: ignore[call-arg]
     config = Mistral3Config(
         vision_config=vision,
         text_config=text,
