@@ -21,5 +21,8 @@ def question(document: dict[str, Any]) -> str:
 
 def judge(document: dict[str, Any], replies: list[str]) -> dict[str, float]:
     """1 for an answer, whatever its case and signs."""
-    words = re.sub(r"[^a-z0-9 ]", " ", replies[0].lower()).split()
-    return {"right": float(words == str(document["answer"]).lower().split())}
+    return {"right": float(_words(replies[0]) == _words(str(document["answer"])))}
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"[^a-z0-9 ]", " ", text.lower()).split()
