@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llava import DecoderShape, byte_tokenizer
+from benchmarks.llava import DecoderShape, TokenIds, byte_tokenizer, decoder_fields
 
 TOKENS = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
@@ -70,16 +70,7 @@ def random_qwen2_5_vl(
             "fullatt_block_indexes": [tower.layers - 1],
         },
         text_config={
-            "vocab_size": decoder.vocab,
-            "hidden_size": decoder.hidden,
-            "intermediate_size": decoder.intermediate,
-            "num_hidden_layers": decoder.layers,
-            "num_attention_heads": decoder.heads,
-            "num_key_value_heads": decoder.kv_heads or decoder.heads,
-            "max_position_embeddings": decoder.positions,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 0,
+            **decoder_fields(decoder, TokenIds(bos=0, eos=0, pad=0)),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
         },
         dtype="float32",

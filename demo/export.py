@@ -58,6 +58,19 @@ def processor(size: Size) -> LlavaProcessor:
     return made
 
 
+def check_size(model: torch.nn.Module, dtype: torch.dtype, limit: int) -> None:
+    """Refuse weights that would take more bytes than may be shipped.
+
+    Raises:
+        ValueError: they would.
+    """
+    weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if weight_bytes > limit:
+        raise ValueError(
+            f"{weight_bytes} bytes of weights exceed {limit}: make the model smaller or use bfloat16."
+        )
+
+
 def export(
     model: LlavaForConditionalGeneration, size: Size, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -66,11 +79,7 @@ def export(
     Raises:
         ValueError: the weights would exceed `LIMIT_BYTES`.
     """
-    weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    if weight_bytes > LIMIT_BYTES:
-        raise ValueError(
-            f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
-        )
+    check_size(model, dtype, LIMIT_BYTES)
     stored = copy.deepcopy(model)
     # Trained as one with the word embedding, stored as two: both libraries then load it without special care.
     stored.lm_head.weight = torch.nn.Parameter(stored.lm_head.weight.detach().clone())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from demo.export import CHAT_TEMPLATE, tokenizer
+from demo.export import CHAT_TEMPLATE, check_size, tokenizer
 from demo.model import END, IMAGE, PAD, SPECIALS, START, USER, VOCABULARY, VOCABULARY_SIZE
 from demo.packing import Packed, pack
 from demo.tower import normalise
@@ -195,11 +195,7 @@ def export(model: Qwen3VLForConditionalGeneration, folder: Path, dtype: torch.dt
     Raises:
         ValueError: the weights would exceed `LIMIT_BYTES`.
     """
-    weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    if weight_bytes > LIMIT_BYTES:
-        raise ValueError(
-            f"{weight_bytes} bytes of weights exceed {LIMIT_BYTES}: make the model smaller or use bfloat16."
-        )
+    check_size(model, dtype, LIMIT_BYTES)
     stored = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     stored.config.dtype = dtype
     stored.save_pretrained(folder)

@@ -84,7 +84,7 @@ class PruneConfig(VerifyAndUpdateConfig):
             policy = with_schedule(
                 policy,
                 model_config,
-                dummy_weights=vllm_config.load_config.load_format == "dummy",
+                dummy_weights=dummy,
                 download_dir=vllm_config.load_config.download_dir,
             )
             cast(dict[str, Any], vllm_config.additional_config)[CONFIG_KEY] = policy.to_config()

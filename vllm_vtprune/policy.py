@@ -49,7 +49,7 @@ class OperatorModel(BaseModel):
 def _one_of(names: Iterable[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(f"must be one of {', '.join(filter(None, names))}, not {value!r}")
+            raise ValueError(f"must be one of {', '.join(names)}, not {value!r}")
         return value
 
     return AfterValidator(check)
@@ -76,17 +76,25 @@ def _ratings(names: str) -> str:
     return ",".join(found)
 
 
-def _preset_amounts(text: str) -> str:
+def _amounts(text: str) -> dict[str, float]:
+    """`light=0.3,balanced=0.55` as numbers by preset."""
+    found = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, amount = part.partition("=")
         try:
-            fits = name in PRESETS and name != "off" and 0 <= float(amount) <= 1
+            found[name] = float(amount)
+            fits = name in PRESETS and name != "off" and 0 <= found[name] <= 1
         except ValueError:
             fits = False
         if not fits:
             raise ValueError(
                 f"must be names of presets with a number in [0, 1] each, such as balanced=0.55, not {part!r}"
             )
+    return found
+
+
+def _preset_amounts(text: str) -> str:
+    _amounts(text)
     return text
 
 
@@ -308,10 +316,8 @@ class PrunePolicy(OperatorModel):
     @cached_property
     def presets(self) -> Mapping[str, Preset]:
         """The presets, with this server's aggressiveness."""
-        parts = (
-            part.strip().partition("=") for part in self.preset_aggressiveness.split(",") if part.strip()
-        )
-        own = {name: replace(PRESETS[name], aggressiveness=float(amount)) for name, _, amount in parts}
+        amounts = _amounts(self.preset_aggressiveness)
+        own = {name: replace(PRESETS[name], aggressiveness=amount) for name, amount in amounts.items()}
         return {**PRESETS, **own}
 
     @property
@@ -349,10 +355,8 @@ class PrunePolicy(OperatorModel):
         return tuple(name for name in ladder if self._allows(name))
 
     def _allows(self, preset: str) -> bool:
-        controls = Controls({"preset": (preset, "preset")})
-        settings = self._combine(controls, None)
         try:
-            self._check_caps(controls, settings.vision, settings.kv)
+            self._resolve(Controls({"preset": (preset, "preset")}))
         except SettingsError:
             return False
         return True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.kv_drop.schedule import MOST_PRUNE_LAYERS
+from vtprune_eval.arguments import count
 from vtprune_eval.drawn import DOMAINS
 from vtprune_loadtest.command import SentenceParser
 
@@ -57,7 +58,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         help="share of its pictures that confirm; default: %(default)s",
     )
     asked.add_argument(
-        "--scenes", type=_count, default=200, help="drawn pictures, as many to confirm; default: %(default)s"
+        "--scenes", type=count, default=200, help="drawn pictures, as many to confirm; default: %(default)s"
     )
     asked.add_argument("--domain", choices=DOMAINS, default="scenes", help="of them; default: %(default)s")
     asked.add_argument(
@@ -70,7 +71,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     how.add_argument("--bands", type=_bands, default=3, help="prune layers at most; default: %(default)s")
     how.add_argument("--candidates", type=_layers, help="prune layers to search, e.g. 4,8,12; default: all")
     how.add_argument("--relevance", type=_relevance, default="attention", help="default: %(default)s")
-    how.add_argument("--window", type=_count, default=8, help="default: %(default)s")
+    how.add_argument("--window", type=count, default=8, help="default: %(default)s")
     how.add_argument(
         "--aggressiveness", type=_share, default=0.0, help="of stage 1 below it; default: nothing pruned"
     )
@@ -81,11 +82,11 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     where.add_argument(
         "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="the server's; default: $OPENAI_API_KEY"
     )
-    where.add_argument("--concurrency", type=_count, default=8, help="requests in flight to the server")
+    where.add_argument("--concurrency", type=count, default=8, help="requests in flight to the server")
     where.add_argument("--device", default="cpu")
     where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     where.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
-    where.add_argument("--max-tokens", type=_count, default=16, help="of an answer")
+    where.add_argument("--max-tokens", type=count, default=16, help="of an answer")
     parser.add_argument(
         "--out",
         type=Path,
@@ -105,25 +106,15 @@ def _share(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be one whole number of at least 1, not {text!r}")
-    return count
-
-
 def _bands(text: str) -> int:
-    count = _count(text)
-    if count > MOST_PRUNE_LAYERS:
+    number = count(text)
+    if number > MOST_PRUNE_LAYERS:
         raise argparse.ArgumentTypeError(f"must be 1 to {MOST_PRUNE_LAYERS}, not {text!r}")
-    return count
+    return number
 
 
 def _layers(text: str) -> list[int]:
-    return sorted({_count(part) for part in text.split(",")})
+    return sorted({count(part) for part in text.split(",")})
 
 
 def _relevance(text: str) -> str:

@@ -33,7 +33,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
     what.add_argument("--suffix", default="", help="text added to each question of the file")
     what.add_argument("--split", choices=tuple(SPLITS), default="test", help="default: %(default)s")
-    what.add_argument("--scenes", type=_count, default=300, help="drawn pictures; default: %(default)s")
+    what.add_argument("--scenes", type=count, default=300, help="drawn pictures; default: %(default)s")
     what.add_argument("--domain", choices=DOMAINS, default="scenes", help="of them; default: %(default)s")
     what.add_argument(
         "--tasks",
@@ -42,7 +42,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         metavar="TASK[,TASK]",
         help="published benchmarks by lmms-eval's names, such as pope,gqa,textvqa, on a server",
     )
-    what.add_argument("--limit", type=_count, metavar="N", help="questions of each task; default: all")
+    what.add_argument("--limit", type=count, metavar="N", help="questions of each task; default: all")
     what.add_argument(
         "--tasks-include", type=Path, metavar="FOLDER", help="tasks of your own, in lmms-eval's format"
     )
@@ -87,21 +87,19 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     where.add_argument(
         "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="the server's; default: $OPENAI_API_KEY"
     )
-    where.add_argument("--concurrency", type=_count, default=8, help="requests in flight to the server")
+    where.add_argument("--concurrency", type=count, default=8, help="requests in flight to the server")
     where.add_argument("--device", default="cpu")
     where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     where.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
-    where.add_argument("--max-tokens", type=_count, default=16, help="of an answer")
+    where.add_argument("--max-tokens", type=count, default=16, help="of an answer")
     out = parser.add_argument_group("what comes out")
     out.add_argument("--out", type=Path, help="folder for the JSON and the plots")
     out.add_argument(
         "--draw", type=Path, nargs="+", metavar="PICTURE", help="draw curve and kept patches instead"
     )
     out.add_argument("--study", action="store_true", help="calibrate and compare everything: docs/evaluation")
-    out.add_argument("--validation-scenes", type=_count, default=300, help="of the study's calibration")
-    out.add_argument(
-        "--deciding-scenes", type=_count, default=100, help="of its choice of stage 2's defaults"
-    )
+    out.add_argument("--validation-scenes", type=count, default=300, help="of the study's calibration")
+    out.add_argument("--deciding-scenes", type=count, default=100, help="of its choice of stage 2's defaults")
     return parser
 
 
@@ -128,14 +126,15 @@ def _numbers(field: str) -> Any:
     return numbers
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     try:
-        count = int(text)
+        number = int(text)
     except ValueError:
-        count = 0
-    if count < 1:
+        number = 0
+    if number < 1:
         raise argparse.ArgumentTypeError(f"must be one whole number of at least 1, not {text!r}")
-    return count
+    return number
 
 
 def _counts(text: str) -> list[int]:

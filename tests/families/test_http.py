@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.conftest import MODEL_NAME, start_server, stop_server
 from tests.families.conftest import Checkpoint, chosen
-from tests.helpers.client import answer, chat_body, counts, post
+from tests.helpers.client import answer, chat_body, counts, post, streamed
 from tests.helpers.family_cases import LANDSCAPE, PORTRAIT, SMALL
 from tests.helpers.pictures import data_url
 from vllm_vtprune.families.base import Family
@@ -106,15 +106,10 @@ def test_both_stages_count(served: Served) -> None:
 def test_a_stream_carries_the_same_numbers_and_words(served: Served) -> None:
     plain = post(served.url, chat_body(PORTRAIT), QUARTER)
     body = chat_body(PORTRAIT, stream=True, stream_options={"include_usage": True})
-    text, usage = "", {}
     with httpx.stream(
         "POST", f"{served.url}/v1/chat/completions", json=body, headers=QUARTER, timeout=60
     ) as stream:
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                usage = chunk.get("usage") or usage
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+        text, usage = streamed(stream)
     assert text == answer(plain)
     assert usage["vtprune"] == counts(plain)
 

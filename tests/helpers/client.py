@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -80,3 +81,14 @@ def counts(response: httpx.Response) -> dict[str, int]:
 
 def answer(response: httpx.Response) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
+
+
+def streamed(stream: httpx.Response) -> tuple[str, dict[str, Any]]:
+    """The text of a chat completion's stream, and the usage of its last chunk that has one."""
+    text, usage = "", {}
+    for line in stream.iter_lines():
+        if line.startswith("data: {"):
+            chunk = json.loads(line.removeprefix("data: "))
+            usage = chunk.get("usage") or usage
+            text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return text, usage

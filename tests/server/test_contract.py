@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +11,18 @@ import pytest
 from PIL import Image
 
 from tests.conftest import MODEL_NAME, LiveServer
-from tests.helpers.client import QUESTION, TEXT, N, answer, chat_body, counts, messages_body, metric, post
+from tests.helpers.client import (
+    QUESTION,
+    TEXT,
+    N,
+    answer,
+    chat_body,
+    counts,
+    messages_body,
+    metric,
+    post,
+    streamed,
+)
 from tests.helpers.pictures import data_url, encoded, noise, scene
 
 pytestmark = pytest.mark.engine
@@ -83,18 +93,13 @@ def test_a_stream_carries_the_same_numbers(server: str) -> None:
     body = chat_body(scene(), stream=True, stream_options={"include_usage": True})
     settings = {"X-VTPrune-Aggressiveness": "0.5"}
     plain = post(server, chat_body(scene()), settings)
-    text, usage = "", None
     with httpx.stream(
         "POST", f"{server}/v1/chat/completions", json=body, headers=settings, timeout=60
     ) as stream:
         assert int(stream.headers["X-VTPrune-Vision-Tokens-Kept"]) == counts(plain)["vision_tokens_kept"]
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                usage = chunk.get("usage") or usage
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+        text, usage = streamed(stream)
     assert text == answer(plain)
-    assert usage is not None and usage["vtprune"] == counts(plain)
+    assert usage and usage["vtprune"] == counts(plain)
     assert usage["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"]
 
 

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
-from vllm.plugins import load_general_plugins
-from vllm.tokenizers import get_tokenizer
 
 from tests.conftest import DEMO_MODEL, REPOSITORY
+from tests.helpers.family_processor import processor_of
 from tests.helpers.noisy_tower import ROUNDING, SETTING, forget, other_rounding
 from tests.helpers.pictures import scene
 from vllm_vtprune import request_kwargs
@@ -48,11 +45,7 @@ def test_the_longest_unused_outcome_is_forgotten_first() -> None:
 
 @pytest.fixture(scope="module")
 def processor() -> PrunedProcessor:
-    load_general_plugins()
-    config = EngineArgs(str(DEMO_MODEL), dtype="float32").create_engine_config()
-    made: Any = MULTIMODAL_REGISTRY.create_processor(
-        config.model_config, tokenizer=get_tokenizer(str(DEMO_MODEL))
-    )
+    made: PrunedProcessor = processor_of(DEMO_MODEL, max_model_len=None)
     return made
 
 

@@ -15,13 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPTokenizer
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
-from vllm.plugins import load_general_plugins
-from vllm.tokenizers import get_tokenizer
 
 from tests.conftest import DEMO_MODEL
+from tests.helpers.family_processor import processor_of
 from tests.helpers.pictures import scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import CheckpointError, PolicyError
@@ -38,11 +35,7 @@ CONFIG = AutoConfig.from_pretrained(DEMO_MODEL)
 
 @pytest.fixture(scope="module")
 def processor() -> PrunedProcessor:
-    load_general_plugins()
-    config = EngineArgs(str(DEMO_MODEL), dtype="float32").create_engine_config()
-    made: Any = MULTIMODAL_REGISTRY.create_processor(
-        config.model_config, tokenizer=get_tokenizer(str(DEMO_MODEL))
-    )
+    made: PrunedProcessor = processor_of(DEMO_MODEL, max_model_len=None)
     return made
 
 

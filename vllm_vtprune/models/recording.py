@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from vllm.utils.torch_utils import direct_register_custom_op
 
-_LIBRARY = torch.library.Library("vtprune", "FRAGMENT")
+_LIBRARY = library.Library("vtprune", "FRAGMENT")
 
 
 def record(query: Tensor, key: Tensor, into_query: Tensor, into_key: Tensor) -> None:
