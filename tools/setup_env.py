@@ -145,8 +145,6 @@ def fingerprint(chosen: str) -> str:
 
 def make_environment() -> None:
     """Make `.venv`, or adopt the one there if it works."""
-    if VENV.is_symlink() or (VENV.exists() and not VENV.is_dir()):
-        fail(f"{VENV} is not a folder; move it away and run this again.")
     if VENV.exists() and UNFINISHED.exists():
         print("  the last set-up was cut off: starting over", flush=True)
         shutil.rmtree(VENV)
@@ -273,6 +271,9 @@ def main() -> None:
     # A stop by a signal must stop pip too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # before the stamp goes: through a link it would be another checkout's
+        if VENV.is_symlink() or (VENV.exists() and not VENV.is_dir()):
+            fail(f"{VENV} is not a folder; move it away and run this again.")
         STAMP.unlink(missing_ok=True)
         make_environment()
         install_cuda() if chosen == "cuda" else install_cpu()
