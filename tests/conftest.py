@@ -8,12 +8,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # before any test module imports vLLM or transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores; threads that wait for each other would spin on them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import hypothesis
 import pytest
@@ -29,9 +34,43 @@ hypothesis.settings.load_profile("unhurried")
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = demo_model.FOLDER
 MODEL_NAME = "vtprune-demo"
-_START_SECONDS = 240
+_START_SECONDS = 600
+#: Files whose tests share the engines that they start: `make test` gives them to one of its workers together.
+_TOGETHER = ("tests/kv_drop/test_equality.py", "tests/kv_drop/test_bands.py")
+#: Lines that fixtures leave for the end of the report, by `tell_at_the_end`.
+_TOLD: list[str] = []
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
 _ENVIRONMENT = dict(os.environ)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker takes a file at a time; in tests of model families, those of one family."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        callspec = getattr(item, "callspec", None)
+        family = callspec.params.get("name", "") if callspec and "/families/" in file else ""
+        group = _TOGETHER[0] if file in _TOGETHER else f"{file} {family}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def tell_at_the_end(config: pytest.Config, lines: list[str]) -> None:
+    """Have these lines printed below the report, from a worker too."""
+    if (output := getattr(config, "workeroutput", None)) is not None:
+        output["told"] = output.get("told", []) + lines
+    else:
+        _TOLD.extend(lines)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker told."""
+    _TOLD.extend(getattr(node, "workeroutput", {}).get("told", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print it."""
+    for line in _TOLD:
+        terminalreporter.write_line(line)
 
 
 def start_server(

@@ -6,6 +6,7 @@
     vtprune calibrate llava-hf/llava-1.5-7b-hf --questions mine.jsonl --budget kv=0.4 --device cuda --out 7b
     vtprune serve MODEL --prune-layers 7:vision=1,14:vision=1,21:vision=1
     vtprune calibrate --server http://localhost:8000 --tolerance 0.01 --questions mine.jsonl --out found
+    vtprune calibrate --presets --images my-pictures --server http://localhost:8000 --out found
     vtprune calibrate --study --out docs/schedules
     vtprune serve llava-hf/llava-1.5-7b-hf --prune-schedule 7b/schedule.json
 
@@ -34,12 +35,16 @@ from vllm_vtprune import demo_model
 from vllm_vtprune.errors import VTPruneError
 from vllm_vtprune.settings import VisionSettings
 from vtprune_calibrate.arguments import make_parser
+from vtprune_calibrate.document import data_hash
+from vtprune_calibrate.presets import run_presets
 from vtprune_calibrate.run import JOURNAL, Calibration, Parts, held_out, run
 from vtprune_calibrate.study import run_study
-from vtprune_calibrate.subject import Subject, checkpoint_subject, server_subject
+from vtprune_calibrate.subject import Subject, checkpoint_subject, server_model, server_subject
 from vtprune_eval.options import model_config
+from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.scenes import BASE_SIZE
-from vtprune_eval.tasks import drawn_questions, file_questions
+from vtprune_eval.server_backend import RemoteRunner
+from vtprune_eval.tasks import drawn_questions, file_questions, folder_pictures
 from vtprune_eval.transformers_backend import LocalModel
 from vtprune_loadtest.command import command, make_folder
 
@@ -55,8 +60,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.study:
         _study(options)
         return
+    if options.presets:
+        _presets(options)
+        return
+    if options.images is not None:
+        raise ValueError(
+            "--images holds pictures alone, which --presets takes: a schedule needs --questions."
+        )
     if (options.tolerance is None) == (options.budget is None):
-        raise ValueError("Give one of --tolerance and --budget: the fewest tokens, or the best answers.")
+        raise ValueError(
+            "Give one of --tolerance and --budget: the fewest tokens, or the best answers; or --presets."
+        )
     if options.server:
         if options.model is not None or (options.relevance, options.window) != ("attention", 8):
             raise ValueError("A server has a model, a rating and a window of its own: leave out yours.")
@@ -84,6 +98,34 @@ def _study(options: argparse.Namespace) -> None:
     (options.out / JOURNAL).unlink()
 
 
+def _presets(options: argparse.Namespace) -> None:
+    if options.tolerance is not None or options.budget is not None:
+        raise ValueError("--presets finds no schedule: leave out --tolerance and --budget.")
+    if options.server and options.model is not None:
+        raise ValueError("A server has a model of its own: leave out yours.")
+    config = None if options.server else model_config(options.model)
+    size = BASE_SIZE if config is None else config.vision_config.image_size
+    if options.images is not None:
+        questions = folder_pictures(options.images)
+    elif options.questions is not None:
+        questions = file_questions(options.questions)
+    else:
+        questions = drawn_questions("validation", options.scenes, size, options.domain)
+    pictures: EncodedPictures | RemoteRunner
+    if config is None:
+        model = server_model(options.server, options.api_key)
+        pictures = RemoteRunner(
+            options.server, questions, api_key=options.api_key, concurrency=options.concurrency
+        )
+    else:
+        subject = _checkpoint(options, config)
+        model = {"name": subject.name, "weights": subject.weights}
+        pictures = _load(options).encode(questions, frozenset())
+    facts = {"model": model, "data": {"name": questions.name, "sha256": data_hash([questions])}}
+    for path in run_presets(pictures, facts, make_folder("--out", options.out), _say):
+        print(f"wrote {path}")
+
+
 def _calibration(options: argparse.Namespace, subject: Subject, parts: Parts) -> Calibration:
     vision = VisionSettings(aggressiveness=options.aggressiveness)
     folder = make_folder("--out", options.out)
@@ -103,8 +145,13 @@ def _checkpoint(options: argparse.Namespace, config: Any) -> Subject:
         written,
         options.relevance,
         options.window,
-        lambda: LocalModel(checkpoint, options.device, getattr(torch, options.dtype)),
+        lambda: _load(options),
     )
+
+
+def _load(options: argparse.Namespace) -> LocalModel:
+    checkpoint = options.model or str(demo_model.FOLDER)
+    return LocalModel(checkpoint, options.device, getattr(torch, options.dtype))
 
 
 def _parts(options: argparse.Namespace, size: int) -> Parts:

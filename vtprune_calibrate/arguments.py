@@ -46,10 +46,14 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     )
     what.add_argument("--budget", type=_budget, help="best answers at a cost: flops=0.5, kv=0.3, kv=2e6")
     what.add_argument(
+        "--presets", action="store_true", help="the presets' aggressiveness alone, for these pictures"
+    )
+    what.add_argument(
         "--study", action="store_true", help="compare schedules on the demo model instead: docs/schedules"
     )
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
+    asked.add_argument("--images", type=Path, metavar="FOLDER", help="pictures alone, for --presets")
     asked.add_argument("--suffix", default="", help="text added to each question of the file")
     asked.add_argument(
         "--hold-out",

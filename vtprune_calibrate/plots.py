@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plot of a calibration: answers against FLOPs and KV bytes. It needs matplotlib."""
+"""The plots of a calibration: answers against FLOPs and KV bytes, and the presets. They need matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtprune_eval.calibrate import Calibration
 from vtprune_eval.tables import Row
 
 _DPI = 130
@@ -75,3 +76,32 @@ def _point(axis: Any, row: Row, cost: str, colour: str) -> None:
     if (chance := row["versus"].get("random")) is not None:
         y = 100 * chance["accuracy"]["value"]
         axis.plot(x, y, marker="o", color=colour, fillstyle="none", linestyle="", label="  random, same cost")
+
+
+def plot_presets(found: Calibration, wanted: Mapping[str, float], name: str, path: Path) -> Path:
+    """The mean share kept at every aggressiveness, and where the presets lie.
+
+    Args:
+        found: the calibration.
+        wanted: preset to share.
+        name: the model's, for the title.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    axis.plot(list(found.shares), [100 * share for share in found.shares.values()], color="#1d3557")
+    for (preset, share), colour in zip(wanted.items(), _NAMED, strict=False):
+        amount = found.chosen[share]
+        axis.plot(amount, 100 * found.shares[amount], "o", color=colour, label=f"{preset}: {amount:g}")
+    axis.set(xlim=(0, 1), ylim=(0, 100), xlabel="aggressiveness", ylabel="vision tokens kept (%)")
+    axis.set_title(f"{name}: mean share kept", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=_DPI)
+    pyplot.close(figure)
+    return path

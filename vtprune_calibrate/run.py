@@ -17,6 +17,7 @@ from vtprune_calibrate.comparison import DRAWS, compare, one_border, table
 from vtprune_calibrate.journal import Journal
 from vtprune_calibrate.kendall import mean_tau
 from vtprune_calibrate.plots import plot_costs
+from vtprune_calibrate.presets import amounts, scores_of
 from vtprune_calibrate.search import (
     SLOPES,
     STEPS,
@@ -233,12 +234,10 @@ class Calibration:
         return [[round(x, 3) for x in row] for row in mean_tau([r.numpy() for r in ratings]).tolist()]
 
     def presets(self) -> dict[str, float]:
-        """The aggressiveness at which each preset keeps its share of these pictures; none from a server."""
-        runner = local_runner(self.search)
-        if runner is None:
-            return {}
-        found = calibrate(runner.pictures, SHARES.values())
-        return {name: found.chosen[share] for name, share in SHARES.items()}
+        """The aggressiveness at which each preset keeps its share of these pictures."""
+        runner = self.search.runner
+        assert isinstance(runner, JournaledRunner)
+        return amounts(calibrate(scores_of(runner.runner), SHARES.values()))
 
     def confirmed(self, schedule: PruneLayers, name: str = "calibrated") -> tuple[Row, Row, list[Row]]:
         """On questions held out: the unpruned row, the schedule's, and rows of single prune layers."""

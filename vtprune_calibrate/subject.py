@@ -63,6 +63,37 @@ def checkpoint_subject(
     return Subject(Path(checkpoint).name, fingerprint(checkpoint), shape, relevance, window, None, make)
 
 
+def server_config(base: str, api_key: str | None) -> dict[str, Any]:
+    """A server's `/vtprune/config`.
+
+    Raises:
+        httpx.HTTPError: no answer, or another status than 200.
+        ValueError: no JSON.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    answer = httpx.get(f"{base}/vtprune/config", headers=headers, timeout=30.0)
+    answer.raise_for_status()
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def server_model(url: str, api_key: str | None) -> dict[str, Any]:
+    """Name and weights of the model that a server has.
+
+    Raises:
+        RunnerError: it does not answer.
+    """
+    base = url.rstrip("/").removesuffix("/v1")
+    try:
+        model = server_config(base, api_key)["model"]
+        return {"name": model["id"], "weights": model["weights"]}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise RunnerError(
+            f"{base}/vtprune/config names no model ({error!r}): name a running vtprune server of this "
+            "version, and its key with --api-key."
+        ) from None
+
+
 def server_subject(url: str, api_key: str | None, concurrency: int) -> Subject:
     """A running server; its prune layers are the candidates, since an engine has them from its start.
 
@@ -70,11 +101,8 @@ def server_subject(url: str, api_key: str | None, concurrency: int) -> Subject:
         RunnerError: it does not answer, or its prune layers leave nothing to search.
     """
     base = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{base}/vtprune/config", headers=headers, timeout=30.0)
-        answer.raise_for_status()
-        config = answer.json()
+        config = server_config(base, api_key)
         model, policy = config["model"], config["policy"]
         shape = CostShape.of_decoder(model["decoder"])
         layers = [(entry["layer"], entry["share"], entry["of"]) for entry in model["prune_layers"]]

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vllm_vtprune.selection import get_score, inflection_counts, score_curve
 from vllm_vtprune.settings import VisionSettings
@@ -31,15 +32,38 @@ class Calibration:
     chosen: dict[float, float]
 
 
-def calibrate(pictures: EncodedPictures, wanted: Iterable[float], score: str = "cosine") -> Calibration:
-    """Find the aggressiveness for mean shares kept; on pictures that no result is reported on."""
-    scores = [get_score(score)(batch) for batch in pictures.batches]
+def calibrate(pictures: Sequence[Sequence[Tensor]], wanted: Iterable[float]) -> Calibration:
+    """Find the aggressiveness for mean shares kept; on pictures that no result is reported on.
+
+    Args:
+        pictures: each picture's views, of each the score of its units, [N]; a view has a curve of its own,
+            and N may differ.
+        wanted: mean shares.
+    """
+    views = [(number, view) for number, picture in enumerate(pictures) for view in picture]
+    tokens = torch.tensor([sum(len(view) for view in picture) for picture in pictures], dtype=torch.float64)
+    # views of one length are cut together
+    rows = {
+        size: [(n, view) for n, view in views if len(view) == size]
+        for _, view in views
+        for size in [len(view)]
+    }
+    batches = [
+        (torch.tensor([n for n, _ in same]), torch.stack([v for _, v in same])) for same in rows.values()
+    ]
     shares = {}
     for step in range(1, _STEPS):
-        counts = torch.cat([inflection_counts(batch, step / _STEPS) for batch in scores])
-        shares[step / _STEPS] = float(counts.double().mean()) / pictures.tokens
+        kept = torch.zeros_like(tokens)
+        for numbers, batch in batches:
+            kept.index_add_(0, numbers, inflection_counts(batch, step / _STEPS).double())
+        shares[step / _STEPS] = float((kept / tokens).mean())
     chosen = {target: min(shares, key=lambda a: abs(shares[a] - target)) for target in wanted}
     return Calibration(shares, chosen)
+
+
+def view_scores(pictures: EncodedPictures, score: str = "cosine") -> list[list[Tensor]]:
+    """Each picture's one view as `calibrate` takes it."""
+    return [[row] for batch in pictures.batches for row in get_score(score)(batch).cpu()]
 
 
 def mean_curves(

@@ -80,6 +80,35 @@ class RemoteRunner:
             )
         return self._replies[setting]
 
+    def view_scores(self) -> list[list[list[float]]]:
+        """The scores of each picture's views by the server's own score: [pictures][views][units].
+
+        `POST /vtprune/explain` tells them; nothing is generated.
+
+        Raises:
+            RunnerError: the server refuses, or is none of ours.
+        """
+        return asyncio.run(self._explain_all())
+
+    async def _explain_all(self) -> list[list[list[float]]]:
+        slots = asyncio.Semaphore(self.concurrency)
+        async with httpx.AsyncClient(timeout=_TIMEOUT, headers=self._headers) as client:
+
+            async def one(image: str) -> list[list[float]]:
+                async with slots:
+                    try:
+                        response = await client.post(
+                            f"{self._url}/vtprune/explain", json={"image_url": image}
+                        )
+                    except httpx.HTTPError as error:
+                        raise RunnerError(f"{self._url} does not answer ({error!r}).") from None
+                if response.status_code != httpx.codes.OK:
+                    raise RunnerError(f"{self._url}/vtprune/explain {_refusal(response)}")
+                told: Any = response.json()
+                return [view["scores"] for view in (told, *told["more_views"])]
+
+            return list(await asyncio.gather(*map(one, self._images)))
+
     def _answer_smaller(self, setting: Setting) -> list[Reply]:
         """Pictures of the size that should give as many tokens as the setting keeps, and nothing pruned."""
         if not self._can_downscale():

@@ -27,7 +27,7 @@ from vllm_vtprune.kv_drop.relevance import RELEVANCE
 from vllm_vtprune.selection import METHODS
 from vllm_vtprune.settings import KVSettings, VisionSettings
 from vllm_vtprune.vision.features import needs_of
-from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
+from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept, view_scores
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.measure import Progress, evaluate
 from vtprune_eval.plots import ADAPTIVE, Series, plot_accuracy, plot_curve, series_by_method
@@ -59,7 +59,7 @@ def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progre
     names = [name for name in METHODS if name != "inflection"]
     everything = needs_of([_fixed(name, 0.5) for name in names])
     held_out = _validation(model, size.validation, memory)
-    calibration = calibrate(held_out.pictures, SHARES.values())
+    calibration = calibrate(view_scores(held_out.pictures), SHARES.values())
     held_out = _validation(model, size.deciding, memory)
     presets = {name: calibration.chosen[share] for name, share in SHARES.items()}
     progress(f"calibrated on validation: {presets}")

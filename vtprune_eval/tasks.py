@@ -146,6 +146,21 @@ def file_questions(path: Path, suffix: str = "") -> Questions:
     return Questions(path.name, [_open(path.parent / name) for name in pictures], asked)
 
 
+def folder_pictures(folder: Path) -> Questions:
+    """The pictures of a folder, in the order of their names, with no question about them.
+
+    Raises:
+        DataError: it is no folder, holds no picture, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder.")
+    endings = Image.registered_extensions()
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in endings]
+    if not paths:
+        raise DataError(f"{folder} holds no picture of a known ending, such as .jpg or .png.")
+    return Questions(folder.name, [_open(path) for path in paths], [])
+
+
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:

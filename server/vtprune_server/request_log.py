@@ -42,7 +42,7 @@ _LONGEST_ID = 128
 
 @dataclass
 class Followed:
-    """Whether a `RequestRecord` logs the request; else `middleware.request_log` does, if it is refused."""
+    """Whether a `LoggedRequest` logs the request; else `middleware.request_log` does, if it is refused."""
 
     by_record: bool = False
 
@@ -59,7 +59,7 @@ def configure_request_log(enabled: bool) -> None:
         logger.propagate = False
 
 
-class RequestRecord:
+class LoggedRequest:
     """Follows one request to its end, then counts and logs it.
 
     Args:

@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_vtprune.contract import LEVEL_HEADER
 from vtprune_server.counts import TokenCounts
-from vtprune_server.request_log import RequestRecord
+from vtprune_server.request_log import LoggedRequest
 
 
 def annotate(
-    response: Any, counts: TokenCounts | None, record: RequestRecord, level: str | None = None
+    response: Any, counts: TokenCounts | None, record: LoggedRequest, level: str | None = None
 ) -> Any:
     """Put the counts on a response of one of vLLM's handlers, and record it.
 
@@ -51,7 +51,7 @@ def annotate(
 
 
 async def _annotated_events(
-    events: AsyncIterable[Any], counts: TokenCounts, record: RequestRecord
+    events: AsyncIterable[Any], counts: TokenCounts, record: LoggedRequest
 ) -> AsyncIterator[Any]:
     outcome = "cut"
     try:

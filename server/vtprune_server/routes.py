@@ -25,7 +25,7 @@ from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls
 from vtprune_server.client_errors import disclosable
 from vtprune_server.context import RequestContext, current_request, refusal
-from vtprune_server.request_log import RequestRecord
+from vtprune_server.request_log import LoggedRequest
 from vtprune_server.responses import annotate
 from vtprune_server.scale_out import GENERATE_ROUTE, RENDER_ROUTES, check_generate
 
@@ -98,7 +98,7 @@ def _wrapped(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             context.body = getattr(kwargs["request"], KWARG, None)
         elif raw_request is not None:
             await _read_untyped(context, raw_request)
-        record = RequestRecord(context, raw_request)
+        record = LoggedRequest(context, raw_request)
         try:
             if raw_request is not None and raw_request.url.path.endswith(GENERATE_ROUTE):
                 policy = raw_request.app.state.online_renderer.vtprune_context.policy

@@ -14,11 +14,13 @@ from PIL import Image
 from tests.conftest import DEMO_MODEL, start_server, stop_server
 from vllm_vtprune.fingerprint import fingerprint
 from vllm_vtprune.kv_drop.schedule import check, resolve
+from vllm_vtprune.policy import PrunePolicy
 from vtprune_calibrate.__main__ import main
 from vtprune_calibrate.run import held_out
 from vtprune_calibrate.search import SearchError
 from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.setting import AS_SCHEDULED, Setting
+from vtprune_eval.study import SHARES
 from vtprune_eval.tasks import Question, Questions, drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 from vtprune_loadtest.command import CANNOT_RUN
@@ -102,6 +104,28 @@ def test_a_file_of_questions_is_cut_by_picture(tmp_path: Path) -> None:
     assert found["judged_by"] == "agreement" and found["scores"]["held_out"]["unpruned"]["value"] == 1
 
 
+def test_presets_alone_are_found_on_a_folder_of_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = drawn_questions("validation", 5, 168)
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(drawn.pictures):
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+    assert main(f"--presets --images {tmp_path}/pictures --out {tmp_path}/out".split()) == 0
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "presets.json").read_text())
+    flag, _, value = next(line for line in told.splitlines() if line.startswith("--")).partition(" ")
+    policy = PrunePolicy(preset_aggressiveness=value)
+    assert flag == "--vtprune-preset-aggressiveness"
+    assert {name: policy.presets[name].aggressiveness for name in SHARES} == found["presets"]
+    for name, share in SHARES.items():
+        kept = found["shares_kept"][f"{found['presets'][name]:g}"]
+        assert all(abs(kept - share) <= abs(other - share) for other in found["shares_kept"].values())
+    assert (tmp_path / "out" / "presets.png").stat().st_size > 10_000
+    assert main(f"--presets --scenes 5 --out {tmp_path}/drawn".split()) == 0
+    assert json.loads((tmp_path / "drawn" / "presets.json").read_text())["presets"] == found["presets"]
+
+
 def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> None:
     assert main(f"--study --scenes 2 --out {tmp_path}".split()) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "costs.png"}
@@ -133,6 +157,12 @@ def test_one_picture_cannot_be_cut() -> None:
         ("--tolerance 1 --out {out}", "--tolerance: must be a number in [0, 1), not '1'"),
         ("--budget 0.5 --out {out}", "--budget: must be flops= or kv= and a share"),
         ("--tolerance 0.1", "required: --out"),
+        ("--presets --tolerance 0.1 --out {out}", "--presets finds no schedule"),
+        ("--presets --images {out}/none --out {out}", "is not a folder"),
+        ("--presets --images {out} --out {out}", "holds no picture"),
+        ("--tolerance 0.1 --images {out} --out {out}", "which --presets takes"),
+        ("m --presets --server http://127.0.0.1:9 --out {out}", "leave out yours"),
+        ("--presets --scenes 1 --server http://127.0.0.1:9 --out {out}", "names no model"),
         ("--study --budget kv=0.5 --out {out}", "--study is the demo model's"),
         ("--tolerance 0.1 --bands 5 --out {out}", "--bands: must be 1 to 4, not '5'"),
         ("--tolerance 0.1 --relevance inherited --out {out}", "of which the first cannot inherit"),
@@ -189,15 +219,20 @@ def test_a_server_is_calibrated_as_its_checkpoint_is(tmp_path: Path) -> None:
     server = start_server(tmp_path / "log", "--prune-layers", every)
     try:
         assert main(f"{goal} --server {server.url} --out {tmp_path}/server".split()) == 0
+        assert main(f"--presets --scenes 2 --server {server.url} --out {tmp_path}/presets".split()) == 0
     finally:
         stop_server(server)
+    found = json.loads((tmp_path / "presets" / "presets.json").read_text())
+    assert found["presets"] == read(tmp_path / "local")["presets"]
+    assert found["model"]["weights"] == fingerprint(str(DEMO_MODEL))
     local, remote = read(tmp_path / "local"), read(tmp_path / "server")
     for name in ("prune_layers", "needed", "cost", "layers", "window", "relevance"):
         assert remote[name] == local[name], name
     assert remote["model"]["weights"] == local["model"]["weights"]
     assert remote["scores"]["searched"] == local["scores"]["searched"]
     assert remote["scores"]["held_out"]["calibrated"] == local["scores"]["held_out"]["calibrated"]
-    assert (remote["kendall_tau"], remote["presets"]) == (None, {})
+    assert remote["kendall_tau"] is None
+    assert remote["presets"] == local["presets"]
 
 
 @pytest.mark.engine

@@ -14,7 +14,7 @@ from tests.helpers.checkpoints import random_llava
 from vllm_vtprune.selection import VisionFeatures, inflection_counts
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.encoder import VisionEncoder
-from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept
+from vtprune_eval.calibrate import calibrate, mean_curves, objects_kept, view_scores
 from vtprune_eval.draw import draw_kept
 from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.setting import Setting
@@ -49,13 +49,23 @@ def long_tailed() -> torch.Tensor:
 
 
 def test_the_aggressiveness_found_keeps_the_share_asked_for(long_tailed: torch.Tensor) -> None:
-    found = calibrate(pictures(long_tailed), (0.33, 0.22, 0.11))
+    found = calibrate(view_scores(pictures(long_tailed)), (0.33, 0.22, 0.11))
     shares = list(found.shares.values())
     assert shares == sorted(shares, reverse=True)
     for wanted, amount in found.chosen.items():
         mean = float(inflection_counts(long_tailed, amount).double().mean()) / N
         assert found.shares[amount] == pytest.approx(mean, abs=0.002)
         assert mean == pytest.approx(wanted, abs=0.02)
+
+
+def test_views_are_cut_each_by_its_own_curve(long_tailed: torch.Tensor) -> None:
+    small = torch.linspace(0, 4, 20).neg().exp()
+    tiled = [[long_tailed[0], small], [long_tailed[1]], [small]]
+    found = calibrate(tiled, (0.22,))
+    for amount in (0.2, 0.5, 0.9):
+        counts = [[int(inflection_counts(view[None], amount)[0]) for view in picture] for picture in tiled]
+        expected = [sum(counts[0]) / 120, counts[1][0] / N, counts[2][0] / 20]
+        assert found.shares[amount] == pytest.approx(sum(expected) / 3)
 
 
 def test_mean_curves_are_sorted_means(long_tailed: torch.Tensor) -> None:

@@ -53,11 +53,14 @@ def band_layers(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...]]
 
 
 class Runs:
-    """Runs scenarios, each once, in a process of its own, two at a time: `runs(SCENARIO, RUNNER)`."""
+    """Runs scenarios, each once, in a process of its own: `runs(SCENARIO, RUNNER)`.
+
+    Two run at a time, or one where pytest's workers share the cores.
+    """
 
     def __init__(self, folder: Path, checkpoints: dict[str, Path]) -> None:
         self._folder, self._checkpoints = folder, checkpoints
-        self._pool = ThreadPoolExecutor(2)
+        self._pool = ThreadPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
         self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import tell_at_the_end
 from tests.helpers.kv_matrix import ON, Runs, Verdicts, checkpoints
 
 
@@ -21,7 +22,7 @@ def runs(
     kv_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Runs]:
     runs = Runs(tmp_path_factory.mktemp("runs"), kv_checkpoints)
-    # where all are asked for, two run at once while answers are compared; a single test starts its own only
+    # where all are asked for, they run while answers are compared; a single test starts its own only
     if sum(item.path.name == "test_equality.py" for item in request.session.items) > 30:
         for scenario, runners in ON.items():
             for runner in runners:
@@ -35,7 +36,4 @@ def verdicts(kv_checkpoints: dict[str, Path], request: pytest.FixtureRequest) ->
     """Prints at the end how many answers equalled the reference's, by scenario and runner."""
     verdicts = Verdicts(kv_checkpoints)
     yield verdicts
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        for line in ("", *verdicts.table()):
-            terminal.write_line(line)
+    tell_at_the_end(request.config, ["", *verdicts.table()])

@@ -34,7 +34,7 @@ def serve_log(folder: Path, *arguments: str, **env: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr

@@ -81,7 +81,7 @@ def https_server(tmp_path: Path) -> Iterator[tuple[int, Path, list[Any]]]:
         ],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -120,7 +120,7 @@ def test_the_printed_request_works_with_a_key_and_a_certificate(
         env={**os.environ, "VLLM_API_KEY": KEY},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert answer.stdout == "answered", answer.stderr
     picture = asked[0]["messages"][0]["content"][0]["image_url"]["url"]

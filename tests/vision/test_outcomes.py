@@ -112,7 +112,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         env={**os.environ, "VLLM_PLUGINS": "vtprune"},
         cwd=REPOSITORY,
         capture_output=True,
-        timeout=280,
+        timeout=850,
     )
     assert run.returncode == 0, run.stderr.decode(errors="replace")[-4000:]
     found: dict[str, list[dict[str, Any]]] = torch.load(out, weights_only=False)

@@ -12,7 +12,7 @@ from vtprune_server.request_log import FOLLOWED, Followed, log_unfollowed
 
 
 class RequestLog:
-    """Logs each refused request that no `request_log.RequestRecord` has followed.
+    """Logs each refused request that no `request_log.LoggedRequest` has followed.
 
     It goes around vLLM's key check, inside `RequestIds`. Requests that were answered and have no record are
     probes, scrapes and pages, and are passed over.
