@@ -6,89 +6,118 @@
 
 A turn that loses nothing in the decoder finds the turns before it in the prefix cache and computes what is
 new; one that does computes its whole prompt, and leaves nothing for the next. `benchmarks.conversations`
-measures the same on a server.
+measures the same on a server. The last arm is no such server: it would go on from what the first turn kept.
+It is counted as if every token were found again, to say how much that could save at most.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 from math import ceil
 
 from benchmarks.commands import bench_parser
 from benchmarks.fleet import LLAVA
-from vtprune_eval.flops import CostShape, RequestShape, request_work
+from vtprune_eval.flops import CostShape, RequestShape, kv_bytes, request_work
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
 
+
+class Drops(Enum):
+    """The turns at which stage 2 drops tokens of the prompt."""
+
+    EVERY = "every turn"
+    FIRST = "first turn"
+    #: At the first, and the others go on from what it kept.
+    REUSED = "reused"
+
+
 #: Of the presets and what they are compared with: share of the vision tokens, share of the prompt above the
-#: prune layer, and whether the latter holds at the first turn alone.
+#: prune layer, and the turns at which tokens are dropped there.
 ARMS = {
-    "nothing pruned": (1.0, 1.0, False),
-    "stage 1": (0.22, 1.0, False),
-    "both, every turn": (0.22, 0.5, False),
-    "both, first turn": (0.22, 0.5, True),
+    "nothing pruned": (1.0, 1.0, Drops.EVERY),
+    "stage 1": (0.22, 1.0, Drops.EVERY),
+    "both, every turn": (0.22, 0.5, Drops.EVERY),
+    "both, first turn": (0.22, 0.5, Drops.FIRST),
+    "both, reused (not built)": (0.22, 0.5, Drops.REUSED),
 }
 _WIDTH = 110
 
 
-def turn_flops(shape: CostShape, prompt: int, cached: int, kept: int, prune_layer: int) -> float:
-    """Operations of one turn's prefill.
+@dataclass(frozen=True)
+class Turn:
+    """One turn's prefill.
 
-    Args:
-        shape: the model's.
+    Attributes:
         prompt: tokens of the prompt.
-        cached: those of its beginning that the prefix cache holds; none where something is dropped.
-        kept: tokens above the prune layer; `prompt` where nothing is dropped.
-        prune_layer: K.
+        above: those that layers above the prune layer hold.
+        cached: tokens of its beginning that are computed already.
+        cached_above: those of them that layers above the prune layer hold.
     """
 
-    def whole(tokens: int, bands: tuple[tuple[int, float], ...] = ()) -> float:
-        return request_work(shape, RequestShape(0, tokens, 0, 1, bands))["prefill"].flops
+    prompt: int
+    above: int
+    cached: int
+    cached_above: int
 
-    if kept < prompt:
-        return whole(prompt, ((prune_layer, kept),))
-    head = 2 * shape.hidden * shape.vocab
-    # what is new, each token attending to all before it
-    return whole(prompt) - (whole(cached) - head if cached else 0.0)
+    def flops(self, shape: CostShape, prune_layer: int) -> float:
+        """Operations: what is new, each token attending to all that its layer holds."""
+
+        def whole(tokens: int, above: int) -> float:
+            bands = ((prune_layer, above),) if above < tokens else ()
+            return request_work(shape, RequestShape(0, tokens, 0, 1, bands))["prefill"].flops
+
+        head = 2 * shape.hidden * shape.vocab
+        done = whole(self.cached, self.cached_above) - head if self.cached else 0.0
+        return whole(self.prompt, self.above) - done
+
+    def kv_bytes(self, shape: CostShape, prune_layer: int) -> float:
+        """KV cache that the prompt takes."""
+        return kv_bytes(shape, RequestShape(0, self.prompt, 0, 1, ((prune_layer, self.above),)))
 
 
 def conversation(
-    shape: CostShape,
-    arm: tuple[float, float, bool],
+    arm: tuple[float, float, Drops],
     *,
     turns: int,
     system: int,
     question: int,
     answer: int,
     visual: int,
-    prune_layer: int,
     block: int,
-) -> list[float]:
-    """Operations of each turn's prefill.
+) -> list[Turn]:
+    """Each turn's prefill.
 
     Args:
-        shape: the model's.
         arm: see `ARMS`.
         turns: of the conversation.
         system: tokens ahead of the picture, in the prefix cache beforehand.
         question: tokens of each question.
         answer: tokens of each answer.
         visual: vision tokens of the picture.
-        prune_layer: K.
         block: tokens of a KV-cache block: the prefix cache holds whole ones.
     """
-    share, keep, first_alone = arm
-    flops, held = [], system // block * block
-    for turn in range(turns):
-        prompt = system + ceil(share * visual) + (turn + 1) * question + turn * answer
-        drops = keep < 1 and not (first_alone and turn)
-        kept = ceil(keep * prompt) if drops else prompt
-        flops.append(turn_flops(shape, prompt, 0 if drops else held, kept, prune_layer))
-        if not drops:
+    share, keep, when = arm
+    found, held, lost = [], system // block * block, 0
+    for number in range(turns):
+        prompt = system + ceil(share * visual) + (number + 1) * question + number * answer
+        drops = keep < 1 and (number == 0 or when is Drops.EVERY)
+        if drops:
+            lost = prompt - ceil(keep * prompt)
+            found.append(Turn(prompt, prompt - lost, 0, 0))
+            held = 0
+        else:
+            if when is Drops.FIRST:
+                lost = 0
+            found.append(Turn(prompt, prompt - lost, held, max(0, held - lost)))
+        if not drops or when is Drops.REUSED:
             # the answer's tokens were stored as they were generated
             held = (prompt + answer) // block * block
-    return flops
+        elif when is Drops.FIRST:
+            held = system // block * block
+    return found
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks.turns") -> int:
@@ -105,21 +134,20 @@ def _run(argv: Sequence[str] | None, prog: str) -> None:
     options = parser.parse_args(argv)
     rows = []
     for name, arm in ARMS.items():
-        flops = conversation(
-            LLAVA,
+        turns = conversation(
             arm,
             turns=options.turns,
             system=options.system,
             question=options.question,
             answer=options.answer,
             visual=LLAVA.patches,
-            prune_layer=LLAVA.layers // 4,
             block=16,
         )
-        tera = [f"{one / 1e12:.2f}" for one in (*flops, sum(flops))]
-        so_far = [sum(flops[: turn + 1]) for turn in range(options.turns)]
-        rows.append([name, *tera, f"{so_far[1] / 1e12:.2f}" if options.turns > 1 else ""])
-    header = ["TFLOP of the prefill", *(f"turn {n + 1}" for n in range(options.turns)), "in all", "first two"]
+        prune_layer = LLAVA.layers // 4
+        flops = [turn.flops(LLAVA, prune_layer) for turn in turns]
+        mebibytes = f"{turns[-1].kv_bytes(LLAVA, prune_layer) / 2**20:.0f}"
+        rows.append([name, *(f"{one / 1e12:.2f}" for one in (*flops, sum(flops))), mebibytes])
+    header = ["TFLOP of the prefill", *(f"turn {n + 1}" for n in range(options.turns)), "in all", "KV MiB"]
     print(*columns(header, rows, width=_WIDTH), sep="\n")
 
 

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from benchmarks.conversations import ARMS, BOTH, STAGE_1, Held, Talk, has_cost, report, stops_paying
-from benchmarks.turns import conversation, turn_flops
+from benchmarks.turns import Drops, Turn, conversation
 from vtprune_eval.flops import CostShape
 
 SHAPE = CostShape(0, 0, 0, 0, 0, 64, 128, 12, 64, 64, 100, 2)
@@ -45,28 +45,41 @@ def test_the_turn_at_which_stage_2_stops_paying(
     assert has_cost(both, alone) == cost
 
 
-FIXED = {"turns": 4, "question": 20, "answer": 30, "visual": 200, "prune_layer": 3, "block": 16}
+FIXED = {"turns": 4, "question": 20, "answer": 30, "visual": 200, "block": 16, "system": 0}
+
+
+def counted(arm: tuple[float, float, Drops]) -> list[float]:
+    return [turn.flops(SHAPE, 3) for turn in conversation(arm, **FIXED)]
 
 
 def test_only_what_is_new_is_counted_where_nothing_is_dropped() -> None:
-    whole = conversation(SHAPE, (1.0, 1.0, False), system=0, **FIXED)
     prompts = [200 + (turn + 1) * 20 + turn * 30 for turn in range(4)]
-    assert whole[0] == turn_flops(SHAPE, prompts[0], 0, prompts[0], 3)
-    held = [(prompt + 30) // 16 * 16 for prompt in prompts]
-    expected = [turn_flops(SHAPE, n, cached, n, 3) for n, cached in zip(prompts[1:], held, strict=False)]
-    assert whole[1:] == expected
+    held = [0, *((prompt + 30) // 16 * 16 for prompt in prompts[:-1])]
+    expected = [Turn(n, n, cached, cached) for n, cached in zip(prompts, held, strict=True)]
+    assert conversation((1.0, 1.0, Drops.EVERY), **FIXED) == expected
+    flops = counted((1.0, 1.0, Drops.EVERY))
     # the last token's logits are wanted even where all before it is there
-    assert all(0 < later < whole[0] / 3 for later in whole[1:])
+    assert all(0 < later < flops[0] / 3 for later in flops[1:])
 
 
 def test_dropping_pays_for_the_whole_prompt_and_leaves_the_next_turn_nothing() -> None:
-    stage_1 = conversation(SHAPE, (0.25, 1.0, False), system=0, **FIXED)
-    every = conversation(SHAPE, (0.25, 0.5, False), system=0, **FIXED)
-    first = conversation(SHAPE, (0.25, 0.5, True), system=0, **FIXED)
+    stage_1 = counted((0.25, 1.0, Drops.EVERY))
+    every = counted((0.25, 0.5, Drops.EVERY))
+    first = counted((0.25, 0.5, Drops.FIRST))
     assert every[0] == first[0] < stage_1[0]
     assert all(dropping > alone for dropping, alone in zip(every[1:], stage_1[1:], strict=True))
     assert first[1] > every[1] > stage_1[1]
     assert first[2:] == stage_1[2:]
+
+
+def test_going_on_from_what_was_kept_computes_what_is_new_over_fewer_tokens() -> None:
+    turns = conversation((0.25, 0.5, Drops.REUSED), **FIXED)
+    # 50 vision tokens and a question of 20, half of which leave
+    assert turns[0] == Turn(70, 35, 0, 0)
+    assert turns[1] == Turn(120, 85, 96, 61)
+    assert {turn.prompt - turn.above for turn in turns} == {35}
+    reused, stage_1 = (counted((0.25, keep, Drops.REUSED)) for keep in (0.5, 1.0))
+    assert all(a < b for a, b in zip(reused, stage_1, strict=True))
 
 
 def test_the_report_names_the_turn() -> None:
