@@ -381,6 +381,7 @@ def vision_service(model_config: ModelConfig) -> VisionService | SharedTower:
                     "revision": model_config.revision,
                     "download_dir": context.download_dir,
                     "dummy": context.dummy_weights,
+                    "graphs": policy.encoder_batch if policy.encoder_graphs else 0,
                 },
                 cache_bytes=int(policy.feature_cache_gb * 2**30),
                 cache_on_host=policy.feature_cache_on == "host",
