@@ -8,7 +8,6 @@ The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +140,7 @@ class FixedTower:
 
     def _of(self, tower: nn.Module) -> TowerPasses:
         if self._passes is None:
-            self._passes = TowerPasses(lambda outputs: partial(self._pass, tower, outputs))
+            self._passes = TowerPasses(lambda outputs: lambda pixels: self._pass(tower, outputs, pixels))
         return self._passes
 
     def _pass(self, tower: nn.Module, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:

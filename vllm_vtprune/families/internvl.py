@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +76,9 @@ class InternVL(Family):
     def _of(self, tower: Any) -> TowerPasses:
         if self._passes is None:
             # untraced: attention is read in parts of the batch's size (`received_attention`)
-            self._passes = TowerPasses(lambda outputs: partial(self._pass, tower, outputs), traced=False)
+            self._passes = TowerPasses(
+                lambda outputs: lambda pixels: self._pass(tower, outputs, pixels), traced=False
+            )
         return self._passes
 
     def _pass(self, tower: Any, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
