@@ -313,7 +313,7 @@ def graphs(engine: Engine) -> dict[str, Any]:
 
 
 def piecewise_graphs(engine: Engine) -> dict[str, Any]:
-    """Batches with prompts replay the bands' piecewise graphs, acted out; last, since the runner keeps them."""
+    """Prompts replay the bands' piecewise graphs, acted out; last, since the runner keeps them."""
     from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 
     from tests.helpers.acted_graphs import ActedGraphs

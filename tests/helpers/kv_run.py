@@ -324,7 +324,7 @@ def _bands(model: Any) -> tuple[str, list[tuple[str, int, bool]]]:
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """The names of its weights, as vLLM's loaders and the exchange of weights see them, and how many there are."""
+    """The names of its weights, as vLLM's loaders see them, and how many weights there are."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     return {
         "names": [name for name, _ in parameters],

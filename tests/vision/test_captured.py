@@ -114,7 +114,10 @@ def test_what_cannot_be_captured_runs_without_and_says_so_in_one_line(
     with caplog.at_level(logging.WARNING, logger="vllm_vtprune"):
         passes.prepare(pictures(1), [frozenset()], Graphs(4, record))
     (line,) = [r.getMessage() for r in caplog.records]
-    assert line == f"vtprune: the vision tower could not be captured as CUDA graphs ({reason}) and runs without them."
+    assert (
+        line
+        == f"vtprune: the vision tower could not be captured as CUDA graphs ({reason}) and runs without them."
+    )
     assert isinstance(passes._passes[frozenset()], TracedPass)
     values = pictures(3)
     with torch.inference_mode():
@@ -125,7 +128,9 @@ def test_results_that_are_not_numbers_agree_with_nothing() -> None:
     nan = torch.full((2,), float("nan"))
     assert not agree([nan], [torch.ones(2)]) and not agree([torch.ones(2)], [nan])
     assert not agree([torch.ones(2)], [torch.ones(3)]) and not agree([torch.ones(2)], [])
-    assert agree([torch.ones(2)], [torch.ones(2) * 1.0001]) and not agree([torch.ones(2)], [torch.ones(2) * 1.01])
+    assert agree([torch.ones(2)], [torch.ones(2) * 1.0001]) and not agree(
+        [torch.ones(2)], [torch.ones(2) * 1.01]
+    )
 
 
 def test_several_threads_get_the_answers_of_their_own_pictures(tmp_path: Path) -> None:

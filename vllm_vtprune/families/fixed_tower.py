@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP and SigLIP towers: square pictures of one size, captured or traced, with the attention they do not return.
+"""CLIP and SigLIP towers: square pictures of one size, with the attention that they do not return.
 
 The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's own LLaVA does
 (`vllm.model_executor.models.llava.init_vision_tower_for_llava`).

@@ -52,9 +52,8 @@ class Graphs:
     def sizes(self) -> list[int]:
         """The batch sizes captured, ascending: padding is less than a third of a pass."""
         powers = [1 << i for i in range(self.largest.bit_length())]
-        return sorted({s for power in powers for s in (power, power + power // 2) if s < self.largest}) + [
-            self.largest
-        ]
+        sizes = {size for power in powers for size in (power, power + power // 2)}
+        return [*sorted(size for size in sizes if size < self.largest), self.largest]
 
 
 class CudaGraphs:

@@ -3,8 +3,8 @@
 
 Run as Python a pass takes the global lock again after each of some hundred operations, while the front end's
 event loop wants it too. On the CPU that cost a tenth of the throughput with a small tower; on a GPU, where
-the kernels are asynchronous, launching them is the cost of a pass. A traced pass (`torch.jit.trace`) runs from
-end to end without the interpreter, on any device; a captured one (`vision.captured`) is one launch.
+the kernels are asynchronous, launching them is the cost of a pass. A traced pass (`torch.jit.trace`) runs
+from end to end without the interpreter, on any device; a captured one (`vision.captured`) is one launch.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class TracedPass:
         self._script = script
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """As a `TowerPass`."""
         with torch.jit.optimized_execution(False):
             results: tuple[Tensor, ...] = self._script(pixel_values)
         return results
