@@ -59,7 +59,7 @@ def test_compiled_bands_and_other_ratings_answer_as_the_reference(
 
 @pytest.mark.parametrize("runner", [r for r in ON["bands_compiled"] if r.startswith("v2")])
 def test_prompts_replay_piecewise_graphs(runs: Runs, runner: str, verdicts: Verdicts) -> None:
-    """The runner finds the compiled bands: the lowest replays in a step that prunes, all of them otherwise."""
+    """The runner finds compiled bands: the lowest replays in a step that prunes, all of them otherwise."""
     found = runs("bands_compiled", runner)["piecewise"]
     assert found["seen"]
     assert found["replays"][0] > 0 and found["decodes"] > 0

@@ -252,8 +252,8 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
         borders.append(Border(relevance, relevance.queries(drop.window), recorder, names))
     graphs = device.type == "cuda" and compilation.cudagraph_mode != CUDAGraphMode.NONE
     model.kv_drop, model.borders = state, tuple(borders)
-    # children, since vLLM looks for compiled ones (`vllm.v1.worker.gpu.cudagraph_utils.has_compiled_submodule`);
-    # they have none of their own, so that no weight gets a second name
+    # children, since vLLM looks for compiled ones (`has_compiled_submodule` in
+    # `vllm.v1.worker.gpu.cudagraph_utils`); they have none of their own, so no weight gets a second name
     model.bands = nn.ModuleList(bands)
     model.buffers = Buffers(max_tokens, device, graphs)
     model.limits = {
