@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from vllm.utils.async_utils import make_async
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server import metrics
@@ -79,7 +80,10 @@ def install_prefetch(renderer: Any, workers: int) -> None:
 
         def prefetch() -> tuple[int, int]:
             queued.leave()  # those without an output are counted on by `vision.service`
-            return processor.prefetch(mm_data, mm_processor_kwargs, media_io_kwargs, cache)
+            # as `BaseRenderer._process_multimodal` does: preprocessing in a team of threads for each of these
+            # would keep all cores busy with waiting for each other
+            with set_default_torch_num_threads():
+                return processor.prefetch(mm_data, mm_processor_kwargs, media_io_kwargs, cache)
 
         in_flight += 1
         try:

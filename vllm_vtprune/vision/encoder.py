@@ -17,7 +17,7 @@ from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutpu
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.vision.captured import CudaGraphs, Graphs, Record
 from vllm_vtprune.vision.checkpoint import load_vision_weights, refuse_missing_parts
-from vllm_vtprune.vision.transfer import to_device
+from vllm_vtprune.vision.transfer import to_device, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class VisionEncoder:
             encoded = self.family.encode(self.modules, to_device(items, self.device, self.dtype), outputs)
             if self.device.type == "cuda":
                 # the caller wants the outputs and not their launch, and its seconds those of the pass
-                torch.cuda.current_stream(self.device).synchronize()
+                wait_for(self.device)
         for output in encoded:
             if sum(view.grid[0] * view.grid[1] for view in output.views) != output.patches.shape[0]:
                 raise ValueError("the tower's views do not hold as many units as it computed")

@@ -388,8 +388,11 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
         dtype = cast(torch.dtype, model_config.dtype)
         given = [e for e, _ in projected]
-        # copies: a view would keep the whole request's embeddings for as long as one image is cached
-        embeddings = [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype)
+        # in memory of their own: a view would keep the whole request's for as long as one image is cached
+        cached = [kept.output.patches for kept in images]
+        embeddings = (
+            [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype, lent=cached)
+        )
         places = to_host([p for _, p in projected])
         masks = [_mask(kept.output.places, where) for kept, where in zip(images, places, strict=True)]
         return _by_name([kept.output.on_host for kept in images], embeddings, masks)
@@ -412,7 +415,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     def _items(self, images: list[Any], kwargs: Mapping[str, object]) -> list[Item]:
         """Per image the fields that the model's own class would be given, and its places.
 
-        All of it is the base class's: its preprocessing, its fields and its prompt update.
+        All of it is the base class's: its preprocessing, its fields and, where pictures differ, its prompt
+        update. `thin` compares the places with that again.
         """
         image_processor = getattr(self.info.get_hf_processor(**kwargs), "image_processor", None)
         looked_at = [
@@ -423,13 +427,15 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         data = super()._apply_hf_processor_main(mm_items, kwargs)
         fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
         base = MultiModalKwargsItems.from_hf_inputs(data, fields)
-        updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
-        (update,) = (u for u in updates if u.modality == "image")
+        places = self.family.places()
+        if places is None:
+            updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
+            (update,) = (u for u in updates if u.modality == "image")
         items = []
         for i, item in enumerate(base["image"]):
             inputs = {name: torch.as_tensor(value) for name, value in item.get_data().items()}
             on_host = {name: value for name, value in inputs.items() if item[name].field.keep_on_cpu}
-            items.append(Item(inputs, on_host, places_of(update, i)))
+            items.append(Item(inputs, on_host, places_of(update, i) if places is None else places))
         return items
 
 
