@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
@@ -346,7 +346,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         images = [Image.new("RGB", (224, 224), "gray")]
         self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
 
-    @property
+    @cached_property
     def vision(self) -> VisionService | SharedTower:
         """The process's tower, or its access to a shared one; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
@@ -423,7 +423,11 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
             self.family.bounded(image, image_processor) if isinstance(image, Image.Image) else image
             for image in images
         ]
-        mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
+        if all(map(_upright, looked_at)):
+            # as the parser would give it, less a copy of each picture (`ImageOps.exif_transpose`)
+            mm_items = MultiModalDataItems({"image": ImageProcessorItems(looked_at)})
+        else:
+            mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
         data = super()._apply_hf_processor_main(mm_items, kwargs)
         fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
         base = MultiModalKwargsItems.from_hf_inputs(data, fields)
@@ -455,6 +459,15 @@ def _raw_images(items: MultiModalDataItems) -> list[Any]:
     """The decoded images; empty for text-only prompts and for embeddings given by the caller."""
     images = items.get("image")
     return list(images.get_all()) if isinstance(images, ImageProcessorItems) else []
+
+
+def _upright(image: Any) -> bool:
+    """Whether vLLM's parser (`MultiModalDataParser._parse_image_data`) leaves its pixels as they are."""
+    return (
+        isinstance(image, Image.Image)
+        and image.mode == "RGB"
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
 
 
 def _mask(places: int, kept: Tensor) -> Tensor:
