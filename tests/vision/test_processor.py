@@ -7,13 +7,18 @@ over caches, hit rates, pre-tokenised prompts and hostile text.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
@@ -24,7 +29,9 @@ from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
+from vllm_vtprune.vision import processor as module
 from vllm_vtprune.vision.processor import PrunedProcessor
+from vtprune_server import prefetch as prefetching
 
 IMAGE_TOKEN = 3
 SETTINGS = [
@@ -162,6 +169,70 @@ def test_prefetching_leaves_nothing_for_the_processor_to_do(
         assert passes == [1]
     finally:
         processor.vision.observer = None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "upright"),
+    [
+        (lambda: scene(), True),
+        (lambda: scene(40).resize((300, 90)), True),
+        (lambda: _turned(scene().resize((300, 90))), False),
+        (lambda: scene().convert("L"), False),
+        (lambda: scene().convert("RGBA"), False),
+    ],
+)
+def test_a_picture_that_vllms_parser_leaves_as_it_is_goes_past_it(
+    processor: PrunedProcessor, make: Any, upright: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._upright(make()) is upright
+    (ours,) = processor._items([make()], {})
+    monkeypatch.setattr(module, "_upright", lambda image: False)
+    (parsed,) = processor._items([make()], {})
+    assert ours.places == parsed.places and ours.inputs.keys() == parsed.inputs.keys()
+    for name, value in ours.inputs.items():
+        assert torch.equal(value, parsed.inputs[name])
+
+
+def test_prefetching_preprocesses_in_one_torch_thread(processor: PrunedProcessor) -> None:
+    """A team for each of several callers would keep all cores busy with waiting."""
+    seen: dict[str, int] = {}
+
+    def prefetch(*_: Any) -> tuple[int, int]:
+        seen[threading.current_thread().name] = torch.get_num_threads()
+        return 0, 0
+
+    renderer = SimpleNamespace(
+        get_mm_processor=lambda: processor,
+        _process_multimodal_async=AsyncMock(return_value={}),
+        _process_multimodal=lambda *_, **__: {},
+        _mm_executor=ThreadPoolExecutor(
+            1, thread_name_prefix="mm", initializer=torch.set_num_threads, initargs=(3,)
+        ),
+        mm_processor_cache=None,
+    )
+
+    async def ask_twice() -> None:
+        asked = [renderer._process_multimodal_async([1], {"image": [scene()]}) for _ in range(2)]
+        await asyncio.gather(*asked)
+
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(processor, "prefetch", prefetch)
+        patch.setattr(prefetching, "make_resendable", lambda *_: None)
+        torch.set_num_threads(3)
+        try:
+            prefetching.install_prefetch(renderer, workers=2)
+            asyncio.run(ask_twice())
+        finally:
+            torch.set_num_threads(before)
+    assert {name.partition("_")[0] for name in seen} == {"mm", "vtprune-prefetch"}
+    assert set(seen.values()) == {1}
 
 
 def test_placeholder_text_by_the_user_is_not_an_image(processor: PrunedProcessor) -> None:
