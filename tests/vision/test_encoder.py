@@ -317,11 +317,17 @@ def test_a_large_picture_counts_as_several() -> None:
     assert encoder.batches == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(0, [1, 3]), (2, [2, 2])])
-def test_threads_of_a_pass(threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small pass runs on one thread, a large one on torch's choice; the caller's own number is restored."""
+@pytest.mark.parametrize(
+    ("device", "threads", "expected"),
+    [("cpu", 0, [1, 3]), ("cpu", 2, [2, 2]), ("meta", 0, [1, 1]), ("meta", 2, [2, 2])],
+)
+def test_threads_of_a_pass(
+    device: str, threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small pass has one thread, a large one torch's choice, on a device one; the caller keeps its own."""
     monkeypatch.setattr(vision_service, "_TORCH_THREADS", 3)
     encoder = CountingEncoder()
+    encoder.device = torch.device(device)
     tower = VisionService(encoder, FeatureCache(1 << 20), threads=threads)  # type: ignore[arg-type]
     before = torch.get_num_threads()
     tower.encode(["k0"], numbers(["k0"]))
