@@ -2,7 +2,7 @@
 """The tower's passes on a GPU: as Python, traced, and captured as CUDA graphs, side by side.
 
     python -m tests.cuda_tower                  # LLaVA-1.5-7B's tower, random weights
-    python -m tests.cuda_tower --layers 3 --device cpu --repeats 1
+    python -m tests.cuda_tower --layers 3 --width 64 --device cpu --repeats 1
 
 Compares the results of batches of 1 to 20 pictures with the Python pass's, in half precision, and prints what
 a pass costs (seconds, and the thread's processor time, in which it holds the interpreter) and what the graphs
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.llava import DecoderShape, TowerShape, llava_config
+from benchmarks.llava import TowerShape, llava_config
 from tests.helpers.recorded_passes import Recorder
 from vllm_vtprune.families.base import OPTIONAL_OUTPUTS
 from vllm_vtprune.families.fixed_tower import FixedTower
@@ -37,20 +37,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     device = torch.device(options.device)
-    on_gpu = device.type == "cuda"
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    width = options.width
+    tower = TowerShape(hidden=width, intermediate=4 * width, layers=options.layers, heads=width // 64)
     with torch.inference_mode():
-        return _run(device, torch.float16 if on_gpu else torch.float32, options.layers, options.repeats)
+        return _run(device, dtype, tower, options.repeats)
 
 
-def _run(device: torch.device, dtype: torch.dtype, layers: int, repeats: int) -> int:
+def _run(device: torch.device, dtype: torch.dtype, tower_shape: TowerShape, repeats: int) -> int:
     from transformers import LlamaConfig
 
-    text = DecoderShape(hidden=4096, intermediate=64, layers=1, heads=32, vocab=64)
-    tower_shape = TowerShape(hidden=1024, intermediate=4096, layers=layers, heads=16)
-    family: Any = family_of(llava_config(LlamaConfig(hidden_size=text.hidden), tower_shape))
+    family: Any = family_of(llava_config(LlamaConfig(hidden_size=4096), tower_shape))
     torch.manual_seed(0)
     tower = VisionEncoder(family, family.build(), device, dtype).modules["tower"]
     wrong = 0
