@@ -25,6 +25,7 @@ from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 from vllm.plugins import load_general_plugins
 
 from tests.conftest import DEMO_MODEL
+from tests.helpers.kv_config import config
 from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import SettingsError
@@ -253,6 +254,28 @@ def test_content_names_a_picture_not_its_wrapper(processor: PrunedProcessor) -> 
     hashes = [run(processor, [image], request_kwargs()[0])[2][0] for image in forged]
     assert hashes[0] != hashes[1]
     assert run(processor, [scene()], request_kwargs()[0])[2][0] == hashes[0]
+
+
+def test_a_trusted_id_may_be_any_text(processor: PrunedProcessor) -> None:
+    """It names the picture's key, from which a method's randomness comes too."""
+    built = config(DEMO_MODEL, policy={"trust_image_ids": True, "prune_layer": None}, dtype="float32")
+    trusting: Any = MULTIMODAL_REGISTRY.create_processor(built.model_config)
+    hashes = []
+    for name, fields in [
+        ("holiday-photo-17", {"aggressiveness": 0.5}),
+        ("holiday-photo-17", {"keep_ratio": 0.25, "method": "random"}),
+        ("ein Ausflug", {"keep_ratio": 0.25, "method": "random"}),
+    ]:
+        result = trusting(
+            prompt_about([scene()]),
+            trusting.info.parse_mm_data({"image": [scene()]}),
+            {"image": [name]},
+            request_kwargs(**fields)[0],  # type: ignore[arg-type]
+        )
+        (item,), (place,) = result["mm_kwargs"]["image"], result["mm_placeholders"]["image"]
+        assert item["image_embeds"].data.shape[0] == place.length < 144
+        hashes.append(result["mm_hashes"]["image"][0])
+    assert len(set(hashes)) == 3
 
 
 def test_dummy_images_count_unpruned_and_load_no_tower(processor: PrunedProcessor) -> None:
