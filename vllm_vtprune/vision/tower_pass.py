@@ -113,7 +113,7 @@ class TracedPass:
 def _captured(run: TowerPass, example: Tensor, graphs: Graphs) -> CapturedPass | None:
     try:
         with torch.inference_mode():
-            return CapturedPass(run, example, graphs)
+            captured = CapturedPass(run, example, graphs)
     except Exception as error:
         logger.warning(
             "vtprune: the vision tower could not be captured as CUDA graphs (%s: %s) and runs without them.",
@@ -121,3 +121,5 @@ def _captured(run: TowerPass, example: Tensor, graphs: Graphs) -> CapturedPass |
             str(error).partition("\n")[0][:200],
         )
         return None
+    logger.info("vtprune: CUDA graphs of the vision tower, for up to %d pictures at once", graphs.largest)
+    return captured
