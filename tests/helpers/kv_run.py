@@ -255,7 +255,7 @@ def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
         "decoder": engine.llm.apply_model(_bands)[0],
         "weights": engine.llm.apply_model(_weights)[0],
     }
-    if engine.is_v2:
+    if engine.is_v2 and engine.runner.device.type == "cpu":  # on a GPU they are no act
         found["piecewise"] = piecewise_graphs(engine)
     return found
 
