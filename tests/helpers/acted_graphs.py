@@ -52,13 +52,17 @@ class ActedGraph:
 class ActedBand(nn.Module):
     """A compiled band whose piecewise graphs are acted out, as `vllm.compilation.cuda_graph` replays them.
 
+    All graphs share a pool, and vLLM keeps no hold on a graph's outputs (`weak_ref_tensors`): what the band
+    below gave lies in memory that this band's graphs write.
+
     Attributes:
         replays: how often they were replayed.
     """
 
-    def __init__(self, band: nn.Module) -> None:
+    def __init__(self, band: nn.Module, below: ActedBand | None) -> None:
         super().__init__()
         self.band, self.replays = band, 0
+        self._below = () if below is None else (below,)  # no child of this one
         self._captured: dict[int, tuple[Any, Any]] = {}
 
     def forward(self, *args: Any) -> Any:
@@ -70,6 +74,9 @@ class ActedBand(nn.Module):
             self._captured[size] = args, self.band(*args)
             return self._captured[size][1]
         self.replays += 1
+        for below in self._below:
+            for tensor in below._captured[size][1]:
+                tensor.fill_(1.0)
         then, outputs = self._captured[size]
         for output, value in zip(outputs, self.band(*then), strict=True):
             output.copy_(value)
@@ -98,9 +105,9 @@ class ActedGraphs:
         self.bands: list[ActedBand] = []
         if piecewise:
             decoder = runner.model.language_model.model
-            self.bands = [ActedBand(band) for band in decoder.bands]
-            for index, band in enumerate(self.bands):
-                decoder.bands[index] = band
+            for index, band in enumerate(decoder.bands):
+                self.bands.append(ActedBand(band, self.bands[-1] if self.bands else None))
+                decoder.bands[index] = self.bands[-1]
         self.manager = runner.cudagraph_manager = ModelCudaGraphManager(
             runner.vllm_config, runner.device, mode, 1
         )

@@ -330,7 +330,7 @@ def piecewise_graphs(engine: Engine) -> dict[str, Any]:
         "replays": [band.replays for band in acted.bands],
         "decodes": acted.replays,
     }
-    # what crosses a border at another address does not reach a replay: proof that the above proves something
+    # what crosses a border in a graph's memory does not arrive: proof that the above proves something
     decoder.buffers._graphs = False
     acted.capture()
     engine.llm.reset_prefix_cache()
