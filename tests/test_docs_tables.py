@@ -9,6 +9,7 @@ import re
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.helpers.kv_matrix import compared_table
 from vllm_vtprune import errors
 from vllm_vtprune.contract import FIELDS, HEADERS, KWARG
 from vllm_vtprune.kv_drop.schedule import NAMED, resolve
@@ -44,8 +45,9 @@ def schedules_table() -> str:
         ("README.md", contract_table()),
         ("docs/operating.md", settings_table()),
         ("docs/schedules.md", schedules_table()),
+        ("docs/architecture.md", compared_table()),
     ],
-    ids=["contract", "settings", "schedules"],
+    ids=["contract", "settings", "schedules", "compared"],
 )
 def test_a_table_is_the_code_s(page: str, table: str) -> None:
     """Where it is not, copy the table this prints."""

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import DEMO_MODEL
+from tests.helpers.checkpoints import edit_config
+from tests.helpers.family_processor import processor_of
 from tests.helpers.kv_config import config
+from vllm_vtprune.context import plugin_context
+from vllm_vtprune.vision.processor import PrunedProcessor
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,23 @@ def test_a_minimum_above_an_images_tokens_is_told(
     with caplog.at_level(logging.WARNING, logger="vllm_vtprune"):
         config(DEMO_MODEL, policy={"min_tokens": least})
     assert (f"min_tokens is {least}, and an image has 144 vision tokens" in caplog.text) is said
+
+
+def test_a_checkpoint_that_is_not_pruned_goes_back_to_vllm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its own processor, if nothing was asked for; a prune layer or a default preset is refused."""
+    for path in DEMO_MODEL.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit_config(tmp_path, {"vision_feature_layer": [-2, -3]})
+    with caplog.at_level(logging.WARNING, logger="vllm_vtprune"):
+        built = config(tmp_path, policy={"prune_layer": None})
+    assert "one feature layer" in caplog.text and "It is served as by vLLM alone." in caplog.text
+    assert not plugin_context(built.model_config).prunes
+    assert built.scheduler_config.scheduler_cls is None
+    assert "vtprune" not in str(built.parallel_config.worker_cls)
+    assert not isinstance(processor_of(tmp_path), PrunedProcessor)
+    for asked in ({}, {"prune_layer": None, "default_preset": "light"}):
+        with pytest.raises(ValueError, match="one feature layer"):
+            config(tmp_path, policy=asked)

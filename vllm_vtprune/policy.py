@@ -215,6 +215,11 @@ class PrunePolicy(OperatorModel):
     )
     encoder_threads: int = Field(default=0, ge=0, description="the tower's CPU threads; 0 leaves it to torch")
     encoder_batch: int = Field(default=16, ge=1, description="most images in one pass of the tower")
+    encoder_graphs: bool = Field(
+        default=True,
+        description="whether the tower's passes are captured as CUDA graphs, where it runs on a GPU and its "
+        "pictures have one size",
+    )
     feature_cache_gb: float = Field(
         default=1.0, ge=0, description="GiB per API process for cached tower outputs; 0 for no cache"
     )

@@ -24,6 +24,7 @@ export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0
 
 cd "$results"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python3 -m tests.cuda_tower 2>&1 | tee "$results/tower.txt" || true # what differs stands there
 python3 -m tests.cuda --out "$results/stage2" 2>&1 | tee "$results/stage2.txt"
 compare() {
   python3 -m benchmarks.compare --model llava-1.5-7b --concurrency 1,4,16,32,128 \

@@ -54,6 +54,7 @@ def report(args: argparse.Namespace) -> str:
             threads=1 if args.shared else 2,
             batch=args.encoder_batch,
             bytes_per_value=width,
+            graphs=not args.no_graphs,
             cache_bytes=int(args.device_cache_gb * GIB),
         )
         sums.append(towers)
@@ -100,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
         "--encoder-batch", type=int, default=policy.encoder_batch, help="as --vtprune-encoder-batch"
+    )
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="without captured passes, as --vtprune-encoder-graphs false"
     )
     parser.add_argument(
         "--max-pixels", type=int, help="of the largest picture after preprocessing, where any size goes"

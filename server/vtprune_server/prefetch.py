@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import torch
 from vllm.utils.async_utils import make_async
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server import metrics
@@ -54,13 +56,21 @@ def install_prefetch(renderer: Any, workers: int) -> None:
     if not isinstance(processor, PrunedProcessor):
         return
     process = renderer._process_multimodal_async
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vtprune-prefetch")
+    # with the torch threads of `BaseRenderer._process_multimodal`: preprocessing in a team for each of these
+    # would keep all cores busy with waiting for each other
+    with set_default_torch_num_threads():
+        team = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers, "vtprune-prefetch", initializer=torch.set_num_threads, initargs=(team,)
+    )
     in_flight = 0
 
     def prefetch_then_process(
         prefetch: Callable[[], tuple[int, int]], /, *args: Any, **kwargs: Any
     ) -> tuple[tuple[int, int], Any]:
-        return prefetch(), renderer._process_multimodal(*args, **kwargs)
+        with set_default_torch_num_threads():
+            counts = prefetch()
+        return counts, renderer._process_multimodal(*args, **kwargs)
 
     both = make_async(prefetch_then_process, executor=renderer._mm_executor)
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model Runner V2's FULL CUDA graphs of decode batches, acted out on the CPU.
+"""Model Runner V2's CUDA graphs acted out on the CPU: FULL ones of decode batches, and piecewise ones.
 
-A replay runs the forward pass once more with the very objects it was captured with: dummy metadata, padded
-batch. Only what lies in tensors that were written in place is of the present step, which is what a CUDA graph
-is. CPU attention plans its threads on the host; that plan alone is made anew, from those same tensors.
+A replay of a full graph runs the forward pass once more with the very objects it was captured with: dummy
+metadata, padded batch. Only what lies in tensors that were written in place is of the present step, which is
+what a CUDA graph is. CPU attention plans its threads on the host; that plan alone is made anew, from those
+same tensors. A replay of a band's piecewise graphs runs the band with the tensors of its capture, whatever it
+is given, and gives the capture's outputs; attention, which stands between the pieces, sees the present step.
 
-Not acted out: the graphs' memory, piecewise graphs, the metadata of CUDA's attention backends.
+Not acted out: the graphs' memory, the metadata of CUDA's attention backends.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from vllm import _custom_ops as ops
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
 SIZES = [1, 2, 4, 8, 16]
+#: Beside those, for batches that hold prompts.
+MIXED_SIZES = [32, 128, 512, 1024]
 
 
 class ActedGraph:
@@ -43,20 +49,67 @@ class ActedGraph:
         self.forward(CUDAGraphMode.NONE)
 
 
-class ActedGraphs:
-    """An engine's V2 runner with acted graphs for decode batches of up to 16."""
+class ActedBand(nn.Module):
+    """A compiled band whose piecewise graphs are acted out, as `vllm.compilation.cuda_graph` replays them.
 
-    def __init__(self, runner: Any) -> None:
+    All graphs share a pool, and vLLM keeps no hold on a graph's outputs (`weak_ref_tensors`): what the band
+    below gave lies in memory that this band's graphs write.
+
+    Attributes:
+        replays: how often they were replayed.
+    """
+
+    def __init__(self, band: nn.Module, below: ActedBand | None) -> None:
+        super().__init__()
+        self.band, self.replays = band, 0
+        self._below = () if below is None else (below,)  # no child of this one
+        self._captured: dict[int, tuple[Any, Any]] = {}
+
+    def forward(self, *args: Any) -> Any:
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return self.band(*args)
+        size = context.batch_descriptor.num_tokens
+        if size not in self._captured:
+            self._captured[size] = args, self.band(*args)
+            return self._captured[size][1]
+        self.replays += 1
+        for below in self._below:
+            for tensor in below._captured[size][1]:
+                tensor.fill_(1.0)
+        then, outputs = self._captured[size]
+        for output, value in zip(outputs, self.band(*then), strict=True):
+            output.copy_(value)
+        return outputs
+
+
+class ActedGraphs:
+    """An engine's V2 runner with acted graphs for decode batches of up to 16.
+
+    Args:
+        runner: the engine's.
+        piecewise: graphs of the bands too, for batches that hold prompts; they must be compiled.
+    """
+
+    def __init__(self, runner: Any, *, piecewise: bool = False) -> None:
         self._runner = runner
         _remember_how_to_plan()
         type(current_platform).get_global_graph_pool = classmethod(lambda cls: None)
         CudaGraphManager.capture = _capture  # type: ignore[method-assign]
         compilation = runner.vllm_config.compilation_config
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        compilation.cudagraph_capture_sizes = SIZES
-        compilation.max_cudagraph_capture_size = SIZES[-1]
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if piecewise else CUDAGraphMode.FULL_DECODE_ONLY
+        sizes = SIZES + MIXED_SIZES if piecewise else SIZES
+        compilation.cudagraph_mode = mode
+        compilation.cudagraph_capture_sizes = sizes
+        compilation.max_cudagraph_capture_size = sizes[-1]
+        self.bands: list[ActedBand] = []
+        if piecewise:
+            decoder = runner.model.language_model.model
+            for index, band in enumerate(decoder.bands):
+                self.bands.append(ActedBand(band, self.bands[-1] if self.bands else None))
+                decoder.bands[index] = self.bands[-1]
         self.manager = runner.cudagraph_manager = ModelCudaGraphManager(
-            runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, 1
+            runner.vllm_config, runner.device, mode, 1
         )
         self.manager.acted_runner = runner
         self.capture()
@@ -71,13 +124,19 @@ class ActedGraphs:
         """Capture all of them anew."""
         r = self._runner
         self.manager.graphs.clear()
+        for band in self.bands:
+            band._captured.clear()
         self.manager.capture(
             r.model, r.model_state, r.input_buffers, None, r.block_tables, r.attn_groups, r.kv_cache_config
         )
 
 
 def _capture(self: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
-    """`CudaGraphManager.capture` of full graphs, as it calls the function, without a device."""
+    """`CudaGraphManager.capture`, as it calls the function, without a device."""
+    for desc in self._capture_descs.get(CUDAGraphMode.PIECEWISE, ()):
+        forward = create_forward_fn(desc, warmup=True)
+        forward(CUDAGraphMode.NONE)
+        forward(CUDAGraphMode.PIECEWISE)
     for desc in self._capture_descs[CUDAGraphMode.FULL]:
         create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
         forward = create_forward_fn(desc, warmup=False)

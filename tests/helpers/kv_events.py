@@ -9,7 +9,16 @@ from unittest import mock
 
 import torch
 
-from tests.helpers.kv_cases import QUESTION, TEXT, brief_crowd, grid, replayed, resettable, unpruned
+from tests.helpers.kv_cases import (
+    QUESTION,
+    TEXT,
+    band_cases,
+    brief_crowd,
+    grid,
+    replayed,
+    resettable,
+    unpruned,
+)
 from tests.helpers.kv_engine import Engine, refusal
 from tests.helpers.pictures import noise
 from tests.reference import Request
@@ -300,4 +309,30 @@ def graphs(engine: Engine) -> dict[str, Any]:
     acted.capture()
     found["not_in_place"] = engine.run(grid()[6:8])
     KVDropState.write_slots = write_slots  # type: ignore[method-assign]
+    return found
+
+
+def piecewise_graphs(engine: Engine) -> dict[str, Any]:
+    """Prompts replay the bands' piecewise graphs, acted out; last, since the runner keeps them."""
+    from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
+
+    from tests.helpers.acted_graphs import ActedGraphs
+
+    seen = has_compiled_submodule(engine.runner.model)
+    decoder = engine.runner.model.language_model.model
+    # what they are where there are CUDA graphs
+    decoder.buffers._graphs = True
+    acted = ActedGraphs(engine.runner, piecewise=True)
+    engine.llm.reset_prefix_cache()
+    found = {
+        "seen": seen,
+        "answers": engine.run(band_cases()),
+        "replays": [band.replays for band in acted.bands],
+        "decodes": acted.replays,
+    }
+    # what crosses a border in a graph's memory does not arrive: proof that the above proves something
+    decoder.buffers._graphs = False
+    acted.capture()
+    engine.llm.reset_prefix_cache()
+    found["not_in_place"] = engine.run(band_cases()[:2])
     return found

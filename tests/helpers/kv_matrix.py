@@ -19,7 +19,20 @@ import pytest
 
 from tests.helpers.checkpoints import random_llava
 from tests.helpers.engine_process import saved_by
-from tests.helpers.kv_cases import BANDS
+from tests.helpers.kv_cases import (
+    BANDS,
+    alone,
+    band_cases,
+    band_crowd,
+    brief_crowd,
+    corners,
+    crowd,
+    grid,
+    replayed,
+    resettable,
+    texts,
+    unpruned,
+)
 from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.reference import Answer, PruneLayer, Reference, Request
 from vllm_vtprune.kv_drop.schedule import parse
@@ -44,6 +57,41 @@ _IN_CI: dict[str, tuple[str, ...]] = {
 CHECKPOINT = {"top": "ungrouped", "bands": "qwen3", "bands_preemption": "mistral", "bands_compiled": "qwen2"}
 #: Scenario of `tests.helpers.kv_run` -> runners.
 ON = {name: (_ALL_ON,) if _ALL_ON else runners for name, runners in _IN_CI.items()}
+#: What is compared with the reference: the scenario it is a part of, and how many answers that are.
+COMPARED: dict[str, tuple[str, int]] = {
+    "grid": ("grid", len(grid())),
+    "one at a time": ("grid", len(alone())),
+    "aborted while preempted": ("grid", len(brief_crowd()) - 1),
+    "reset while running": ("grid", len(resettable())),
+    "reset, then abort": ("grid", len(resettable()) - 1),
+    "dummy runs between": ("grid", len(resettable())),
+    "asleep": ("grid", 2 * len(unpruned()[:2])),
+    "a disagreement beside them": ("grid", len(resettable()) - 2),
+    "full graphs": ("grid", len(replayed())),
+    "top": ("top", len(grid())),
+    "tensor_parallel": ("tensor_parallel", len(corners())),
+    "preemption": ("preemption", len(crowd())),
+    "capacity": ("capacity", sum(len(request.images) == 1 for request in corners())),
+    "text only": ("text_only", len(texts())),
+    "bands": ("bands", len(band_cases())),
+    "bands, one at a time": ("bands", len(band_cases()[:6])),
+    "bands_preemption": ("bands_preemption", len(band_crowd())),
+    "bands_compiled": ("bands_compiled", len(band_cases())),
+    "piecewise graphs": ("bands_compiled", len(band_cases())),
+}
+#: Acted out for the V2 runner.
+_GRAPHS = ("full graphs", "piecewise graphs")
+
+
+def compared_table() -> str:
+    """Scenarios x runners with the number of answers that `make test` compares, for docs/architecture.md."""
+    rows = []
+    for name, (scenario, count) in COMPARED.items():
+        runners = [r for r in _IN_CI[scenario] if name not in _GRAPHS or r.startswith("v2")]
+        cells = (str(count) if runner in runners else "" for runner in RUNNERS)
+        rows.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    head = f"| scenario | {' | '.join(RUNNERS)} |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
 
 
 def band_layers(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...]]:
@@ -127,6 +175,7 @@ class Verdicts:
     ) -> None:
         """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none."""
         reference = self.reference(layer, relevance, checkpoint)
+        assert sum(mine is not None for mine in answers) == COMPARED[scenario][1]
         for number, (request, mine) in enumerate(zip(requests, answers, strict=True)):
             if mine is None:
                 continue

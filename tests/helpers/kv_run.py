@@ -35,6 +35,7 @@ from tests.helpers.kv_events import (
     dummy_runs_between,
     events,
     graphs,
+    piecewise_graphs,
     preempted_and_aborted,
     reset_then_abort,
     reset_while_running,
@@ -249,7 +250,14 @@ def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
 def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
     """Four prune layers, bands traced by torch.compile, other ratings."""
     engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, num_gpu_blocks_override=1000)
-    return {"batch": engine.run(band_cases()), "decoder": engine.llm.apply_model(_bands)[0]}
+    found: dict[str, Any] = {
+        "batch": engine.run(band_cases()),
+        "decoder": engine.llm.apply_model(_bands)[0],
+        "weights": engine.llm.apply_model(_weights)[0],
+    }
+    if engine.is_v2 and engine.runner.device.type == "cpu":  # on a GPU they are no act
+        found["piecewise"] = piecewise_graphs(engine)
+    return found
 
 
 def scenario_text_only(checkpoint: str) -> dict[str, Any]:
@@ -260,14 +268,14 @@ def scenario_text_only(checkpoint: str) -> dict[str, Any]:
     engine = Engine(checkpoint, prune_layer=2, limit_mm_per_prompt={"image": 0})
     decoder = engine.runner.get_model().language_model.model
     decoder.buffers._graphs = True
-    lowest, *others = decoder.bands
+    lowest = decoder.bands[0].forward
     addresses = set()
 
     def looked_at(positions: torch.Tensor, embeddings: torch.Tensor, *args: Any) -> Any:
         addresses.add(embeddings.data_ptr())
         return lowest(positions, embeddings, *args)
 
-    decoder.bands = (looked_at, *others)
+    decoder.bands[0].forward = looked_at
     return {"answers": engine.run(texts()), "addresses": len(addresses)}
 
 
@@ -313,6 +321,16 @@ def _bands(model: Any) -> tuple[str, list[tuple[str, int, bool]]]:
     decoder = model.language_model.model
     bands = [(type(b).__name__, len(b.layers), not b.do_not_compile) for b in decoder.bands]
     return type(decoder).__mro__[1].__name__, bands
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """The names of its weights, as vLLM's loaders see them, and how many weights there are."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    return {
+        "names": [name for name, _ in parameters],
+        "state": list(model.state_dict()),
+        "tensors": len({id(parameter) for _, parameter in parameters}),
+    }
 
 
 SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {

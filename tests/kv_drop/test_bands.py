@@ -57,6 +57,25 @@ def test_compiled_bands_and_other_ratings_answer_as_the_reference(
     check(verdicts, "bands_compiled", runner, band_cases(), runs("bands_compiled", runner)["batch"])
 
 
+@pytest.mark.parametrize("runner", [r for r in ON["bands_compiled"] if r.startswith("v2")])
+def test_prompts_replay_piecewise_graphs(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    """The runner finds compiled bands: the lowest replays in a step that prunes, all of them otherwise."""
+    found = runs("bands_compiled", runner)["piecewise"]
+    assert found["seen"]
+    assert found["replays"][0] > 0 and found["decodes"] > 0
+    check(verdicts, "bands_compiled", runner, band_cases(), found["answers"], "piecewise graphs")
+    for right, wrong in zip(found["answers"][:2], found["not_in_place"], strict=True):
+        assert right["tokens"] != wrong["tokens"]
+
+
+@on("bands_compiled")
+def test_a_weight_has_the_name_it_has_in_the_checkpoint_and_no_other(runs: Runs, runner: str) -> None:
+    weights = runs("bands_compiled", runner)["weights"]
+    assert len(weights["names"]) == weights["tensors"] > 0
+    assert set(weights["names"]) <= set(weights["state"])
+    assert not [name for name in weights["state"] if "band" in name]
+
+
 def test_each_prune_layer_changes_answers(runs: Runs, verdicts: Verdicts) -> None:
     """Otherwise the comparisons would prove little: without the higher ones other answers are right."""
     (prune_layers, relevance), checkpoint = band_layers("bands"), CHECKPOINT["bands"]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size, is_kv_cache_spec_uniform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -26,6 +27,10 @@ from vllm_vtprune.kv_drop.hooks.cache import groups_above, split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config, recommended_prune_layer
 from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse
 from vllm_vtprune.policy import PrunePolicy
+
+#: Where vLLM makes groups of layers: a module of its own since 0.33.
+_PLANNING = "vllm.v1.core.kv_cache_planning"
+planning: Any = import_module(_PLANNING if find_spec(_PLANNING) else "vllm.v1.core.kv_cache_utils")
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +205,8 @@ def test_vllm_keeps_the_bands_in_groups_of_their_own(decoder: tuple[int, list[in
     layers, prune_layers = decoder
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
     specs = split_specs({f"model.layers.{i}.self_attn.attn": spec for i in range(layers)}, *prune_layers)
-    assert not is_kv_cache_spec_uniform(specs)
-    groups = _get_kv_cache_groups_uniform_page_size(specs)
+    assert not planning.is_kv_cache_spec_uniform(specs)
+    groups = planning._get_kv_cache_groups_uniform_page_size(specs)
     below = dict(groups_above([g.kv_cache_spec for g in groups]))
     bands = []
     for i, group in enumerate(groups):

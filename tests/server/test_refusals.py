@@ -20,10 +20,12 @@ KEY = {"Authorization": "Bearer a-key"}
 @pytest.fixture(scope="module")
 def app() -> Iterator[Any]:
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_vtprune.compat import serve_parser
     from vtprune_server.plugin import add_outer_middleware
+
+    make_arg_parser, _ = serve_parser()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "vtprune")

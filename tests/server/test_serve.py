@@ -38,9 +38,11 @@ def test_help_shows_our_flags_and_vllms_ten(word: str, capsys: pytest.CaptureFix
 
 
 def test_the_ten_are_vllms() -> None:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_vtprune.compat import serve_parser
+
+    make_arg_parser, _ = serve_parser()
     known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
     assert {name for name, *_ in VLLM_FLAGS} <= known.keys()
     told = {name: meaning.rsplit("(default: ", 1)[1].rstrip(")") for name, _, meaning in VLLM_FLAGS}

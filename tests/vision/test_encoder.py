@@ -26,7 +26,7 @@ from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 from vllm_vtprune.vision.features import everything
 from vllm_vtprune.vision.service import VisionService
-from vllm_vtprune.vision.tower_pass import tower_pass
+from vllm_vtprune.vision.tower_pass import TracedPass
 
 SHAPE = {"image_size": 56, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 64}
 
@@ -96,17 +96,19 @@ def test_optional_outputs_are_the_towers_attention(checkpoint: Path, encoder: Vi
         assert output.keys.shape == output.patches.shape
 
 
-@pytest.mark.parametrize("projections", [False, True])
-def test_a_traced_pass_is_the_tower_whatever_the_batch(encoder: VisionEncoder, projections: bool) -> None:
-    tower = encoder.modules["tower"]
-    run = tower_pass(tower, pixels(1), projections=projections)
-    assert isinstance(run, torch.jit.ScriptFunction), "it ran as Python"
+@pytest.mark.parametrize("outputs", [frozenset(), OPTIONAL_OUTPUTS, frozenset({"received"})])
+def test_a_traced_pass_is_the_tower_whatever_the_batch(checkpoint: Path, outputs: frozenset[str]) -> None:
+    encoder = load(checkpoint)
+    fixed, tower = encoder.family._fixed, encoder.modules["tower"]  # type: ignore[attr-defined]
     for values in (pixels(5), pixels(1), pixels(2)):
         with torch.inference_mode():
-            hidden, *captured = run(values)
+            hidden, extra = fixed.run(tower, values, outputs)
             assert torch.equal(hidden, tower(values).last_hidden_state)
-        assert [tuple(c.shape) for c in captured] == [tuple(hidden.shape)] * len(captured)
-        assert len(captured) == (2 * len(tower.encoder.layers) if projections else 0)
+            untraced = fixed._pass(tower, outputs, values)
+        assert isinstance(fixed._passes._passes[outputs], TracedPass), "it ran as Python"
+        assert extra.keys() == outputs
+        for mine, theirs in zip((hidden, *(extra[n] for n in sorted(extra))), untraced, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_a_tower_that_cannot_be_traced_runs_as_it_is(
@@ -315,11 +317,17 @@ def test_a_large_picture_counts_as_several() -> None:
     assert encoder.batches == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(0, [1, 3]), (2, [2, 2])])
-def test_threads_of_a_pass(threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small pass runs on one thread, a large one on torch's choice; the caller's own number is restored."""
+@pytest.mark.parametrize(
+    ("device", "threads", "expected"),
+    [("cpu", 0, [1, 3]), ("cpu", 2, [2, 2]), ("meta", 0, [1, 1]), ("meta", 2, [2, 2])],
+)
+def test_threads_of_a_pass(
+    device: str, threads: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small pass has one thread, a large one torch's choice, on a device one; the caller keeps its own."""
     monkeypatch.setattr(vision_service, "_TORCH_THREADS", 3)
     encoder = CountingEncoder()
+    encoder.device = torch.device(device)
     tower = VisionService(encoder, FeatureCache(1 << 20), threads=threads)  # type: ignore[arg-type]
     before = torch.get_num_threads()
     tower.encode(["k0"], numbers(["k0"]))

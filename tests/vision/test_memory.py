@@ -16,14 +16,23 @@ from vllm.multimodal import gpu_ipc_memory
 from tests.conftest import DEMO_MODEL
 from tests.helpers.kv_config import config
 from tests.helpers.public_configs import PUBLIC, llava_1_5_7b, qwen2_5_vl_7b, qwen3_vl_8b
+from tests.helpers.recorded_passes import Recorder
 from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.policy import PrunePolicy
+from vllm_vtprune.vision.captured import CapturedPass, Graphs
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.feature_cache import FeatureCache
 from vllm_vtprune.vision.features import everything
 from vllm_vtprune.vision.gpu_budget import pixels_of, place_tower, restore_video_pool
-from vllm_vtprune.vision.memory import GIB, TowerShape, device_index, most_on_one_device, tower_memory
+from vllm_vtprune.vision.memory import (
+    GIB,
+    WORKSPACE_BYTES,
+    TowerShape,
+    device_index,
+    most_on_one_device,
+    tower_memory,
+)
 from vllm_vtprune.vision.service import VisionService
 from vllm_vtprune.vision.transfer import held_bytes, output_on, outputs_on_host, to_device, to_host
 from vtprune_server import memory as command
@@ -137,6 +146,37 @@ def test_a_pass_holds_no_more_than_was_computed(make: Callable[[], Any]) -> None
     assert measured <= computed < 2.5 * measured
 
 
+def test_captured_passes_are_counted_where_there_are_such() -> None:
+    fixed = TowerShape.of(family_of(llava_1_5_7b()))
+    one, without = (
+        tower_memory(fixed, processes=1, batch=16, bytes_per_value=2, graphs=graphs)
+        for graphs in (True, False)
+    )
+    assert one.graphs > 0 == without.graphs and one.total - without.total == one.graphs
+    assert "+ graphs 0.5" in str(one)
+    assert fixed.graph_bytes(4, 2) < one.graphs / 3
+    any_size = TowerShape.of(family_of(qwen2_5_vl_7b()))
+    assert tower_memory(any_size, processes=1, batch=16, bytes_per_value=2).graphs == 0
+
+
+def test_captured_passes_hold_no_more_than_was_computed() -> None:
+    """Input, results and what one pass takes at its peak, which is what the pool of the graphs is."""
+    family: Any = family_of(_small(llava_1_5_7b))
+    torch.manual_seed(0)
+    encoder = VisionEncoder(family, family.build(), torch.device("cpu"), torch.float32)
+    (outputs,) = family.usual_outputs()
+
+    def run(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return family._fixed._pass(encoder.modules["tower"], outputs, pixels)  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        captured = CapturedPass(run, torch.zeros(1, 3, 112, 112), Graphs(4, Recorder()))
+        held = captured._input.nbytes + sum(result.nbytes for result in captured._results)
+        computed = TowerShape.of(family).graph_bytes(4, 4) - WORKSPACE_BYTES
+        measured = held + _peak(lambda: run(captured._input))
+    assert measured <= computed < 2.5 * measured
+
+
 # --- which GPU ----------------------------------------------------------------------------------------------
 
 
@@ -204,6 +244,12 @@ def test_the_cache_counts_only_where_it_takes_the_gpus_memory(monkeypatch: pytes
     _, host = _placed(monkeypatch, 1, {})
     _, device = _placed(monkeypatch, 1, {"feature_cache_on": "device", "feature_cache_gb": 0.5})
     assert host.memory.cache == 0 and device.memory.total - host.memory.total == GIB // 2
+
+
+def test_graphs_that_are_switched_off_take_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, on = _placed(monkeypatch, 1, {})
+    _, off = _placed(monkeypatch, 1, {"encoder_graphs": False})
+    assert off.memory.graphs == 0 < on.memory.graphs == on.memory.total - off.memory.total
 
 
 def test_a_tower_on_the_cpu_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +423,16 @@ def test_no_image_keeps_the_memory_of_its_batch() -> None:
     assert [part.untyped_storage().nbytes() for part in parts] == [400, 800, 1200]
     assert torch.equal(torch.cat(parts), batch)
     assert [part.dtype for part in to_host(batch.split(30), torch.float16)] == [torch.float16] * 2
+
+
+def test_what_is_alone_in_its_memory_is_not_copied_unless_it_is_lent() -> None:
+    alone = torch.arange(12.0).view(3, 4)
+    (given,) = to_host([alone])
+    assert given is alone
+    (copied,) = to_host([alone], lent=[alone])
+    assert torch.equal(copied, alone) and copied.data_ptr() != alone.data_ptr()
+    (part,) = to_host([alone[:2]])
+    assert torch.equal(part, alone[:2]) and part.untyped_storage().nbytes() == part.nbytes
 
 
 def test_an_output_goes_to_the_host_in_one_allocation_and_back_as_it_was() -> None:

@@ -7,24 +7,32 @@ over caches, hit rates, pre-tokenised prompts and hostile text.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 from vllm.plugins import load_general_plugins
 
 from tests.conftest import DEMO_MODEL
+from tests.helpers.kv_config import config
 from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
+from vllm_vtprune.vision import processor as module
 from vllm_vtprune.vision.processor import PrunedProcessor
+from vtprune_server import prefetch as prefetching
 
 IMAGE_TOKEN = 3
 SETTINGS = [
@@ -164,6 +172,70 @@ def test_prefetching_leaves_nothing_for_the_processor_to_do(
         processor.vision.observer = None
 
 
+def _turned(image: Image.Image) -> Image.Image:
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "upright"),
+    [
+        (lambda: scene(), True),
+        (lambda: scene(40).resize((300, 90)), True),
+        (lambda: _turned(scene().resize((300, 90))), False),
+        (lambda: scene().convert("L"), False),
+        (lambda: scene().convert("RGBA"), False),
+    ],
+)
+def test_a_picture_that_vllms_parser_leaves_as_it_is_goes_past_it(
+    processor: PrunedProcessor, make: Any, upright: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._upright(make()) is upright
+    (ours,) = processor._items([make()], {})
+    monkeypatch.setattr(module, "_upright", lambda image: False)
+    (parsed,) = processor._items([make()], {})
+    assert ours.places == parsed.places and ours.inputs.keys() == parsed.inputs.keys()
+    for name, value in ours.inputs.items():
+        assert torch.equal(value, parsed.inputs[name])
+
+
+def test_prefetching_preprocesses_in_one_torch_thread(processor: PrunedProcessor) -> None:
+    """A team for each of several callers would keep all cores busy with waiting."""
+    seen: dict[str, int] = {}
+
+    def prefetch(*_: Any) -> tuple[int, int]:
+        seen[threading.current_thread().name] = torch.get_num_threads()
+        return 0, 0
+
+    renderer = SimpleNamespace(
+        get_mm_processor=lambda: processor,
+        _process_multimodal_async=AsyncMock(return_value={}),
+        _process_multimodal=lambda *_, **__: {},
+        _mm_executor=ThreadPoolExecutor(
+            1, thread_name_prefix="mm", initializer=torch.set_num_threads, initargs=(3,)
+        ),
+        mm_processor_cache=None,
+    )
+
+    async def ask_twice() -> None:
+        asked = [renderer._process_multimodal_async([1], {"image": [scene()]}) for _ in range(2)]
+        await asyncio.gather(*asked)
+
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(processor, "prefetch", prefetch)
+        patch.setattr(prefetching, "make_resendable", lambda *_: None)
+        torch.set_num_threads(3)
+        try:
+            prefetching.install_prefetch(renderer, workers=2)
+            asyncio.run(ask_twice())
+        finally:
+            torch.set_num_threads(before)
+    assert {name.partition("_")[0] for name in seen} == {"mm", "vtprune-prefetch"}
+    assert set(seen.values()) == {1}
+
+
 def test_placeholder_text_by_the_user_is_not_an_image(processor: PrunedProcessor) -> None:
     """A prompt with more `<image>` tokens than images: the first stand for images, the others stay text."""
     prompt = "USER: <image> What color is the <image> <image> circle? ASSISTANT:"
@@ -182,6 +254,28 @@ def test_content_names_a_picture_not_its_wrapper(processor: PrunedProcessor) -> 
     hashes = [run(processor, [image], request_kwargs()[0])[2][0] for image in forged]
     assert hashes[0] != hashes[1]
     assert run(processor, [scene()], request_kwargs()[0])[2][0] == hashes[0]
+
+
+def test_a_trusted_id_may_be_any_text(processor: PrunedProcessor) -> None:
+    """It names the picture's key, from which a method's randomness comes too."""
+    built = config(DEMO_MODEL, policy={"trust_image_ids": True, "prune_layer": None}, dtype="float32")
+    trusting: Any = MULTIMODAL_REGISTRY.create_processor(built.model_config)
+    hashes = []
+    for name, fields in [
+        ("holiday-photo-17", {"aggressiveness": 0.5}),
+        ("holiday-photo-17", {"keep_ratio": 0.25, "method": "random"}),
+        ("ein Ausflug", {"keep_ratio": 0.25, "method": "random"}),
+    ]:
+        result = trusting(
+            prompt_about([scene()]),
+            trusting.info.parse_mm_data({"image": [scene()]}),
+            {"image": [name]},
+            request_kwargs(**fields)[0],  # type: ignore[arg-type]
+        )
+        (item,), (place,) = result["mm_kwargs"]["image"], result["mm_placeholders"]["image"]
+        assert item["image_embeds"].data.shape[0] == place.length < 144
+        hashes.append(result["mm_hashes"]["image"][0])
+    assert len(set(hashes)) == 3
 
 
 def test_dummy_images_count_unpruned_and_load_no_tower(processor: PrunedProcessor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ from vllm_vtprune.families.fixed_tower import (
     patch_grid,
     tower_outputs,
 )
+from vllm_vtprune.vision.captured import Graphs
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class AnyRes(Family):
         "multi_modal_projector.": "projector.",
         "image_newline": "image_newline",
     }
+    captures = True
     projector: ClassVar[type[nn.Module]]
     #: Tiles' worth of patches above which the large picture is shrunk; None: never.
     most_tiles: int | None = None
@@ -136,6 +138,12 @@ class AnyRes(Family):
         modules = nn.ModuleDict({"tower": build_tower(self.config), "projector": self.projector(self.config)})
         modules.image_newline = nn.Parameter(torch.zeros(self.config.get_text_config().hidden_size))
         return modules
+
+    def warm_up(
+        self, modules: Any, like: Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
+    ) -> None:
+        """Capture or trace the tower."""
+        self._fixed.prepare(modules["tower"], like, sets, graphs)
 
     def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
         """All tiles of all images in one pass."""

@@ -13,13 +13,15 @@ own, such as a newline after each row of patches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from vllm_vtprune.selection.scores import SCORE_NEEDS
+from vllm_vtprune.vision.captured import Graphs
 
 #: Optional outputs of a tower (fields of `selection.VisionFeatures`) that cost extra work.
 OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
@@ -134,6 +136,8 @@ class Family(ABC):
             that fits counts, after a leading "model." was taken off.
         adds_tokens: whether a method may add tokens of its own. Not where places have coordinates.
         clip_units: whether a unit is a hidden state of a CLIP tower, which CLIP's own projection takes.
+        captures: whether its passes can be captured as CUDA graphs: not where a pass has as many patches as
+            its pictures have, or its Python reads the device.
     """
 
     outputs: frozenset[str] = frozenset({"received"})
@@ -142,6 +146,7 @@ class Family(ABC):
     prefixes: ClassVar[Mapping[str, str]]
     adds_tokens: ClassVar[bool] = False
     clip_units: bool = False
+    captures: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -184,8 +189,22 @@ class Family(ABC):
         """T of every image; None where it depends on the image."""
         return None
 
-    def warm_up(self, modules: Any, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
-        """What need not wait for the first image."""
+    def warm_up(  # noqa: B027
+        self, modules: Any, like: Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
+    ) -> None:
+        """What need not wait for the first image; in inference mode.
+
+        Args:
+            modules: as in `encode`.
+            like: any tensor on their device and in their dtype.
+            sets: the sets of optional outputs that most requests want.
+            graphs: how passes are captured; None: not, as always where `captures` is false.
+        """
+
+    def usual_outputs(self) -> list[frozenset[str]]:
+        """The sets of optional outputs that requests want which name no score and no method."""
+        score = SCORE_NEEDS[self.default_score] & OPTIONAL_OUTPUTS
+        return [frozenset(), score] if score else [frozenset()]
 
     def embed_width(self) -> int:
         """E, what the engine is given per place."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP and SigLIP towers: square pictures of one size, traced, with the attention they do not return.
+"""CLIP and SigLIP towers: square pictures of one size, with the attention that they do not return.
 
 The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's own LLaVA does
 (`vllm.model_executor.models.llava.init_vision_tower_for_llava`).
@@ -7,6 +7,7 @@ The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from vllm_vtprune.errors import CheckpointError
-from vllm_vtprune.vision.tower_pass import TowerPass, tower_pass
+from vllm_vtprune.vision.captured import Graphs
+from vllm_vtprune.vision.tower_pass import TowerPasses
 
 
 def tower_config(config: Any) -> CLIPVisionConfig | SiglipVisionConfig:
@@ -101,12 +103,27 @@ def build_tower(config: Any) -> CLIPVisionModel | SiglipVisionModel:
 
 
 class FixedTower:
-    """Runs a tower whose pictures all have one size; one pass at a time, as `tower_pass` asks."""
+    """Runs a tower whose pictures all have one size; one pass at a time, as `TowerPasses` asks."""
 
     def __init__(self, config: Any) -> None:
-        self._heads = tower_config(config).num_attention_heads
+        vision = tower_config(config)
+        self._heads = vision.num_attention_heads
+        self._size = vision.image_size
         self._first = int(has_cls(config))
-        self._passes: dict[bool, TowerPass] = {}
+        self._passes: TowerPasses | None = None
+
+    def prepare(
+        self, tower: nn.Module, like: Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
+    ) -> None:
+        """Make the passes for some sets of optional outputs.
+
+        Args:
+            tower: the one that `run` will be given.
+            like: any tensor on its device and in its dtype.
+            sets: of `OPTIONAL_OUTPUTS`.
+            graphs: how to capture them; None: not.
+        """
+        self._of(tower).prepare(like.new_zeros((1, 3, self._size, self._size)), sets, graphs)
 
     def run(
         self, tower: nn.Module, pixel_values: Tensor, outputs: frozenset[str]
@@ -118,37 +135,58 @@ class FixedTower:
             pixel_values: [B, 3, H, W].
             outputs: of `OPTIONAL_OUTPUTS`.
         """
-        wanted = bool(outputs)
-        if wanted not in self._passes:
-            self._passes[wanted] = tower_pass(tower, pixel_values[:1], projections=wanted)
-        hidden, *projections = self._passes[wanted](pixel_values)
-        queries, keys = projections[::2], projections[1::2]
-        extra: dict[str, Tensor] = {}
-        if "keys" in outputs:
-            extra["keys"] = keys[-1][:, self._first :]
-        if "cls_attention" in outputs:
-            extra["cls_attention"] = self._attentions(queries, keys, cls_only=True)
-        if "received" in outputs:
-            extra["received"] = self._attentions(queries, keys, cls_only=False)
-        return hidden, extra
+        hidden, *extra = self._of(tower)(pixel_values, outputs)
+        return hidden, dict(zip(sorted(outputs), extra, strict=True))
 
-    def _attentions(self, queries: list[Tensor], keys: list[Tensor], *, cls_only: bool) -> Tensor:
-        """[B, L, N]: attention each patch gets in each layer.
+    def _of(self, tower: nn.Module) -> TowerPasses:
+        if self._passes is None:
+            self._passes = TowerPasses(lambda outputs: lambda pixels: self._pass(tower, outputs, pixels))
+        return self._passes
 
-        Recomputed in float32 from each layer's projections, [B, N, D] and CLS: flash and SDPA kernels give no
-        weights, and one extra softmax row per head is cheap.
+    def _pass(self, tower: nn.Module, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, and the optional outputs in the order of their names.
+
+        A layer's attention is recomputed in float32 as soon as its projections, [B, N, D] and CLS, are there:
+        flash and SDPA kernels give no weights, and all layers' projections together take more memory than
+        the pass.
         """
-        layers = zip(queries, keys, strict=True)
-        rows = [_attention(q.float(), k.float(), self._heads, cls_only=cls_only) for q, k in layers]
-        return torch.stack(rows, dim=1)[:, :, self._first :]
+        encoder: Any = tower.encoder  # type: ignore[attr-defined]
+        attentions = [layer.self_attn for layer in encoder.layers]
+        rows: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        queries: list[Tensor] = []
+
+        def read(module: object, _args: object, keys: Tensor) -> None:
+            (query,) = queries
+            queries.clear()
+            for name in outputs & {"cls_attention", "received"}:
+                first_only = name == "cls_attention"
+                rows[name].append(_attention(query.float(), keys.float(), self._heads, cls_only=first_only))
+            if "keys" in outputs:
+                rows["keys"] = [keys]
+
+        handles = []
+        if outputs:
+            for attention in attentions:
+                # transformers projects the queries first
+                handles.append(attention.q_proj.register_forward_hook(lambda _m, _a, q: queries.append(q)))
+                handles.append(attention.k_proj.register_forward_hook(read))
+        try:
+            hidden = tower(pixel_values).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        extra = {
+            name: found[0][:, self._first :] if name == "keys" else torch.stack(found, 1)[:, :, self._first :]
+            for name, found in rows.items()
+        }
+        return (hidden, *(extra[name] for name in sorted(extra)))
 
 
 def _attention(queries: Tensor, keys: Tensor, heads: int, *, cls_only: bool) -> Tensor:
-    """[B, N]: attention each token gets, mean over heads, from the first or from all queries."""
+    """[B, N]: attention each token gets, mean over heads, from the first or from all queries, [B, N, D]."""
     if cls_only:
         queries = queries[:, :1]
-    batch, tokens, width = keys.shape
-    queries = queries.view(batch, -1, heads, width // heads).transpose(1, 2)
-    keys = keys.view(batch, tokens, heads, width // heads).transpose(1, 2)
-    weights = torch.softmax(queries @ keys.transpose(-1, -2) * (width // heads) ** -0.5, dim=-1)
+    queries, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, keys))
+    size = int(keys.shape[-1])
+    weights = torch.softmax(queries @ keys.transpose(-1, -2) * size**-0.5, dim=-1)
     return weights.mean((1, 2))

@@ -8,7 +8,7 @@ to say what matters: the score is the attention that units receive.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,8 @@ from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.families.llava import with_added
 from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.captured import Graphs
+from vllm_vtprune.vision.tower_pass import TowerPasses
 
 
 class InternVL(Family):
@@ -35,6 +37,7 @@ class InternVL(Family):
         "multi_modal_projector.": "projector.",
     }
     adds_tokens = True
+    captures = True
     #: The image processor's output with an image's tiles, [tiles, 3, H, W].
     pixels: ClassVar[str] = "pixel_values"
 
@@ -56,24 +59,45 @@ class InternVL(Family):
                 "supports InternVL with -1 and 'default', as it is published."
             )
         self._side, self._factor = rows, factor
+        self._passes: TowerPasses | None = None
 
     def build(self) -> nn.Module:
         """`tower` and `projector`."""
         tower = InternVLVisionModel._from_config(self.config.vision_config, attn_implementation=READABLE)
         return nn.ModuleDict({"tower": tower, "projector": InternVLMultiModalProjector(self.config)})
 
+    def warm_up(
+        self, modules: Any, like: Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
+    ) -> None:
+        """Capture the tower."""
+        rows, columns = self.config.vision_config.image_size
+        self._of(modules["tower"]).prepare(like.new_zeros((1, 3, rows, columns)), sets, graphs)
+
+    def _of(self, tower: Any) -> TowerPasses:
+        if self._passes is None:
+            # untraced: attention is read in parts of the batch's size (`received_attention`)
+            self._passes = TowerPasses(
+                lambda outputs: lambda pixels: self._pass(tower, outputs, pixels), traced=False
+            )
+        return self._passes
+
+    def _pass(self, tower: Any, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Units [tiles, units, 4 * hidden], and the attention they receive [tiles, units, L] where wanted."""
+        wanted = quarters(len(tower.encoder.layer)) if "received" in outputs else []
+        with reading(tower.encoder.layer[layer].attention for layer in wanted) as seen:
+            hidden = tower(pixel_values).last_hidden_state
+        units = self._shuffled(hidden[:, 1:])
+        if not wanted:
+            return (units,)
+        scores = torch.stack([calls[0][:, 1:] for calls in seen], dim=-1)  # [tiles, P, L]
+        return units, self._shuffled(scores).unflatten(-1, (-1, len(wanted))).mean(-2)
+
     def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
         """All tiles of all images in one pass."""
         counts = [item.inputs[self.pixels].shape[0] for item in items]
-        tower = modules["tower"]
-        wanted = quarters(len(tower.encoder.layer)) if "received" in outputs else []
-        with reading(tower.encoder.layer[layer].attention for layer in wanted) as seen:
-            hidden = tower(torch.cat([item.inputs[self.pixels] for item in items])).last_hidden_state
-        units = self._shuffled(hidden[:, 1:])
-        received: Tensor | None = None
-        if wanted:
-            scores = torch.stack([calls[0][:, 1:] for calls in seen], dim=-1)  # [tiles, P, L]
-            received = self._shuffled(scores).unflatten(-1, (-1, len(wanted))).mean(-2)  # [tiles, units, L]
+        pixels = torch.cat([item.inputs[self.pixels] for item in items])
+        units, *scores = self._of(modules["tower"])(pixels, outputs & {"received"})
+        received = scores[0] if scores else None
         side, start, found = self._side // self._factor, 0, []
         for count in counts:
             tiles = slice(start, start + count)

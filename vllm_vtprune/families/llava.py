@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from vllm_vtprune.families.fixed_tower import (
     patch_grid,
     tower_outputs,
 )
+from vllm_vtprune.vision.captured import Graphs
 from vllm_vtprune.vision.crop import bounded, crop_of
 
 
@@ -33,6 +34,7 @@ class Llava(Family):
         "multi_modal_projector.": "projector.",
     }
     adds_tokens = True
+    captures = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -54,12 +56,11 @@ class Llava(Family):
             {"tower": build_tower(self.config), "projector": LlavaMultiModalProjector(self.config)}
         )
 
-    def warm_up(self, modules: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Trace the tower."""
-        size = self.config.vision_config.image_size
-        self._fixed.run(
-            modules["tower"], torch.zeros((1, 3, size, size), device=device, dtype=dtype), frozenset()
-        )
+    def warm_up(
+        self, modules: Any, like: torch.Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
+    ) -> None:
+        """Capture or trace the tower."""
+        self._fixed.prepare(modules["tower"], like, sets, graphs)
 
     def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
         """All images in one pass."""

@@ -141,6 +141,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             (f"vllm.model_executor.models.{model}.forward", "replace", "the decoder's class is ours")
             for model in ("llama:LlamaModel", "qwen2:Qwen2Model", "qwen3_moe:Qwen3MoeModel")
         ),
+        (
+            "vllm.v1.worker.gpu.cudagraph_utils:has_compiled_submodule",
+            "order",
+            "finds compiled bands among the model's modules",
+        ),
     ],
     "vllm_vtprune/vision/processor.py": [
         (_PROCESSOR + "_cached_apply_hf_processor", "order", "uses the cache unless an item passes through"),

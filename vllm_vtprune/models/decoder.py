@@ -114,7 +114,7 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
         """The decoder vLLM built; what `split` gave it is in the attributes below."""
 
         kv_drop: KVDropBands
-        bands: tuple[nn.Module, ...]
+        bands: nn.ModuleList
         borders: tuple[Border, ...]
         buffers: Buffers
         limits: dict[str, int]
@@ -251,7 +251,10 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
         names = [attention.layer_name for attention in attentions[first:last]]
         borders.append(Border(relevance, relevance.queries(drop.window), recorder, names))
     graphs = device.type == "cuda" and compilation.cudagraph_mode != CUDAGraphMode.NONE
-    model.kv_drop, model.bands, model.borders = state, tuple(bands), tuple(borders)
+    model.kv_drop, model.borders = state, tuple(borders)
+    # children, since vLLM looks for compiled ones (`has_compiled_submodule` in
+    # `vllm.v1.worker.gpu.cudagraph_utils`); they have none of their own, so no weight gets a second name
+    model.bands = nn.ModuleList(bands)
     model.buffers = Buffers(max_tokens, device, graphs)
     model.limits = {
         "rows": max_tokens,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput
 from vllm_vtprune.families.registry import family_of
+from vllm_vtprune.vision.captured import CudaGraphs, Graphs, Record
 from vllm_vtprune.vision.checkpoint import load_vision_weights, refuse_missing_parts
-from vllm_vtprune.vision.transfer import to_device
+from vllm_vtprune.vision.transfer import to_device, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class VisionEncoder:
         revision: str | None = None,
         download_dir: str | None = None,
         dummy: bool = False,
+        graphs: int = 0,
+        record: Record | None = None,
     ) -> VisionEncoder:
         """Build the encoder from the same checkpoint as the engine.
 
@@ -62,6 +65,9 @@ class VisionEncoder:
             revision: of a hub id.
             download_dir: cache folder of the hub client.
             dummy: random weights, for vLLM's `--load-format dummy`.
+            graphs: the largest batch whose passes are captured as CUDA graphs, where the device has such; 0:
+                none are.
+            record: captures, in place of CUDA.
 
         Raises:
             CheckpointError: a model that is not pruned; weights are missing or have other shapes than the
@@ -75,8 +81,15 @@ class VisionEncoder:
             _assign(modules, family.arrange(weights), family, model)
         logger.info("vtprune: vision tower and projector on %s, %s", device, dtype)
         encoder = VisionEncoder(family, modules, device, dtype)
+        if record is None and device.type == "cuda":
+            record = CudaGraphs()
+        captured = Graphs(graphs, record) if graphs and record is not None else None
+        if captured is not None and not family.captures:
+            logger.info("vtprune: the vision tower runs without CUDA graphs: its pictures differ in size.")
+            captured = None
         with torch.inference_mode():
-            family.warm_up(encoder.modules, device, dtype)
+            like = torch.empty(0, device=device, dtype=dtype)
+            family.warm_up(encoder.modules, like, family.usual_outputs(), captured)
         return encoder
 
     @torch.inference_mode()
@@ -97,7 +110,7 @@ class VisionEncoder:
             encoded = self.family.encode(self.modules, to_device(items, self.device, self.dtype), outputs)
             if self.device.type == "cuda":
                 # the caller wants the outputs and not their launch, and its seconds those of the pass
-                torch.cuda.current_stream(self.device).synchronize()
+                wait_for(self.device)
         for output in encoded:
             if sum(view.grid[0] * view.grid[1] for view in output.views) != output.patches.shape[0]:
                 raise ValueError("the tower's views do not hold as many units as it computed")

@@ -83,6 +83,7 @@ def place_tower(
         bytes_per_value=dtype.itemsize,
         # with a shared tower, selection is the API processes' and on the CPU
         threads=1 if policy.shares_tower else 2,
+        graphs=policy.encoder_graphs,
         cache_bytes=int(policy.feature_cache_gb * GIB) if policy.feature_cache_on == "device" else 0,
     )
     # with kv_cache_memory_bytes the operator counts the memory by hand, and vLLM would take it off that

@@ -47,7 +47,10 @@ class TowerShape:
         largest_image: patches of the largest picture.
         output: values that the cache holds for a patch.
         embedding: values that the engine is given for a patch.
-        keeps_projections: the pass holds each layer's queries and keys until it ends (`vision.tower_pass`).
+        whole_matrix: attention is read from a layer's whole matrix (`families.fixed_tower`), and not in parts
+            of it (`vision.attention`).
+        captures: its passes can be captured as CUDA graphs.
+        reads: a pass that requests usually want reads attention.
     """
 
     parameters: int
@@ -60,7 +63,9 @@ class TowerShape:
     largest_image: int
     output: int
     embedding: int
-    keeps_projections: bool
+    whole_matrix: bool
+    captures: bool
+    reads: bool
 
     @staticmethod
     def of(family: Family, image_pixels: int | None = None) -> TowerShape:
@@ -98,7 +103,9 @@ class TowerShape:
             largest_image=largest,
             output=max(hidden, embedding),
             embedding=embedding,
-            keeps_projections=isinstance(vision, CLIPVisionConfig | SiglipVisionConfig),
+            whole_matrix=isinstance(vision, CLIPVisionConfig | SiglipVisionConfig),
+            captures=family.captures,
+            reads=any(family.usual_outputs()),
         )
 
     def pass_patches(self, batch: int) -> int:
@@ -114,20 +121,32 @@ class TowerShape:
         An upper bound: every optional output wanted, and nothing dropped. Not in it: methods that compare
         every unit with every other, which take another 8 bytes x units^2 of a picture for themselves.
         """
-        patches, b = self.pass_patches(batch), bytes_per_value
+        return self._peak(self.pass_patches(batch), bytes_per_value, reads=True)
+
+    def graph_bytes(self, batch: int, bytes_per_value: int) -> int:
+        """Bytes that captured passes hold for good (`vision.captured`): a pool, the input and the results.
+
+        The pool is the largest graph's; the others are captured into the same memory, and no other pass can
+        use it. 0 for a tower that is not captured, or without a batch.
+        """
+        if not self.captures or not batch:
+            return 0
+        patches, b = batch * self.view_patches, bytes_per_value
+        held = patches * 2 * self.hidden * b * (1 + self.reads)
+        return self._peak(patches, b, reads=self.reads) + int(_ALLOCATOR * held) + WORKSPACE_BYTES
+
+    def _peak(self, patches: int, b: int, *, reads: bool) -> int:
         # residual and normed states, then either queries, keys and values with their rotated copies (float32)
         # and the result, or the feed-forward layer's gate, values and product
         layer = max(6 * self.hidden * b + 8 * self.hidden, 2 * self.hidden * b + 3 * self.intermediate * b)
-        projections = 2 * self.layers * self.hidden * b if self.keeps_projections else 0
         # a layer's queries and keys in float32, and its matrix, scaled and softmaxed
         views = -(-patches // self.view_patches)
         matrix = views * self.heads * self.view_patches**2
-        matrix = matrix if self.keeps_projections else min(matrix, _ATTENTION_ELEMENTS)
-        reading = 8 * self.hidden * patches + 2 * 4 * matrix
+        matrix = matrix if self.whole_matrix else min(matrix, _ATTENTION_ELEMENTS)
+        reading = 8 * self.hidden * patches + 2 * 4 * matrix if reads else 0
         results = (self.output + self.embedding) * b
         pixels = self.hidden * b  # a patch's pixels are fewer than its states
-        peak = patches * (layer + projections + results + pixels) + reading
-        return int(_ALLOCATOR * peak)
+        return int(_ALLOCATOR * (patches * (layer + results + pixels) + reading))
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ class TowerMemory:
         weights: of each, tower and projector.
         workspaces: of each, for the threads that compute.
         largest_pass: of each.
+        graphs: of each, captured passes; 0 where none are.
         cache: of each, tower outputs kept on the device; 0 where they are kept on the host.
     """
 
@@ -148,12 +168,13 @@ class TowerMemory:
     weights: int
     workspaces: int
     largest_pass: int
+    graphs: int
     cache: int
 
     @property
     def per_process(self) -> int:
         """Bytes of one process."""
-        return self.context + self.weights + self.workspaces + self.largest_pass + self.cache
+        return self.context + self.weights + self.workspaces + self.largest_pass + self.graphs + self.cache
 
     @property
     def total(self) -> int:
@@ -166,6 +187,7 @@ class TowerMemory:
             "weights": self.weights,
             "workspaces": self.workspaces,
             "largest pass": self.largest_pass,
+            "graphs": self.graphs,
             "cache": self.cache,
         }
         named = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -180,6 +202,7 @@ def tower_memory(
     bytes_per_value: int,
     cache_bytes: int = 0,
     threads: int = 2,
+    graphs: bool = True,
 ) -> TowerMemory:
     """What the towers on one device take.
 
@@ -190,6 +213,7 @@ def tower_memory(
         bytes_per_value: of the tower's precision.
         cache_bytes: of each process's cache on the device.
         threads: that compute on the device: the tower's, and vLLM's of the processor, which selects.
+        graphs: passes are captured as CUDA graphs, where they can be.
     """
     return TowerMemory(
         processes=processes,
@@ -197,6 +221,7 @@ def tower_memory(
         weights=shape.parameters * bytes_per_value,
         workspaces=threads * WORKSPACE_BYTES,
         largest_pass=shape.pass_bytes(batch, bytes_per_value),
+        graphs=shape.graph_bytes(batch if graphs else 0, bytes_per_value),
         cache=cache_bytes,
     )
 

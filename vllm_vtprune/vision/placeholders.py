@@ -68,11 +68,13 @@ def thin(details: PromptUpdateDetails, kept: Tensor, advance: int | None = None)
         raise ValueError(
             f"a mask of {len(kept)} does not fit {int(embed.sum())} places, or keeps none of them"
         )
-    stays = ~embed
-    stays[embed] = kept
     # fixed here, since the base's may look at where a token stands
-    mask = embed[stays]
-    full = [token for token, stay in zip(details.full, stays.tolist(), strict=True) if stay]
+    mask, full = embed, list(details.full)
+    if not bool(kept.all()):
+        stays = ~embed
+        stays[embed] = kept
+        mask = embed[stays]
+        full = [token for token, stay in zip(full, stays.tolist(), strict=True) if stay]
     gap = 0 if advance is None else max(0, advance - len(full))
     return ThinnedDetails(full, None if details.is_embed is None else lambda _: mask, len(kept), gap)
 

@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
@@ -346,7 +346,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         images = [Image.new("RGB", (224, 224), "gray")]
         self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
 
-    @property
+    @cached_property
     def vision(self) -> VisionService | SharedTower:
         """The process's tower, or its access to a shared one; loaded on first use."""
         return vision_service(self.info.ctx.model_config)
@@ -388,8 +388,11 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
         dtype = cast(torch.dtype, model_config.dtype)
         given = [e for e, _ in projected]
-        # copies: a view would keep the whole request's embeddings for as long as one image is cached
-        embeddings = [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype)
+        # in memory of their own: a view would keep the whole request's for as long as one image is cached
+        cached = [kept.output.patches for kept in images]
+        embeddings = (
+            [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype, lent=cached)
+        )
         places = to_host([p for _, p in projected])
         masks = [_mask(kept.output.places, where) for kept, where in zip(images, places, strict=True)]
         return _by_name([kept.output.on_host for kept in images], embeddings, masks)
@@ -412,24 +415,31 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     def _items(self, images: list[Any], kwargs: Mapping[str, object]) -> list[Item]:
         """Per image the fields that the model's own class would be given, and its places.
 
-        All of it is the base class's: its preprocessing, its fields and its prompt update.
+        All of it is the base class's: its preprocessing, its fields and, where pictures differ, its prompt
+        update. `thin` compares the places with that again.
         """
         image_processor = getattr(self.info.get_hf_processor(**kwargs), "image_processor", None)
         looked_at = [
             self.family.bounded(image, image_processor) if isinstance(image, Image.Image) else image
             for image in images
         ]
-        mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
+        if all(map(_upright, looked_at)):
+            # as the parser would give it, less a copy of each picture (`ImageOps.exif_transpose`)
+            mm_items = MultiModalDataItems({"image": ImageProcessorItems(looked_at)})
+        else:
+            mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
         data = super()._apply_hf_processor_main(mm_items, kwargs)
         fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
         base = MultiModalKwargsItems.from_hf_inputs(data, fields)
-        updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
-        (update,) = (u for u in updates if u.modality == "image")
+        places = self.family.places()
+        if places is None:
+            updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
+            (update,) = (u for u in updates if u.modality == "image")
         items = []
         for i, item in enumerate(base["image"]):
             inputs = {name: torch.as_tensor(value) for name, value in item.get_data().items()}
             on_host = {name: value for name, value in inputs.items() if item[name].field.keep_on_cpu}
-            items.append(Item(inputs, on_host, places_of(update, i)))
+            items.append(Item(inputs, on_host, places_of(update, i) if places is None else places))
         return items
 
 
@@ -449,6 +459,15 @@ def _raw_images(items: MultiModalDataItems) -> list[Any]:
     """The decoded images; empty for text-only prompts and for embeddings given by the caller."""
     images = items.get("image")
     return list(images.get_all()) if isinstance(images, ImageProcessorItems) else []
+
+
+def _upright(image: Any) -> bool:
+    """Whether vLLM's parser (`MultiModalDataParser._parse_image_data`) leaves its pixels as they are."""
+    return (
+        isinstance(image, Image.Image)
+        and image.mode == "RGB"
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
 
 
 def _mask(places: int, kept: Tensor) -> Tensor:

@@ -205,8 +205,7 @@ class VisionService:
                 batch = self._next_batch()
             try:
                 self._tell_waiting(-len(batch))
-                with _torch_threads(self._threads_for(batch)):
-                    self._computed(self._run_batch, batch)
+                self._computed(self._run_batch, batch)
             finally:
                 with self._pass_done:
                     self._running = False
@@ -231,9 +230,15 @@ class VisionService:
     def _threads_for(self, batch: list[_Job]) -> int:
         if self._threads:
             return self._threads
+        if self.encoder.device.type != "cpu":
+            return 1  # what is left for the CPU is copying
         return _TORCH_THREADS if sum(self.encoder.work(j.item) for j in batch) >= _WORK_FOR_THREADS else 1
 
     def _run_batch(self, batch: list[_Job]) -> None:
+        with _torch_threads(self._threads_for(batch)):
+            self._run_pass(batch)
+
+    def _run_pass(self, batch: list[_Job]) -> None:
         started = time.perf_counter()
         try:
             wanted = frozenset[str]().union(*(job.outputs for job in batch))
@@ -381,6 +386,7 @@ def vision_service(model_config: ModelConfig) -> VisionService | SharedTower:
                     "revision": model_config.revision,
                     "download_dir": context.download_dir,
                     "dummy": context.dummy_weights,
+                    "graphs": policy.encoder_batch if policy.encoder_graphs else 0,
                 },
                 cache_bytes=int(policy.feature_cache_gb * 2**30),
                 cache_on_host=policy.feature_cache_on == "host",

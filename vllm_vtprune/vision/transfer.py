@@ -9,7 +9,7 @@ surviving image would keep the memory of all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,22 +37,38 @@ def to_device(items: Sequence[Item], device: torch.device, dtype: torch.dtype) -
     return [dataclasses.replace(item, inputs={k: cast(next(moved)) for k in item.inputs}) for item in items]
 
 
-def to_host(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Copies on the host, each in memory of its own, by one transfer.
+def to_host(
+    tensors: Sequence[Tensor], dtype: torch.dtype | None = None, *, lent: Collection[Tensor] = ()
+) -> list[Tensor]:
+    """The tensors on the host, each in memory of its own, by one transfer.
+
+    What lies on the host, has that type and is alone in its memory is given as it is.
 
     Args:
         tensors: of one dtype and device, alike in all but their first dimension.
-        dtype: of the copies; None: as they are.
+        dtype: of the results; None: as they are.
+        lent: others' tensors, in whose memory no result may lie.
     """
     if not tensors:
         return []
     if tensors[0].device.type != "cuda":
-        return [tensor.to("cpu", dtype or tensor.dtype, copy=True) for tensor in tensors]
-    batch = torch.cat(list(tensors)).to(dtype or tensors[0].dtype)
+        others = {tensor.untyped_storage().data_ptr() for tensor in lent}
+        return [_own(tensor.to("cpu", dtype or tensor.dtype), others) for tensor in tensors]
+    batch = (torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]).to(dtype or tensors[0].dtype)
     staged = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
     staged.copy_(batch, non_blocking=True)
-    torch.cuda.current_stream(batch.device).synchronize()
+    wait_for(batch.device)
     return [part.clone() for part in staged.split([tensor.shape[0] for tensor in tensors])]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what this thread had it do.
+
+    By an event that sleeps: a stream's own `synchronize` keeps a core busy for as long as the GPU works.
+    """
+    done = torch.cuda.Event(blocking=True)
+    done.record(torch.cuda.current_stream(device))
+    done.synchronize()
 
 
 def outputs_on_host(outputs: Sequence[TowerOutput], *, pinned: bool) -> list[TowerOutput]:
@@ -65,7 +81,7 @@ def outputs_on_host(outputs: Sequence[TowerOutput], *, pinned: bool) -> list[Tow
     copies = [_host_copy(output, pinned) for output in outputs]
     device = outputs[0].patches.device if outputs else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        wait_for(device)
     return copies
 
 
@@ -82,6 +98,12 @@ def output_on(output: TowerOutput, device: torch.device) -> TowerOutput:
 def held_bytes(output: TowerOutput, *, pinned: bool) -> int:
     """Bytes that an output takes in a cache: torch gives pinned memory in powers of two."""
     return 1 << (output.nbytes - 1).bit_length() if pinned and output.nbytes else output.nbytes
+
+
+def _own(tensor: Tensor, others: Collection[int]) -> Tensor:
+    storage = tensor.untyped_storage()
+    alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in others
+    return tensor if alone else tensor.clone()
 
 
 def _host_copy(output: TowerOutput, pinned: bool) -> TowerOutput:
