@@ -141,7 +141,7 @@ def touched(cache: torch.Tensor, blocks: list[int], engine: Engine) -> int:
     """Values of some blocks that are not as they were filled."""
     count = engine.scheduler.kv_cache_config.num_blocks
     (dim,) = (d for d, size in enumerate(cache.shape) if size == count)
-    return int((cache.index_select(dim, torch.tensor(blocks)) != UNTOUCHED).sum())
+    return int((cache.index_select(dim, torch.tensor(blocks, device=cache.device)) != UNTOUCHED).sum())
 
 
 def reset_then_abort(engine: Engine) -> dict[str, Any]:

@@ -21,6 +21,16 @@ def linear_gate(direction: torch.Tensor) -> Gate:
     return Gate(torch.stack([direction, -direction]), torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
 
 
+def halving_gate(states: torch.Tensor) -> Gate:
+    """A gate that lets tokens leave for half of some states, [n, 2 * hidden], by what sets them apart."""
+    mean = states.mean(0)
+    direction = torch.linalg.svd(states - mean, full_matrices=False).Vh[0]
+    # it has no threshold of its own: half way between the two in the middle, by what all have in common
+    low, high = (states @ direction).sort().values[len(states) // 2 - 1 : len(states) // 2 + 1]
+    direction = direction - mean * (low + high) / 2 / (mean @ mean)
+    return linear_gate(4 * direction / (states @ direction).abs().max())
+
+
 def write_gate(
     checkpoint: Path,
     prune_layers: int | tuple[PruneLayer, ...],
@@ -28,17 +38,11 @@ def write_gate(
     layer: int,
     requests: Sequence[Request],
 ) -> Path:
-    """Write a gate at a layer that halves the requests, by what tells their states apart most."""
+    """Write a gate at a layer that halves the requests."""
     reference = Reference(checkpoint, prune_layers, relevance=relevance)
     states = torch.stack([reference.gate_states(request, layer) for request in requests])
-    mean = states.mean(0)
-    direction = torch.linalg.svd(states - mean, full_matrices=False).Vh[0]
-    # it has no threshold of its own: half way between the two in the middle, by what all have in common
-    low, high = (states @ direction).sort().values[len(states) // 2 - 1 : len(states) // 2 + 1]
-    direction = direction - mean * (low + high) / 2 / (mean @ mean)
-    direction *= 4 / (states @ direction).abs().max()
     config = reference.model.config.text_config
     facts = GateFacts(layer, config.num_hidden_layers, config.hidden_size, fingerprint(str(checkpoint)))
     path = checkpoint / FILE
-    save(path, linear_gate(direction), facts, {}, torch.float32)
+    save(path, halving_gate(states), facts, {}, torch.float32)
     return path
