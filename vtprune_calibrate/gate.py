@@ -98,12 +98,13 @@ def gated_rows(
         leaving = (PruneLayer(layer, 0.0, "vision"),)
         network = make_gate(learnt.shape[-1] // 2)
         gate = train(network, learnt[at], torch.from_numpy(_survives(search, leaving)))
-        found.append((_judged(confirm, costs, layer, fires(gate, judged[at])), gate))
+        work = 2 * (gate.below.numel() + gate.above.numel())
+        found.append((_judged(confirm, costs, layer, fires(gate, judged[at]), work), gate))
     return found
 
 
-def _judged(trials: Trials, costs: Costs, layer: int, fired: NDArray[np.bool_]) -> Row:
-    """A gate's row, with what its cost would buy otherwise.
+def _judged(trials: Trials, costs: Costs, layer: int, fired: NDArray[np.bool_], work: int) -> Row:
+    """A gate's row, with what its cost would buy otherwise; `work` are its own operations on a prompt.
 
     `versus` holds the differences to the unpruned model; to always leaving; to a gate that fires as often,
     but by chance (its mean); and to one share of every prompt's visual tokens kept above the same prune
@@ -124,15 +125,18 @@ def _judged(trials: Trials, costs: Costs, layer: int, fired: NDArray[np.bool_]) 
         others["share"] = trials.right((PruneLayer(layer, round(1 - rate, 3), "vision"),))
     share = trials.cost(leaving, costs)
     paid = {
-        name: round(1 - rate * (1 - getattr(share, name) / getattr(costs.whole, name)), 4)
+        name: 1 - rate * (1 - getattr(share, name) / getattr(costs.whole, name))
         for name in ("flops", "kv_bytes")
     }
+    own = work / costs.whole.flops
+    paid["flops"] += own
     return {
         "layer": layer,
         "survives": float(survives.mean()),
         "fires": rate,
         "right_of_fired": _mean(survives[fired]),
-        **paid,
+        **{name: round(cost, 4) for name, cost in paid.items()},
+        "own_flops": round(own, 5),
         "accuracy": statistics.share(right, owners).as_dict(),
         "versus": {
             name: statistics.difference(right, other, owners).as_dict() for name, other in others.items()
