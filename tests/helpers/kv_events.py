@@ -72,16 +72,25 @@ def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
 def reset_while_running(
     engine: Engine, requests: Sequence[Request] | None = None, steps: Sequence[int] = (6, 15)
 ) -> dict[str, Any]:
-    """The prefix cache is reset under running requests: each is preempted and resumes in the same step."""
+    """The prefix cache is reset under running requests: each is preempted and resumes in the same step.
+
+    `undecided` is how many were preempted while the scheduler had not heard yet what a gate decided on them.
+    """
+    undecided = 0
 
     def reset(step: int) -> None:
+        nonlocal undecided
         if step in steps:
+            plans, running = engine.scheduler.prompt_plans, engine.scheduler.running
+            gates = [plans[r.request_id].gate for r in running if r.request_id in plans]
+            undecided += sum(gate is not None for gate in gates)
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
     before = engine.metric("vllm:num_preemptions")
     answers = engine.drive({f"reset-{i}": r for i, r in enumerate(requests or resettable())}, reset)
     return {
         "answers": list(answers[f"reset-{i}"] for i in range(len(answers))),
+        "undecided": undecided,
         "preemptions": engine.metric("vllm:num_preemptions") - before,
         **leftovers(engine),
     }

@@ -141,7 +141,9 @@ def test_a_preempted_request_keeps_the_gates_decision(runs: Runs, runner: str, v
 @on("bands_preemption")
 def test_a_reset_with_a_decision_in_flight(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     found = runs("bands_preemption", runner)["gated_reset"]
-    assert found["preemptions"] >= 10 and found["plans_left"] == 0
+    assert found["preemptions"] >= 5 and found["plans_left"] == 0
+    # without asynchronous scheduling a step's decisions are known once it is done
+    assert (found["undecided"] >= 2) is runner.endswith("async")
     check(verdicts, "bands_preemption", runner, gate_crowd(), found["answers"], "a gate, reset", gate=True)
 
 
