@@ -39,7 +39,8 @@ from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
 from vtprune_loadtest.errors import LoadTestError
 
-BLOCK = 16
+#: The least that the attention backend of the CPU takes.
+BLOCK = 32
 #: Output tokens; within a prompt's last block, so that nobody takes another while they run.
 OUTPUT = 12
 _WIDTH = 140

@@ -8,15 +8,15 @@ import pytest
 from benchmarks.capacity import Arm, arms, counted
 from vtprune_loadtest.errors import LoadTestError
 
-PAGE, CACHE = 1 << 15, 320 << 20  # bytes of a block in one layer, and of the cache
+PAGE, CACHE = 1 << 16, 320 << 20  # bytes of a block in one layer, and of the cache
 
 
 def test_blocks_are_those_of_each_bands_tokens() -> None:
-    """67 text and 576 visual tokens in blocks of 16: 41 blocks whole, 23 with half of the picture."""
+    """67 text and 576 visual tokens in blocks of 32: 21 blocks whole, 12 with half of the picture."""
     found = [counted(arm, 12, PAGE, CACHE, 67, 576) for arm in arms(12)]
     assert [c.groups for c in found] == [1, 2, 3, 4, 2]
-    assert [c.needed for c in found] == [41, 41 + 23, 41 + 23 + 14, 41 + 23 + 14 + 9, 41 + 41]
-    assert found[-1].held == 41 + 5 and all(c.held == c.needed for c in found[:-1])
+    assert [c.needed for c in found] == [21, 21 + 12, 21 + 12 + 7, 21 + 12 + 7 + 5, 21 + 21]
+    assert found[-1].held == 21 + 3 and all(c.held == c.needed for c in found[:-1])
     # a page of one layer is what the cache consists of, whatever the groups
     pages = CACHE // PAGE
     assert [c.running for c in found[:-1]] == [
