@@ -407,3 +407,23 @@ def test_a_decision_on_a_request_that_is_gone_does_nothing(gated: VllmConfig) ->
     finish_step(scheduler, output, {"picture": True})
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
     assert not told_held(scheduler.schedule())
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_gated_prompt_neither_reads_the_prefix_cache_nor_publishes(gated: VllmConfig, leaves: bool) -> None:
+    """Also where it turns out to stay whole: what is published is known to be whole when it is written."""
+    gated.scheduler_config.async_scheduling = False
+    scheduler = make(gated, blocks=31)
+
+    def computed(request_id: str, keep: float, decided: dict[str, bool]) -> int:
+        scheduler.add_request(request(request_id, 100, keep, output=2, image=80, seed=3))
+        output = scheduler.schedule()
+        found = output.scheduled_new_reqs[0].num_computed_tokens
+        finish_step(scheduler, output, decided)
+        finish_step(scheduler, scheduler.schedule())
+        return found
+
+    assert computed("gated", 0.999, {"gated": leaves}) == 0
+    assert computed("whole", 1.0, {}) == 0
+    assert computed("whole again", 1.0, {}) == 96
+    assert computed("gated again", 0.999, {"gated again": leaves}) == 0
