@@ -114,6 +114,13 @@ def many_patches(model_dir: Path, patches: int) -> BenchModel:
     return BenchModel(name, folder, flags, kv_cache_gb=1, prune_layer=1)
 
 
+def twelve_layers(model_dir: Path) -> BenchModel:
+    """A decoder so narrow that a step of a hundred prompts is quick, and deep enough for several bands."""
+    decoder = DecoderShape(hidden=256, intermediate=704, layers=12, heads=8, vocab=512)
+    folder = _once(model_dir / "twelve-layers", lambda path: random_llava(path, decoder, TINY_TOWER))
+    return BenchModel("twelve-layers", folder, (*_EAGER, "--max-model-len", "2048"), 1, prune_layer=4)
+
+
 def qwen_vl(model_dir: Path, vision_tokens: int) -> BenchModel:
     """Qwen2.5-VL's structure: M-RoPE, windows, units of 2x2 patches; a square picture has `vision_tokens`."""
     name = f"qwen2.5-vl-{vision_tokens}"
@@ -163,6 +170,7 @@ def _once(folder: Path, build: Callable[[Path], object]) -> Path:
 MODELS: dict[str, Callable[[Path], BenchModel]] = {
     "demo": lambda _: demo(),
     "decoder-150m": decoder_bound,
+    "twelve-layers": twelve_layers,
     "qwen2.5-vl-1024": lambda model_dir: qwen_vl(model_dir, 1024),
     "qwen2.5-vl-4096": lambda model_dir: qwen_vl(model_dir, 4096),
     "llava-1.5-7b": llava_7b,

@@ -34,11 +34,14 @@ from tests.helpers.kv_cases import (
     band_crowd,
     brief_crowd,
     crowd,
+    gate_cases,
+    gate_crowd,
     grid,
     resettable,
     unpruned,
 )
 from tests.helpers.kv_engine import DEVICE
+from tests.helpers.kv_gate import FILE
 from tests.helpers.kv_matrix import CHECKPOINT, band_layers, checkpoints
 from tests.reference import Reference, Request
 
@@ -66,9 +69,17 @@ class Judge:
         self.differences: list[str] = []
 
     def stage_2(
-        self, scenario: str, requests: Sequence[Request], answers: Answers, layers: Any, relevance: Any
+        self,
+        scenario: str,
+        requests: Sequence[Request],
+        answers: Answers,
+        layers: Any,
+        relevance: Any,
+        *,
+        gate: bool = False,
     ) -> Counter[str]:
-        reference = Reference(self._folders[CHECKPOINT.get(scenario, "grouped")], layers, relevance=relevance)
+        folder = self._folders[CHECKPOINT.get(scenario, "grouped")]
+        reference = Reference(folder, layers, relevance=relevance, gate=folder / FILE if gate else None)
         counts: Counter[str] = Counter()
         for request, mine in zip(requests, answers, strict=True):
             if mine is None:
@@ -161,7 +172,13 @@ def judged(judge: Judge, scenario: str, found: dict[str, Any]) -> dict[str, Coun
         "preemption": (crowd(), 1, "last_token"),
     }[scenario]
     answers = found.get("answers", found.get("batch"))
-    return {scenario: judge.stage_2(scenario, requests, answers, layers, relevance)}
+    verdicts = {scenario: judge.stage_2(scenario, requests, answers, layers, relevance)}
+    if "gated" in found:
+        gated = gate_crowd() if scenario == "bands_preemption" else gate_cases()
+        verdicts[f"{scenario}, a gate"] = judge.stage_2(
+            scenario, gated, found["gated"], layers, relevance, gate=True
+        )
+    return verdicts
 
 
 def main() -> int:

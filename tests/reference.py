@@ -9,13 +9,14 @@ running the whole sequence through the decoder again. Slow, short, and meant to 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -25,8 +26,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 class Request:
     """A prompt with one ``<image>`` per picture, and the two stages' settings.
 
-    `aggressiveness` and `keep_ratio` are stage 1's, `kv_keep` (one share, or one a prune layer) and
-    `kv_scope` stage 2's.
+    `aggressiveness` and `keep_ratio` are stage 1's, `kv_keep` (one share, or one a prune layer), `kv_scope`
+    and `kv_gate` (whether the gate may decide) stage 2's.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Request:
     keep_ratio: float | None = None
     kv_keep: float | tuple[float, ...] = 1.0
     kv_scope: str = "all"
+    kv_gate: bool = True
     max_tokens: int = 16
 
 
@@ -42,11 +44,13 @@ class Request:
 class Answer:
     """What the method answers, greedily.
 
-    `kept` are the prompt positions that went on above the highest prune layer.
+    `kept` are the prompt positions that went on above the highest prune layer; `left` is what a gate decided,
+    None where it was not asked.
     """
 
     prompt_ids: list[int]
     kept: list[int]
+    left: bool | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -59,7 +63,7 @@ class Reference:
     """The method on one checkpoint, in float32.
 
     `prune_layer` is one layer, whose share is the request's own, or several with their largest shares;
-    `relevance` is one name, or one for each.
+    `relevance` is one name, or one for each. `gate` is the file of a gate that decides at one of them.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Reference:
         prune_layer: int | tuple[PruneLayer, ...] | None = None,
         window: int = 8,
         relevance: str | tuple[str, ...] = "attention",
+        gate: Path | None = None,
     ) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
@@ -77,13 +82,23 @@ class Reference:
         self.prune_layer = prune_layer
         self.window = window
         self.relevance = relevance
+        self.gate = gate
+        self._left: bool | None = None
+
+    @torch.inference_mode()
+    def gate_states(self, request: Request, layer: int) -> Tensor:
+        """What a gate at one of the prune layers reads of a request that keeps its text, [2 * hidden]."""
+        ids, embeddings, is_image = self._prompt(request)
+        number = [layer for layer, _, _ in self._prune_layers].index(layer)
+        kept = self._kept_positions(ids, embeddings, is_image, replace(request, kv_scope="vision"))
+        return self._text_states(embeddings, is_image, kept[: number + 1], layer)
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:
         """Greedy answer of `max_tokens` tokens; the end-of-sequence token does not stop it."""
         prompt_ids, embeddings, is_image = self._prompt(request)
         kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
-        answer = Answer(prompt_ids, kept[-1])
+        answer = Answer(prompt_ids, kept[-1], self._left)
         for _ in range(request.max_tokens):
             logprobs = self._logprobs(embeddings, kept)[-1]
             token = int(logprobs.argmax())
@@ -103,7 +118,7 @@ class Reference:
         kept = self._kept_positions(prompt_ids, embeddings, is_image, request)
         embeddings = torch.cat([embeddings, self._embed_tokens(list(token_ids[:-1]))])
         best = self._logprobs(embeddings, kept)[-len(token_ids) :].max(-1)
-        return Answer(prompt_ids, kept[-1], best.indices.tolist(), best.values.tolist())
+        return Answer(prompt_ids, kept[-1], self._left, best.indices.tolist(), best.values.tolist())
 
     @torch.inference_mode()
     def prompt_logprobs(self, request: Request) -> Tensor:
@@ -195,17 +210,26 @@ class Reference:
             own = asked[min(number, len(asked) - 1)]
             share = 1.0 if own >= 1 else min(own, most)
             shares.append((share, "vision" if share == 0 else of))
-        # where visual tokens are counted alone, no text leaves at any prune layer
-        vision = request.kv_scope == "vision" or any(s < 1 and of == "vision" for s, of in shares)
+        gate_layer, gate = self._gate(request, asked, is_image)
+        # where visual tokens are counted alone, or a gate decides, no text leaves at any prune layer
+        vision = request.kv_scope == "vision" or gate is not None
+        vision |= any(s < 1 and of == "vision" for s, of in shares)
         special = set(self.tokenizer.all_special_ids)
         protected = [
             i == 0 or i >= n - self.window or (not is_image[i] and (vision or ids[i] in special))
             for i in range(n)
         ]
         kept = [list(range(n))]
-        for share, of in shares:
+        left, self._left = False, None
+        for (layer, _, _), (share, of) in zip(self._prune_layers, shares, strict=True):
             counted = sum(is_image) if of == "vision" else n
             count = max(n - counted + math.ceil(Decimal(str(share)) * counted), sum(protected))
+            if gate is not None and layer == gate_layer and min(count, len(kept[-1])) > sum(protected):
+                stay, leave = gate(self._text_states(embeddings, is_image, kept, layer))
+                left = self._left = leave > stay
+            if left:
+                kept.append([i for i in kept[-1] if protected[i]])
+                continue
             if count < len(kept[-1]):
                 relevance = self._relevance(embeddings, kept)
                 order = sorted(kept[-1], key=lambda i: (not protected[i], -relevance[i], i))
@@ -213,6 +237,29 @@ class Reference:
             else:
                 kept.append(kept[-1])
         return kept
+
+    def _gate(
+        self, request: Request, asked: tuple[float, ...], is_image: Sequence[bool]
+    ) -> tuple[int, Callable[[Tensor], list[float]] | None]:
+        """Where the gate stands, and its logits of staying and leaving; None if it is not asked."""
+        if self.gate is None or not request.kv_gate or not any(is_image) or is_image[-1]:
+            return 0, None
+        with safe_open(self.gate, framework="pt") as file:
+            below, above = (file.get_tensor(f"{name}.weight").float() for name in ("below", "above"))
+            layer = int(file.metadata()["layer"])
+        number = [layer for layer, _, _ in self._prune_layers].index(layer)
+        if asked[min(number, len(asked) - 1)] >= 1:
+            return layer, None
+        return layer, lambda states: (above @ torch.nn.functional.gelu(below @ states)).tolist()
+
+    def _text_states(
+        self, embeddings: Tensor, is_image: Sequence[bool], kept: list[list[int]], layer: int
+    ) -> Tensor:
+        """Mean of the text behind the last picture without its last token, and that token, below a layer."""
+        hidden, positions = self._run_bands(embeddings[: len(is_image)], kept, layer)
+        first = max(i for i, image in enumerate(is_image) if image) + 1
+        text = hidden[positions >= first]
+        return torch.cat([text[:-1].mean(0) if len(text) > 1 else text[0], text[-1]])
 
     def _relevance(self, embeddings: Tensor, kept: list[list[int]]) -> dict[int, float]:
         """How relevant the tokens of the highest band in `kept` are at the prune layer above it."""

@@ -181,6 +181,12 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
                 "`all`: every token competes; `vision`: text tokens stay",
                 choices=get_args(KVScope),
             ),
+            ContractField(
+                "kv_gate",
+                "X-VTPrune-KV-Gate",
+                "`off`: a server's trained gate does not decide on this request; default `on`",
+                choices=("on", "off"),
+            ),
         )
     }
 )

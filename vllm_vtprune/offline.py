@@ -42,7 +42,8 @@ def request_kwargs(question: str = "", **controls: Any) -> tuple[dict[str, Any],
     Args:
         question: the text of the prompt's last turn, for a method that reads it (`cdpruner`); without it such
             a method goes by the picture alone.
-        **controls: `preset`, `aggressiveness`, `keep_ratio`, `method`, `kv_keep`, `kv_scope`.
+        **controls: `preset`, `aggressiveness`, `keep_ratio`, `method`, `kv_keep`, `kv_scope`,
+            `kv_gate`.
 
     Raises:
         vllm_vtprune.settings.SettingsError: an unknown field, a bad value, or two that exclude each other.

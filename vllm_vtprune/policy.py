@@ -114,6 +114,11 @@ class PrunePolicy(OperatorModel):
         description="file of a schedule that `vtprune calibrate` wrote, in place of prune layers; refused "
         "for another model",
     )
+    prune_gate: str = Field(
+        default="",
+        description="file of a gate that `vtprune calibrate --gate` trained: at its prune layer it decides "
+        "for each request whether all visual tokens leave; refused for another model",
+    )
     window: int = Field(
         default=8, ge=1, description="last prompt tokens, which rate the others and always stay"
     )
@@ -262,6 +267,12 @@ class PrunePolicy(OperatorModel):
         return self
 
     @model_validator(mode="after")
+    def _gate_has_a_prune_layer(self) -> PrunePolicy:
+        if self.prune_gate.strip() and not self.has_prune_layer:
+            raise ValueError("prune_gate needs its prune layer among prune_layers, such as 3:vision=1")
+        return self
+
+    @model_validator(mode="after")
     def _within_caps(self) -> PrunePolicy:
         names = list(PRESETS)
         if names.index(self.auto_floor) > names.index(self.auto_ceiling):
@@ -317,6 +328,12 @@ class PrunePolicy(OperatorModel):
     def named_schedule(self) -> str:
         """The prune layers, the name or the file of a schedule; empty where there is none."""
         return self.prune_schedule.strip() or self.prune_layers.strip()
+
+    @property
+    def gate(self) -> tuple[int, str] | None:
+        """Prune layer and file of the gate, of an engine that has one: the start-up check wrote the layer."""
+        layer, _, path = self.prune_gate.partition("=")
+        return (int(layer), path) if layer.isdigit() and path else None
 
     @cached_property
     def presets(self) -> Mapping[str, Preset]:
@@ -464,6 +481,7 @@ class PrunePolicy(OperatorModel):
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")
         scope = controls.get("kv_scope", "all")
+        gate = controls.get("kv_gate", "on") == "on"
         if self.prune_layer is not None:
             if asked is not None and len(asked) > len(self.schedule) > 0:
                 name = controls.name("kv_keep")
@@ -472,7 +490,7 @@ class PrunePolicy(OperatorModel):
                     f"layer{'s' if len(self.schedule) > 1 else ''}: send at most one for each.",
                     name,
                 )
-            return KVSettings.of(asked if asked is not None else (preset_keep,), scope)
+            return KVSettings.of(asked if asked is not None else (preset_keep,), scope, gate=gate)
         if asked is not None and min(asked) < 1.0:
             name = controls.name("kv_keep")
             raise SettingsError(

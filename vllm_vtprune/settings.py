@@ -131,17 +131,19 @@ class KVSettings:
         keep: in [0, 1], above the first prune layer; 1 drops nothing, 0 every visual token.
         scope: `all` (visual and text tokens compete) or `vision` (text tokens are protected).
         above: the same for further prune layers; the last share given holds for the rest.
+        gate: whether the server's gate may decide that all visual tokens leave.
     """
 
     keep: float = 1.0
     scope: KVScope = "all"
     above: tuple[float, ...] = ()
+    gate: bool = True
 
     @staticmethod
-    def of(shares: Sequence[float], scope: KVScope = "all") -> KVSettings:
+    def of(shares: Sequence[float], scope: KVScope = "all", *, gate: bool = True) -> KVSettings:
         """From the shares of one or more prune layers."""
         keep, *above = shares
-        return KVSettings(keep, scope, tuple(above))
+        return KVSettings(keep, scope, tuple(above), gate)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -156,7 +158,8 @@ class KVSettings:
     def extra_args(self) -> dict[str, Any]:
         """What `SamplingParams.extra_args` carries to scheduler and worker."""
         keep: float | list[float] = list(map(float, self.shares)) if self.above else float(self.keep)
-        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope}}
+        refused = {} if self.gate else {"kv_gate": "off"}
+        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope, **refused}}
 
     @staticmethod
     def from_extra_args(extra_args: Mapping[str, Any] | None, default: KVSettings) -> KVSettings:
@@ -173,8 +176,13 @@ class KVSettings:
                 f"extra_args['{KWARG}'] must be an object; build it with vllm_vtprune.request_kwargs(...).",
                 f"extra_args.{KWARG}",
             )
-        controls = Controls.from_mapping(entry, where=f"extra_args.{KWARG}", fields=("kv_keep", "kv_scope"))
-        return KVSettings.of(controls.get("kv_keep", (1.0,)), controls.get("kv_scope", "all"))
+        fields = ("kv_keep", "kv_scope", "kv_gate")
+        controls = Controls.from_mapping(entry, where=f"extra_args.{KWARG}", fields=fields)
+        return KVSettings.of(
+            controls.get("kv_keep", (1.0,)),
+            controls.get("kv_scope", "all"),
+            gate=controls.get("kv_gate", "on") == "on",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,7 @@ class PruneSettings:
             "keep_ratio": self.vision.keep_ratio,
             "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
+            **({} if self.kv.gate else {"kv_gate": "off"}),
             **({"level": self.level} if self.level is not None else {}),
         }
 

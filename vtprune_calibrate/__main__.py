@@ -7,8 +7,10 @@
     vtprune serve MODEL --prune-layers 7:vision=1,14:vision=1,21:vision=1
     vtprune calibrate --server http://localhost:8000 --tolerance 0.01 --questions mine.jsonl --out found
     vtprune calibrate --presets --images my-pictures --server http://localhost:8000 --out found
+    vtprune calibrate --gate 3 --scenes 150 --out gate
     vtprune calibrate --study --out docs/schedules
     vtprune serve llava-hf/llava-1.5-7b-hf --prune-schedule 7b/schedule.json
+    vtprune serve --prune-layers 3:vision=1 --prune-gate gate/exit-3.gate
 
 A tolerance asks for the fewest tokens that lose at most this share of the answers (G-Search); a budget for
 the best answers at a share of the unpruned prompt's FLOPs or KV bytes (P-Sigmoid). Both are arXiv
@@ -36,6 +38,7 @@ from vllm_vtprune.errors import VTPruneError
 from vllm_vtprune.settings import VisionSettings
 from vtprune_calibrate.arguments import make_parser
 from vtprune_calibrate.document import data_hash
+from vtprune_calibrate.gate import run_gates
 from vtprune_calibrate.presets import run_presets
 from vtprune_calibrate.run import JOURNAL, Calibration, Parts, held_out, run
 from vtprune_calibrate.study import run_study
@@ -63,6 +66,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.presets:
         _presets(options)
         return
+    if options.gate is not None:
+        _gates(options)
+        return
     if options.images is not None:
         raise ValueError(
             "--images holds pictures alone, which --presets takes: a schedule needs --questions."
@@ -86,8 +92,20 @@ def _run(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def _gates(options: argparse.Namespace) -> None:
+    if options.tolerance is not None or options.budget is not None or options.server:
+        raise ValueError(
+            "--gate trains on a checkpoint, and has no goal: leave out --server, --tolerance and --budget."
+        )
+    config = model_config(options.model)
+    parts = _parts(options, config.vision_config.image_size)
+    calibration = _calibration(options, _checkpoint(options, config), parts)
+    for path in run_gates(calibration, options.gate, _say):
+        print(f"wrote {path}")
+
+
 def _study(options: argparse.Namespace) -> None:
-    if options.model is not None or options.tolerance is not None or options.budget is not None:
+    if any(goal is not None for goal in (options.model, options.tolerance, options.budget, options.gate)):
         raise ValueError("--study is the demo model's, and has goals of its own: leave out MODEL and goals.")
     config = model_config(None)
     parts = _parts(options, config.vision_config.image_size)

@@ -51,6 +51,12 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument(
         "--study", action="store_true", help="compare schedules on the demo model instead: docs/schedules"
     )
+    what.add_argument(
+        "--gate",
+        type=_layers,
+        metavar="LAYERS",
+        help="train a gate for an exit at this prune layer, or at each of several, and judge it",
+    )
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--questions", type=Path, help="JSON lines with image, question, answer and kind")
     asked.add_argument("--images", type=Path, metavar="FOLDER", help="pictures alone, for --presets")

@@ -79,11 +79,12 @@ def run_study(
 
 def _gates(calibration: Calibration, exits: Sequence[int]) -> list[Row]:
     runners = [local_runner(trials) for trials in (calibration.search, calibration.confirm)]
-    calibration.bar.expect(2 * len(exits), "gates")
+    calibration.bar.expect(3 * len(exits), "gates")
     search, confirm = runners
     assert search is not None and confirm is not None
     costs = calibration.costs_held_out
-    return gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
+    found = gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
+    return [row for row, _ in found]
 
 
 def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
@@ -108,9 +109,10 @@ def _page(result: dict[str, Any], layers: int, path: Path) -> Path:
         table([unpruned, *result["one_prune_layer"]]),
         "## A gate that decides for each question",
         "DyVTE (arXiv 2411.19628) trains a gate that says, question by question, whether all visual tokens "
-        "may leave. Trained here on the questions that decided, for one exit at a time; no engine runs it. "
-        "`answer survives`: how often the exit leaves the unpruned answer; `right to`: how often it does "
-        "where the gate fires.",
+        "may leave. Trained here on the questions that decided, for one exit at a time, as "
+        "`vtprune calibrate --gate` does. `answer survives`: how often the exit leaves the unpruned answer; "
+        "`right to`: how often it does where the gate fires; chance fires as often, without looking; a share "
+        "is one of every prompt's visual tokens that costs as much at the same prune layer.",
         gate_table(result["gates"]),
         "## How alike the layers rank the visual tokens",
         "Kendall's tau-b between prune layers, mean over prompts:",

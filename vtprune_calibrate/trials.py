@@ -144,7 +144,7 @@ class Trials:
         if self.borders is None:
             return replace(self.base, kv=AS_SCHEDULED, schedule=tuple(schedule))
         shares = [prune_layer.share for prune_layer in self._at_borders(schedule)]
-        return replace(self.base, kv=KVSettings.of(shares, "vision"))
+        return replace(self.base, kv=KVSettings.of(shares, "vision", gate=False))
 
     def _at_borders(self, schedule: Sequence[PruneLayer]) -> list[PruneLayer]:
         """The same schedule with a share for each of the server's prune layers."""

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vllm_vtprune.kv_drop.gate import text_states
 from vllm_vtprune.kv_drop.schedule import PruneLayer
 from vtprune_eval.borders import RATINGS, Borders, Dropping, Prompt
 
@@ -172,8 +173,6 @@ class Decoder:
     ) -> Tensor:
         """What DyVTE's gate reads below some layers (arXiv 2411.19628), nothing dropped.
 
-        The mean hidden state of the text behind the picture without its last token, and that of the last.
-
         Args:
             pictures: see `answer`.
             prompts: see `answer`.
@@ -192,9 +191,7 @@ class Decoder:
             hidden = self._run(range(first, layer), hidden, places, mask, None)
             states = []
             for row, prompt, end in zip(hidden, prompts, ends, strict=True):
-                text = row[end - len(prompt.after) : end]
-                behind = text[:-1] if len(text) > 1 else text
-                states.append(torch.cat([behind.mean(0), text[-1]]))
+                states.append(text_states(row[end - len(prompt.after) : end]))
             found.append(torch.stack(states))
             first = layer
         return torch.stack(found)

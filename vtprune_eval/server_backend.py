@@ -154,6 +154,8 @@ class RemoteRunner:
             "kv_keep": ",".join(map(repr, setting.kv.shares)),
             "kv_scope": setting.kv.scope,
         }
+        if not setting.kv.gate:
+            common["kv_gate"] = "off"
         if not setting.kv.drops:
             # a server without a prune layer takes neither field
             common = {"method": vision.method}

@@ -88,6 +88,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "decoder": _decoder(model_config),
             "weights": await asyncio.to_thread(_weights, model_config),
             "prune_layer": context.policy.prune_layer,
+            "prune_gate": None if context.policy.gate is None else context.policy.gate[0],
             "prune_layers": [dataclasses.asdict(prune_layer) for prune_layer in context.policy.schedule],
             "encoder_device": str(tower.device),
             "encoder_dtype": str(tower.dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ from vtprune_server.sources import gather, part_of, texts, values, yaml_file
 
 _DEST = "vtprune_"
 #: Settings whose flag goes without the project's name, too.
-_SHORT = ("prune_layer", "prune_layers", "prune_schedule")
+_SHORT = ("prune_layer", "prune_layers", "prune_schedule", "prune_gate")
 
 
 # pydantic lists the fields of the last base first

@@ -73,6 +73,7 @@ class VTPruneEndpointPlugin:
         from vllm_vtprune.weight_updates import refuse_in_front_end
         from vtprune_server.client_errors import disclose_in_messages, disclose_in_streams
         from vtprune_server.engine_load import auto_level, follow, listen
+        from vtprune_server.gate import install_gate_reports
         from vtprune_server.grammar import install_grammar_errors
         from vtprune_server.health import TowerHealth
         from vtprune_server.kv_plan import KVPlanner
@@ -111,6 +112,8 @@ class VTPruneEndpointPlugin:
                 self._app.state.vtprune_tower_health = TowerHealth(tower)
             install_prefetch(renderer, workers=min(8, context.policy.encoder_batch))
             install_resend(engine_client)
+        if context.policy.prune_gate:
+            install_gate_reports(engine_client)
         install_grammar_errors(engine_client)
         if context.prunes:
             refuse_in_front_end(engine_client)

@@ -75,8 +75,13 @@ class LoggedRequest:
         if followed is not None:
             followed.by_record = True
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a gate is still to decide on one of the prompts."""
+        return any(plan.gate is not None for plan in self._context.plans)
+
     def count(self, counts: TokenCounts) -> None:
-        """An answer that carries these counts is about to be sent."""
+        """An answer that carries these counts is about to be sent, or was."""
         if self._route in _COUNTING_ROUTES:
             return
         settings = self._context.settings

@@ -34,9 +34,12 @@ def annotate(
     if counts is None or not isinstance(response, Response) or response.status_code >= 400:
         record.answered(status)
         return response
-    record.count(counts)
+    # what a gate decides on a stream's prompt is known with its last output
+    late = isinstance(response, StreamingResponse) and record.undecided
+    if not late:
+        record.count(counts)
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _annotated_events(response.body_iterator, counts, record)
+        response.body_iterator = _annotated_events(response.body_iterator, counts, record, late=late)
     elif isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
         if _add_to_usage(body, counts) or _add_to_token_count(body, counts):
@@ -51,7 +54,7 @@ def annotate(
 
 
 async def _annotated_events(
-    events: AsyncIterable[Any], counts: TokenCounts, record: LoggedRequest
+    events: AsyncIterable[Any], counts: TokenCounts, record: LoggedRequest, *, late: bool
 ) -> AsyncIterator[Any]:
     outcome = "cut"
     try:
@@ -59,6 +62,8 @@ async def _annotated_events(
             yield _annotated_event(event, counts)
         outcome = "done"
     finally:
+        if late:
+            record.count(counts)
         record.answered(200, stream=outcome)
         # a client that goes away must reach vLLM's generator, which then aborts the request
         close = getattr(events, "aclose", None)

@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import DEMO_MODEL, start_server, stop_server
+from tests.helpers.kv_gate import halving_gate
 from vllm_vtprune.fingerprint import fingerprint
-from vllm_vtprune.kv_drop.schedule import check, resolve
+from vllm_vtprune.kv_drop.gate import GateFacts, read_facts, save
+from vllm_vtprune.kv_drop.schedule import PruneLayer, check, resolve
 from vllm_vtprune.policy import PrunePolicy
+from vllm_vtprune.settings import KVSettings
 from vtprune_calibrate.__main__ import main
+from vtprune_calibrate.gate import fires
 from vtprune_calibrate.run import held_out
 from vtprune_calibrate.search import SearchError
 from vtprune_eval.server_backend import RemoteRunner
@@ -143,6 +149,17 @@ def test_the_study_compares_schedules_and_leaves_no_journal(tmp_path: Path) -> N
     assert all(f"| {name} " in page for name in names)
 
 
+def test_gates_are_trained_judged_and_written_for_this_model(tmp_path: Path) -> None:
+    assert main(f"--gate 2,4 --scenes 2 --out {tmp_path}".split()) == 0
+    written = json.loads((tmp_path / "gates.json").read_text())
+    assert written["model"]["weights"] == fingerprint(str(DEMO_MODEL))
+    for row, layer in zip(written["gates"], (2, 4), strict=True):
+        facts = read_facts(tmp_path / f"exit-{layer}.gate")
+        assert (facts.layer, facts.layers, facts.weights) == (layer, 5, written["model"]["weights"])
+        assert row["layer"] == layer and 0 <= row["fires"] <= 1
+        assert {"unpruned", "always", "chance"} <= set(row["versus"])
+
+
 def test_one_picture_cannot_be_cut() -> None:
     one = Questions("one", [Image.new("RGB", (8, 8))], [Question(0, "any", "What?", ("x",))])
     with pytest.raises(SearchError, match="one has 1 picture: that leaves none"):
@@ -164,6 +181,9 @@ def test_one_picture_cannot_be_cut() -> None:
         ("m --presets --server http://127.0.0.1:9 --out {out}", "leave out yours"),
         ("--presets --scenes 1 --server http://127.0.0.1:9 --out {out}", "names no model"),
         ("--study --budget kv=0.5 --out {out}", "--study is the demo model's"),
+        ("--study --gate 3 --out {out}", "--study is the demo model's"),
+        ("--gate 3 --budget kv=0.5 --out {out}", "--gate trains on a checkpoint, and has no goal"),
+        ("--gate 5 --scenes 1 --out {out}", "--gate must be 1 to 4 for 5 decoder layers"),
         ("--tolerance 0.1 --bands 5 --out {out}", "--bands: must be 1 to 4, not '5'"),
         ("--tolerance 0.1 --relevance inherited --out {out}", "of which the first cannot inherit"),
         (
@@ -212,19 +232,44 @@ def test_a_server_without_free_prune_layers_is_refused(
 
 @pytest.mark.engine
 def test_a_server_is_calibrated_as_its_checkpoint_is(tmp_path: Path) -> None:
-    """The same questions, tried over HTTP on the engine's own prune layers."""
-    goal = "--tolerance 0.1 --scenes 2"
+    """The same questions, tried over HTTP on the engine's own prune layers; a gate there is left out of it.
+
+    Asked afterwards, the gate decides as it does on transformers, and usage and metrics say so.
+    """
+    goal, questions = "--tolerance 0.1 --scenes 2", drawn_questions("test", 2, 168)
     assert main(f"{goal} --out {tmp_path}/local".split()) == 0
     every = ",".join(f"{layer}:vision=1" for layer in range(1, 5))
-    server = start_server(tmp_path / "log", "--prune-layers", every)
+    runner = LocalRunner(LocalModel(str(DEMO_MODEL)), questions, frozenset())
+    states = runner.text_states([3])[0]
+    gate, facts = halving_gate(states), GateFacts(3, 5, states.shape[1] // 2, fingerprint(str(DEMO_MODEL)))
+    save(tmp_path / "exit.gate", gate, facts, {}, torch.float32)
+    asked = Setting(kv=KVSettings.of((0.999,), "vision"))
+    flags = ("--prune-layers", every, "--prune-gate", str(tmp_path / "exit.gate"))
+    server = start_server(tmp_path / "log", *flags)
     try:
         assert main(f"{goal} --server {server.url} --out {tmp_path}/server".split()) == 0
         assert main(f"--presets --scenes 2 --server {server.url} --out {tmp_path}/presets".split()) == 0
+        replies = RemoteRunner(server.url, questions).answer(asked)
+        refused = RemoteRunner(server.url, questions).answer(replace(asked, kv=replace(asked.kv, gate=False)))
+        metrics = httpx.get(f"{server.url}/metrics").text
+        config = httpx.get(f"{server.url}/vtprune/config").json()
     finally:
         stop_server(server)
     found = json.loads((tmp_path / "presets" / "presets.json").read_text())
     assert found["presets"] == read(tmp_path / "local")["presets"]
     assert found["model"]["weights"] == fingerprint(str(DEMO_MODEL))
+    fired = fires(gate, states)
+    assert 0 < fired.sum() < len(fired)
+    leaving = Setting(kv=AS_SCHEDULED, schedule=(PruneLayer(3, 0.0, "vision"),))
+    whole, left = runner.answer(Setting()), runner.answer(leaving)
+    for reply, leaves, stay, leave in zip(replies, fired, whole, left, strict=True):
+        assert reply.text == (leave if leaves else stay).text
+        n, text = reply.prompt_tokens, reply.prompt_tokens - reply.vision_tokens_kept
+        assert reply.by_band == ((n, n, n, text, text) if leaves else (n,) * 5)
+    assert [reply.text for reply in refused] == [stay.text for stay in whole]
+    for decision, count in (("leave", fired.sum()), ("stay", (~fired).sum())):
+        assert f'vtprune_kv_gate_decisions_total{{decision="{decision}"}} {float(count)}' in metrics
+    assert config["model"]["prune_gate"] == 3
     local, remote = read(tmp_path / "local"), read(tmp_path / "server")
     for name in ("prune_layers", "needed", "cost", "layers", "window", "relevance"):
         assert remote[name] == local[name], name

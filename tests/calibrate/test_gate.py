@@ -18,12 +18,10 @@ def test_a_gate_learns_which_answers_survive() -> None:
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(400, 16, generator=generator)
     survives = (features[:, 0] + features[:, 9] > 0).long()
-    gate = make_gate(8)
-    train(gate, features[:300], survives[:300])
+    gate = train(make_gate(8), features[:300], survives[:300])
     right = torch.from_numpy(fires(gate, features[300:])) == survives[300:].bool()
     assert right.float().mean() > 0.9
-    again = make_gate(8)
-    train(again, features[:300], survives[:300])
+    again = train(make_gate(8), features[:300], survives[:300])
     assert (fires(again, features) == fires(gate, features)).all()
 
 

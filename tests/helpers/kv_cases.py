@@ -14,6 +14,8 @@ TWO = "<s>USER: <image>\n<image> compare</s> the two. ASSISTANT:"
 TEXT = "<s>USER: " + "a story that goes on and on. " * 9 + "ASSISTANT:"
 
 
+#: The prune layer at which a scenario's gate decides, where it has one (`tests.helpers.kv_gate`).
+GATE_AT = {"bands": 3, "bands_preemption": 2, "bands_compiled": 3, "tensor_parallel": 2}
 #: Prune layers and ratings of the scenarios with several.
 BANDS: dict[str, dict[str, str]] = {
     "bands": {"prune_layers": "2,3:0.6,5:0.3", "relevance": "attention,inherited,no_rope"},
@@ -72,9 +74,54 @@ def band_cases() -> list[Request]:
     ]
 
 
-def band_crowd() -> list[Request]:
+def ungated(requests: list[Request]) -> list[Request]:
+    """The same, refusing the gate."""
+    return [replace(request, kv_gate=False) for request in requests]
+
+
+def gate_cases() -> list[Request]:
+    """Shares of every kind below and above the gate, and requests on which it does not decide."""
+    shares: list[tuple[float | tuple[float, ...], str]] = [
+        (0.999, "all"),
+        ((0.7, 0.5), "all"),
+        ((0.999, 0.999, 0.3), "vision"),
+        ((0.5, 0.5, 0.2), "all"),
+        (0.999, "all"),
+        ((0.6, 0.999), "all"),
+        (0.8, "vision"),
+        ((0.999, 0.4), "all"),
+    ]
+    # longer than the text's last block, so that blocks are taken again after some were returned
+    cases = [
+        Request(QUESTION, (noise(20 + i),), kv_keep=keep, kv_scope=s, max_tokens=16 if i % 2 else 30)
+        for i, (keep, s) in enumerate(shares)
+    ]
+    return [
+        *cases,
+        Request(TWO, (noise(1), noise(2)), kv_keep=0.9, max_tokens=40),
+        # whole, by a share of 1 where the gate stands, by refusal, without a picture; gone below it anyhow
+        Request(QUESTION, (noise(20),)),
+        Request(QUESTION, (noise(20),), kv_keep=(0.6, 1.0, 0.5)),
+        Request(QUESTION, (noise(21),), kv_keep=0.5, kv_gate=False),
+        Request(TEXT, kv_keep=0.5),
+        Request(QUESTION, (noise(22),), kv_keep=0.0),
+    ]
+
+
+def gate_crowd(max_tokens: int = 90) -> list[Request]:
+    """A crowd of which the gate decides on most."""
+    return [
+        replace(r, images=(noise(40 + i),), kv_keep=0.999 if i % 2 else r.kv_keep)
+        for i, r in enumerate(band_crowd(max_tokens))
+    ]
+
+
+def band_crowd(max_tokens: int = 90) -> list[Request]:
     """Ten requests that together outgrow a small cache, each with a share for two prune layers."""
-    return [replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0)) for i, r in enumerate(crowd())]
+    return [
+        replace(r, kv_keep=(r.kv_keep, r.kv_keep / 2 if i % 2 else 0.0))
+        for i, r in enumerate(crowd(max_tokens))
+    ]
 
 
 def alone() -> list[Request]:

@@ -39,6 +39,7 @@ class Engine:
         prune_layer: int | None = None,
         prune_layers: str = "",
         relevance: str = "attention",
+        prune_gate: str = "",
         default_preset: str = "off",
         plugin: bool = True,
         **kwargs: Any,
@@ -51,6 +52,7 @@ class Engine:
             "prune_layer": prune_layer,
             "prune_layers": prune_layers,
             "relevance": relevance,
+            "prune_gate": prune_gate,
             "default_preset": default_preset,
         }
         self.llm = LLM(
@@ -91,7 +93,8 @@ class Engine:
 
         from vllm_vtprune import request_kwargs
 
-        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope)[1]
+        gate = {} if request.kv_gate else {"kv_gate": "off"}
+        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope, **gate)[1]
         defaults = {
             "temperature": 0,
             "max_tokens": request.max_tokens,
@@ -174,6 +177,7 @@ def answer(output: Any, index: int = 0) -> dict[str, Any]:
         "logprobs": logprobs,
         "text": completion.text,
         "finish": completion.finish_reason,
+        "gate": ((output.kv_transfer_params or {}).get("vtprune") or {}).get("leaves"),
     }
 
 

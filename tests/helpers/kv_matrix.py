@@ -21,18 +21,22 @@ from tests.helpers.checkpoints import random_llava
 from tests.helpers.engine_process import saved_by
 from tests.helpers.kv_cases import (
     BANDS,
+    GATE_AT,
     alone,
     band_cases,
     band_crowd,
     brief_crowd,
     corners,
     crowd,
+    gate_cases,
+    gate_crowd,
     grid,
     replayed,
     resettable,
     texts,
     unpruned,
 )
+from tests.helpers.kv_gate import FILE, write_gate
 from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.reference import Answer, PruneLayer, Reference, Request
 from vllm_vtprune.kv_drop.schedule import parse
@@ -78,6 +82,12 @@ COMPARED: dict[str, tuple[str, int]] = {
     "bands_preemption": ("bands_preemption", len(band_crowd())),
     "bands_compiled": ("bands_compiled", len(band_cases())),
     "piecewise graphs": ("bands_compiled", len(band_cases())),
+    "a gate": ("bands", len(gate_cases())),
+    "a gate, alone": ("bands", len(gate_cases()[:4])),
+    "a gate, tensor parallel": ("tensor_parallel", len(gate_cases())),
+    "a gate, preempted": ("bands_preemption", len(gate_crowd())),
+    "a gate, reset": ("bands_preemption", len(gate_crowd())),
+    "a gate, compiled": ("bands_compiled", len(gate_cases())),
 }
 #: Acted out for the V2 runner.
 _GRAPHS = ("full graphs", "piecewise graphs")
@@ -149,6 +159,7 @@ class Verdicts:
 
     def __init__(self, checkpoints: dict[str, Path]) -> None:
         self._references = {name: Reference(folder) for name, folder in checkpoints.items()}
+        self._folders = checkpoints
         self._judged: dict[Any, Answer] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
 
@@ -157,9 +168,11 @@ class Verdicts:
         layer: int | tuple[PruneLayer, ...],
         relevance: str | tuple[str, ...] = "attention",
         checkpoint: str = "grouped",
+        gate: bool = False,
     ) -> Reference:
-        """The reference with this prune layer, or these."""
+        """The reference with this prune layer, or these, and the checkpoint's gate."""
         reference = self._references[checkpoint]
+        reference.gate = self._folders[checkpoint] / FILE if gate else None
         reference.prune_layer, reference.relevance = layer, relevance
         return reference
 
@@ -172,9 +185,13 @@ class Verdicts:
         answers: Sequence[dict[str, Any] | None],
         relevance: str | tuple[str, ...] = "attention",
         checkpoint: str = "grouped",
+        gate: bool = False,
     ) -> None:
-        """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none."""
-        reference = self.reference(layer, relevance, checkpoint)
+        """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none.
+
+        With a gate, the same decision too.
+        """
+        reference = self.reference(layer, relevance, checkpoint, gate)
         assert sum(mine is not None for mine in answers) == COMPARED[scenario][1]
         for number, (request, mine) in enumerate(zip(requests, answers, strict=True)):
             if mine is None:
@@ -186,6 +203,7 @@ class Verdicts:
             assert mine["prompt_tokens"] == len(theirs.prompt_ids)
             assert mine["tokens"] == theirs.token_ids, request
             assert mine["logprobs"] == pytest.approx(theirs.logprobs, abs=1e-4), request
+            assert mine["gate"] is theirs.left, request
             self.counts[scenario, runner] += 1
 
     def table(self) -> list[str]:
@@ -224,4 +242,15 @@ def checkpoints(folder: Callable[[str], Path]) -> dict[str, Path]:
             weight_scale=5.0,
             seed=seed,
         )
+    for scenario, layer in GATE_AT.items():
+        several = scenario in BANDS
+        prune_layers, relevance = band_layers(scenario) if several else (2, "attention")
+        crowd = gate_crowd() if scenario == "bands_preemption" else gate_cases()[:8]
+        folder_of = made[CHECKPOINT.get(scenario, "grouped")]
+        write_gate(folder_of, prune_layers, relevance, layer, [r for r in crowd if first_share(r) < 1])
     return made
+
+
+def first_share(request: Request) -> float:
+    """What a request keeps above the first prune layer."""
+    return request.kv_keep[0] if isinstance(request.kv_keep, tuple) else request.kv_keep

@@ -25,8 +25,11 @@ from tests.helpers.kv_cases import (
     band_crowd,
     corners,
     crowd,
+    gate_cases,
+    gate_crowd,
     grid,
     texts,
+    ungated,
     unpruned,
 )
 from tests.helpers.kv_engine import Engine, answer, refusal
@@ -34,12 +37,14 @@ from tests.helpers.kv_events import (
     capacity,
     dummy_runs_between,
     events,
+    exits,
     graphs,
     piecewise_graphs,
     preempted_and_aborted,
     reset_then_abort,
     reset_while_running,
 )
+from tests.helpers.kv_gate import FILE
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
@@ -215,19 +220,26 @@ def scenario_top(checkpoint: str) -> dict[str, Any]:
 
 def scenario_tensor_parallel(checkpoint: str) -> dict[str, Any]:
     """Two ranks, each with half of the heads: they must keep the same tokens."""
-    engine = Engine(checkpoint, prune_layer=2, tensor_parallel_size=2)
-    return {"batch": engine.run(corners())}
+    gate = f"{checkpoint}/{FILE}"
+    engine = Engine(checkpoint, prune_layer=2, prune_gate=gate, tensor_parallel_size=2)
+    return {"batch": engine.run(ungated(corners())), "gated": engine.run(gate_cases())}
 
 
 def scenario_bands(checkpoint: str) -> dict[str, Any]:
-    """Three prune layers: a mixed batch, alone, and the block pool."""
-    engine = Engine(checkpoint, **BANDS["bands"], block_size=32, num_gpu_blocks_override=1000)
+    """Three prune layers: a mixed batch, alone, and the block pool; then a gate at the second."""
+    gate = f"{checkpoint}/{FILE}"
+    engine = Engine(
+        checkpoint, **BANDS["bands"], prune_gate=gate, block_size=32, num_gpu_blocks_override=1000
+    )
     free = engine.pool.get_num_free_blocks()
     request = Request(QUESTION, (noise(0),), kv_keep=(0.5, 0.25, 0.0), max_tokens=8)
     return {
-        "batch": engine.run(band_cases()),
-        "single": [engine.run([r])[0] for r in band_cases()[:6]],
+        "batch": engine.run(ungated(band_cases())),
+        "single": [engine.run([r])[0] for r in ungated(band_cases()[:6])],
         "pool": pool_during(engine, request),
+        "gated": engine.run(gate_cases()),
+        "gated_single": [engine.run([r])[0] for r in gate_cases()[:4]],
+        "exits": exits(engine, gate_cases()[:8]),
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
         "decoder": engine.llm.apply_model(_bands)[0],
     }
@@ -237,21 +249,31 @@ def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
     """A cache too small for the crowd, and an exit."""
     # fewer blocks than with one prune layer: the bands above take less
     small = {**SMALL_CACHE, "num_gpu_blocks_override": 90}
-    engine = Engine(checkpoint, **BANDS["bands_preemption"], block_size=32, **small)
+    gate = f"{checkpoint}/{FILE}"
+    engine = Engine(checkpoint, **BANDS["bands_preemption"], prune_gate=gate, block_size=32, **small)
     free = engine.pool.get_num_free_blocks()
-    return {
-        "answers": engine.run(band_crowd()),
+    found: dict[str, Any] = {
+        "answers": engine.run(ungated(band_crowd())),
         "preemptions": engine.metric("vllm:num_preemptions"),
+        "gated": engine.run(gate_crowd()),
+        "gated_preemptions": engine.metric("vllm:num_preemptions"),
+        # at every step from the first, so that a decision is in flight at one of them
+        "gated_reset": reset_while_running(engine, gate_crowd(max_tokens=30), (1, 2, 3, 8)),
+    }
+    return found | {
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
         "decoder": engine.llm.apply_model(_bands)[0],
     }
 
 
 def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
-    """Four prune layers, bands traced by torch.compile, other ratings."""
-    engine = Engine(checkpoint, **BANDS["bands_compiled"], enforce_eager=False, num_gpu_blocks_override=1000)
+    """Four prune layers, bands traced by torch.compile, other ratings, and a gate at the second."""
+    gate = f"{checkpoint}/{FILE}"
+    compiled = {"enforce_eager": False, "num_gpu_blocks_override": 1000}
+    engine = Engine(checkpoint, **BANDS["bands_compiled"], prune_gate=gate, **compiled)
     found: dict[str, Any] = {
-        "batch": engine.run(band_cases()),
+        "batch": engine.run(ungated(band_cases())),
+        "gated": engine.run(gate_cases()),
         "decoder": engine.llm.apply_model(_bands)[0],
         "weights": engine.llm.apply_model(_weights)[0],
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import subclass_attention_backend
@@ -23,15 +24,18 @@ class WideBuilder(CPUAttentionMetadataBuilder):
     """As a backend's that wants to know how wide block tables are."""
 
     requires_block_table_width = True
+    supports_update_block_table = True
 
     def __init__(self, *args: Any, block_table_width: int) -> None:
         super().__init__(*args)
         self.width = block_table_width
 
 
-def test_a_builder_is_given_what_its_backend_asks_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_builder_is_given_what_its_backend_asks_for(tmp_path: Path, gated: bool) -> None:
+    """And copies no other group's metadata where a gate may have it made again."""
     vllm_config = config(random_llava(tmp_path, layers=2), policy={"prune_layer": 1})
-    state = object()
+    state = SimpleNamespace(gated=gated)
     layer: Any = SimpleNamespace(kv_drop_state=state)
     vllm_config.compilation_config.static_forward_context["layer"] = layer
     backend = dropping_backend(subclass_attention_backend("Wide", CPUAttentionBackend, WideBuilder))
@@ -42,3 +46,4 @@ def test_a_builder_is_given_what_its_backend_asks_for(tmp_path: Path) -> None:
     builder: Any = group.get_metadata_builder()
     assert builder.width == 1024 // 32
     assert builder._state is state
+    assert builder.supports_update_block_table is not gated

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.kv_cases import band_cases, band_crowd
+from tests.helpers.kv_cases import band_cases, band_crowd, gate_cases, gate_crowd
 from tests.helpers.kv_matrix import CHECKPOINT, ON, Runs, Verdicts, band_layers
 from tests.reference import Reference
 
@@ -23,12 +23,18 @@ def on(scenario: str) -> Any:
 
 
 def check(
-    verdicts: Verdicts, scenario: str, runner: str, requests: Any, answers: Any, name: str = ""
+    verdicts: Verdicts,
+    scenario: str,
+    runner: str,
+    requests: Any,
+    answers: Any,
+    name: str = "",
+    gate: bool = False,
 ) -> None:
     """The answers are the reference's."""
     prune_layers, relevance = band_layers(scenario)
     checkpoint = CHECKPOINT[scenario]
-    verdicts.check(name or scenario, runner, prune_layers, requests, answers, relevance, checkpoint)
+    verdicts.check(name or scenario, runner, prune_layers, requests, answers, relevance, checkpoint, gate)
 
 
 @on("bands")
@@ -119,3 +125,65 @@ def test_blocks_are_those_of_each_bands_count_and_all_return(runs: Runs, runner:
     assert pool["before"] - pool["during"] == sum(map(sum, pool["held"]))
     assert pool["after"] == pool["before"]
     assert runs("bands", runner)["blocks_lost"] == 0
+
+
+def decided(answers: list[dict[str, Any]]) -> tuple[int, int, int]:
+    """How many requests lost their visual tokens to the gate, kept them, and were not asked."""
+    found = [answer["gate"] for answer in answers]
+    return found.count(True), found.count(False), found.count(None)
+
+
+@on("bands")
+def test_a_gate_decides_and_answers_as_the_reference(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("bands", runner)
+    left, stayed, not_asked = decided(found["gated"])
+    assert left >= 3 and stayed >= 3 and not_asked == 5
+    check(verdicts, "bands", runner, gate_cases(), found["gated"], "a gate", gate=True)
+    check(verdicts, "bands", runner, gate_cases()[:4], found["gated_single"], "a gate, alone", gate=True)
+
+
+@on("bands_compiled")
+def test_a_gate_between_compiled_bands(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("bands_compiled", runner)["gated"]
+    assert decided(found)[0] >= 3
+    check(verdicts, "bands_compiled", runner, gate_cases(), found, "a gate, compiled", gate=True)
+
+
+@on("bands_preemption")
+def test_a_preempted_request_keeps_the_gates_decision(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("bands_preemption", runner)
+    assert found["gated_preemptions"] > found["preemptions"]
+    assert decided(found["gated"])[0] >= 3 and decided(found["gated"])[1] >= 3
+    check(verdicts, "bands_preemption", runner, gate_crowd(), found["gated"], "a gate, preempted", gate=True)
+
+
+@on("bands_preemption")
+def test_a_reset_with_a_decision_in_flight(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("bands_preemption", runner)["gated_reset"]
+    assert found["preemptions"] >= 5 and found["plans_left"] == 0
+    # without asynchronous scheduling a step's decisions are known once it is done
+    assert (found["undecided"] >= 2) is runner.endswith("async")
+    check(verdicts, "bands_preemption", runner, gate_crowd(), found["answers"], "a gate, reset", gate=True)
+
+
+@on("bands")
+def test_what_a_gate_lets_leave_returns_to_the_pool_after_the_prompts_step(runs: Runs, runner: str) -> None:
+    """By the block pool's own counts; and nothing was written to what returned."""
+    found, layer = runs("bands", runner)["exits"], 1  # of its three prune layers the gate is at the second
+    size, returned = found["block_size"], 0
+    for case in found["cases"]:
+        turns = case["turns"]
+        assert all(sum(held) == found["free"] - free for _, held, free in turns)
+        assert turns[-1][2] == found["free"]
+        (first, at_admission, _), (second, after, _) = turns[:2]
+        assert (first, second) == ("scheduled", "stepped")
+        for band, before, now in zip(found["bands"], at_admission, after, strict=True):
+            if band <= layer or case["written"] is None:
+                assert now == before
+            else:
+                assert now == -(-45 // size) <= before  # the text
+        if case["written"] is not None:
+            returned += sum(at_admission) - sum(after)
+            assert case["written"] == 0
+    assert returned > 0
+    assert {case["written"] for case in found["cases"]} == {0, None}

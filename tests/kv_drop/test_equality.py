@@ -18,6 +18,7 @@ from tests.helpers.kv_cases import (
     brief_crowd,
     corners,
     crowd,
+    gate_cases,
     grid,
     replayed,
     resettable,
@@ -89,6 +90,13 @@ def test_the_layer_at_the_top_compiled_halves_and_ungrouped_heads(
 @on("tensor_parallel")
 def test_tensor_parallel_ranks_keep_the_same_tokens(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     verdicts.check("tensor_parallel", runner, 2, corners(), runs("tensor_parallel", runner)["batch"])
+
+
+@on("tensor_parallel")
+def test_tensor_parallel_ranks_decide_alike_at_a_gate(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+    found = runs("tensor_parallel", runner)["gated"]
+    assert {answer["gate"] for answer in found} == {True, False, None}
+    verdicts.check("a gate, tensor parallel", runner, 2, gate_cases(), found, gate=True)
 
 
 @on("preemption")

@@ -59,6 +59,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "our subclass of the backend builds the metadata of the layers above",
         ),
         (
+            "vllm.v1.attention.backend:AttentionMetadataBuilder.supports_update_block_table",
+            "replace",
+            "off above a gate, where metadata is made again",
+        ),
+        (
             "vllm.model_executor.layers.attention.attention:Attention.get_attn_backend",
             "order",
             "asked after the model was built",
@@ -81,17 +86,23 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
     ],
     "vllm_vtprune/kv_drop/hooks/runner_v1.py": [
         (_V1 + "_prepare_inputs", "replace", "the runner's class is ours after `init_device`"),
+        (_V1 + "_update_states", "replace", "appends a step's blocks to those a request holds"),
         *((_V1 + name, "read", "") for name in ("input_batch", "requests", "kv_cache_config", "get_model")),
-        *((_BATCH_V1 + name, "read", "") for name in ("req_ids", "num_computed_tokens_cpu", "block_table")),
+        *(
+            (_BATCH_V1 + name, "read", "")
+            for name in ("req_ids", "num_computed_tokens_cpu", "block_table", "req_id_to_index")
+        ),
         (
             "vllm.v1.worker.block_table:BlockTable.num_blocks_per_row",
-            "read",
-            "the step's own blocks are in it",
+            "replace",
+            "the step's own blocks are in it; lowered for a request that returned some",
         ),
+        ("vllm.v1.worker.block_table:BlockTable.append_row", "order", "writes behind `num_blocks_per_row`"),
         *(
             (_REQUEST_V1 + name, "read", "")
             for name in ("prompt_token_ids", "mm_features", "sampling_params")
         ),
+        (_REQUEST_V1 + "block_ids", "replace", "shortened for a request that returned blocks"),
     ],
     "vllm_vtprune/kv_drop/hooks/runner_v2.py": [
         (_V2 + "add_requests", "order", "removes a request's state before it adds it"),
@@ -104,7 +115,22 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
     "vllm_vtprune/kv_drop/hooks/worker.py": [
         (_V2 + "model_state", "read", ""),
         (_V2 + "block_tables", "read", ""),
-        ("vllm.v1.worker.gpu.block_table:BlockTables.num_blocks", "read", "the step's own blocks are in it"),
+        (
+            "vllm.v1.worker.gpu.block_table:BlockTables.num_blocks",
+            "replace",
+            "the step's own blocks are in it; lowered for a request that returned some",
+        ),
+        (
+            "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
+            "order",
+            "writes behind `num_blocks`",
+        ),
+        (_V2 + "req_states", "read", ""),
+        ("vllm.v1.worker.gpu.states:RequestState.req_id_to_index", "read", ""),
+    ],
+    "vllm_vtprune/kv_drop/hooks/exits.py": [
+        ("vllm.v1.core.sched.output:SchedulerOutput", "replace", "an attribute of ours survives pickling"),
+        ("vllm.v1.outputs:ModelRunnerOutput", "replace", "an attribute of ours survives pickling"),
     ],
     "vllm_vtprune/kv_drop/hooks/failures.py": [
         ("vllm.v1.outputs:ModelRunnerOutput", "replace", "an attribute of ours survives pickling"),
@@ -123,6 +149,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
         (_SCHEDULER + "encoder_cache_mismatch_reqs", "replace", "`update_from_output` fails whom it names"),
         ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
+        (
+            _SCHEDULER + "update_from_output",
+            "order",
+            "tells the first of what `_free_request` returns with a request's last output",
+        ),
     ],
     "vllm_vtprune/models/pruned.py": [
         (_MULTIMODAL + "_mark_tower_model", "replace", "every class builds its tower in it"),
@@ -248,6 +279,14 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
         (_RENDERER + "_process_multimodal_async", "replace", "runs the tower first"),
         (_RENDERER + "_process_multimodal", "read", ""),
         (_RENDERER + "_mm_executor", "read", ""),
+    ],
+    "vtprune_server/gate.py": [
+        (
+            "vllm.v1.engine.async_llm:AsyncLLM.generate",
+            "replace",
+            "takes what a gate decided out of the last output",
+        ),
+        ("vllm.outputs:RequestOutput.kv_transfer_params", "replace", "the chat route sends it on"),
     ],
     "vtprune_server/resend.py": [
         (

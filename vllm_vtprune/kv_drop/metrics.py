@@ -23,6 +23,14 @@ BAND_TOKENS = Counter(
     "Prompt tokens that the decoder layers above a prune layer, up to the next, hold.",
     ["prune_layer"],
 )
+GATE_DECISIONS = Counter(
+    "vtprune_kv_gate_decisions",
+    "Answers on whose prompt the gate decided, by whether the visual tokens leave or stay.",
+    ["decision"],
+)
+LEAVE, STAY = "leave", "stay"
+for _decision in (LEAVE, STAY):  # there from the start, so that a rate sees the first
+    GATE_DECISIONS.labels(_decision)
 
 
 def count(plan: PromptPlan, *, block_size: int, groups: Sequence[int]) -> None:

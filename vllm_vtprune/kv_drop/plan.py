@@ -47,6 +47,9 @@ class KVDropConfig:
         default: what a request gets that says nothing.
         relevance: how tokens are rated at each prune layer; names of
             `vllm_vtprune.kv_drop.relevance.RELEVANCE`, the last of which holds for the rest.
+        gate: index of the prune layer at which a trained gate may let a prompt's visual tokens leave; None
+            without one.
+        gate_file: where it is read from.
     """
 
     schedule: tuple[PruneLayer, ...]
@@ -55,6 +58,8 @@ class KVDropConfig:
     special_ids: frozenset[int] = frozenset()
     default: KVSettings = field(default_factory=KVSettings)
     relevance: tuple[str, ...] = ("attention",)
+    gate: int | None = None
+    gate_file: str = ""
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
@@ -75,12 +80,16 @@ class PromptPlan:
         kept: tokens that stay above the first prune layer; equal to `tokens` when none leave there.
         unpruned: why the prompt is served whole although the request asked for less; None otherwise.
         kept_above: tokens that stay above each further prune layer.
+        gate: index of the prune layer at which the gate is still to decide; None where it does not.
+        protected: where it is, the tokens that stay from there on if it lets the others leave.
     """
 
     tokens: int
     kept: int
     unpruned: Unpruned | None = None
     kept_above: tuple[int, ...] = ()
+    gate: int | None = None
+    protected: int = 0
 
     @property
     def kept_by_layer(self) -> tuple[int, ...]:
@@ -91,6 +100,25 @@ class PromptPlan:
     def dropped(self) -> int:
         """Tokens that leave at any prune layer."""
         return self.tokens - self.kept_by_layer[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no token leaves, and none may: such a prompt is served as by vLLM alone."""
+        return self.dropped == 0 and self.gate is None
+
+    def decided(self, leaves: bool) -> PromptPlan:
+        """The plan once the gate has decided.
+
+        Args:
+            leaves: its visual tokens leave at the gate's prune layer.
+        """
+        if self.gate is None:
+            return self
+        if not leaves:
+            return replace(self, gate=None)
+        below, above = self.kept_by_layer[: self.gate], self.kept_by_layer[self.gate :]
+        kept, *rest = (*below, *[self.protected] * len(above))
+        return replace(self, kept=kept, kept_above=tuple(rest), gate=None)
 
     def blocks_saved(self, block_size: int, groups: Sequence[int]) -> int:
         """KV-cache blocks the prompt does not take.
@@ -155,14 +183,49 @@ def shares_of(settings: KVSettings, schedule: Sequence[PruneLayer]) -> tuple[Pru
     return tuple(shares)
 
 
-def scope_of(settings: KVSettings, shares: Sequence[PruneLayer]) -> KVScope:
+def scope_of(settings: KVSettings, shares: Sequence[PruneLayer], *, gated: bool = False) -> KVScope:
     """What competes at every prune layer.
 
     Where one counts visual tokens alone, no text may leave at any: how much of it is left there would be
     known on the device only.
+
+    Args:
+        settings: the request's.
+        shares: what it keeps at each prune layer.
+        gated: a gate decides on its prompt (`gate_asks`), after which all text must be there.
     """
-    vision = any(share.of == "vision" and share.share < 1 for share in shares)
+    vision = gated or any(share.of == "vision" and share.share < 1 for share in shares)
     return "vision" if vision else settings.scope
+
+
+def gate_asks(
+    tokens: int, placeholders: Sequence[tuple[int, int]], settings: KVSettings, config: KVDropConfig
+) -> bool:
+    """Whether the gate decides on a prompt, unless too little is left for it to take away.
+
+    Not where there is no gate or no picture, where no text follows the last picture, which is what the gate
+    reads, where the request refuses the gate, or drops nothing at its prune layer.
+
+    Args:
+        tokens: length of the prompt.
+        placeholders: (offset, length) of each run of visual tokens.
+        settings: the request's.
+        config: the operator's.
+    """
+    if config.gate is None or not settings.gate or not placeholders:
+        return False
+    own = settings.shares[min(config.gate, len(settings.shares) - 1)]
+    return own < 1.0 and text_behind(tokens, placeholders) > 0
+
+
+def text_behind(tokens: int, placeholders: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a prompt behind its last visual one.
+
+    Args:
+        tokens: length of the prompt.
+        placeholders: (offset, length) of each run of visual tokens, at least one.
+    """
+    return tokens - max(offset + length for offset, length in placeholders)
 
 
 def tokens_kept(prompt_tokens: int, visual: int, protected: int, shares: Sequence[PruneLayer]) -> list[int]:
@@ -238,11 +301,28 @@ def plan_prompt(
     if n > config.longest_prompt:
         return PromptPlan(n, n, "too_long")
     shares = shares_of(settings, config.schedule)
-    scope = scope_of(settings, shares)
+    asks = gate_asks(n, placeholders, settings, config)
+    scope = scope_of(settings, shares, gated=asks)
     protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
     visual = sum(length for _, length in placeholders)
-    kept, *above = tokens_kept(n, visual, int(protected.sum()), shares)
-    return PromptPlan(n, kept, kept_above=tuple(above))
+    stay = int(protected.sum())
+    kept, *above = by_layer = tokens_kept(n, visual, stay, shares)
+    if not asks or by_layer[config.gate or 0] == stay:
+        return PromptPlan(n, kept, kept_above=tuple(above))
+    return PromptPlan(n, kept, kept_above=tuple(above), gate=config.gate, protected=stay)
+
+
+def gate_report(plan: PromptPlan, leaves: bool) -> dict[str, Any]:
+    """What an answer tells of the gate: the decision, and the plan that it was made on, by its counts."""
+    return {"leaves": leaves, "tokens": plan.tokens, "kept_by_layer": list(plan.kept_by_layer)}
+
+
+def decided_plan(plans: Sequence[PromptPlan], report: Mapping[str, Any]) -> int | None:
+    """Which of some plans a `gate_report` is of; None where it is of none, or was told before."""
+    for number, plan in enumerate(plans):
+        if plan.gate is not None and gate_report(plan, report["leaves"]) == report:
+            return number
+    return None
 
 
 def settings_of(

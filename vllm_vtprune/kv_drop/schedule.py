@@ -61,6 +61,7 @@ class Schedule:
         window: last prompt tokens that rate the others; None leaves it to the operator.
         weights: fingerprint of the only model that it is for (`vllm_vtprune.fingerprint`); None for any.
         presets: aggressiveness of presets by name, calibrated with it.
+        gate: file of a gate that decides at one of the prune layers; None for none.
     """
 
     prune_layers: tuple[PruneLayer, ...]
@@ -69,6 +70,7 @@ class Schedule:
     window: int | None = None
     weights: str | None = None
     presets: Mapping[str, float] = field(default_factory=dict)
+    gate: str | None = None
 
     def __str__(self) -> str:
         """As an operator writes it."""
@@ -186,7 +188,8 @@ def _from_file(path: Path, layers: int) -> Schedule:
     """``{"prune_layers": "8:0.5,16:0", "relevance": ["attention", "inherited"], "layers": 32}``.
 
     The last two may be missing, and so may what `vtprune calibrate` writes beside them: `window`, `model`
-    with the fingerprint of its `weights`, and `presets`. What else stands there is notes.
+    with the fingerprint of its `weights`, and `presets`; so may `gate`, the file of one, beside this file.
+    What else stands there is notes.
     """
     try:
         content: Any = json.loads(path.read_text())
@@ -212,7 +215,9 @@ def _calibrated(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     window, presets = content.get("window"), content.get("presets") or {}
     model = content.get("model") or {}
     weights = model.get("weights") if isinstance(model, Mapping) else model
+    gate = content.get("gate")
     wrong = {
+        '"gate" must be the name of a file': not isinstance(gate, str | None) or gate == "",
         '"window" must be a whole number of at least 1': window is not None
         and not (isinstance(window, int) and window >= 1),
         '"model" must be an object with "weights", a text': not isinstance(weights, str | None),
@@ -221,7 +226,8 @@ def _calibrated(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
     if found := next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None):
         raise ScheduleError(f"{path}: {found}")
-    return {"window": window, "weights": weights, "presets": presets}
+    where = None if gate is None else str(path.parent / gate)
+    return {"window": window, "weights": weights, "presets": presets, "gate": where}
 
 
 def band_groups(sizes: Sequence[int]) -> tuple[list[int], float]:

@@ -8,7 +8,7 @@ batch. All of it is known on the host. `vllm_vtprune.kv_drop.bands` does so for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,19 @@ _NOBODY: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 
 @dataclass
+class GateQuestion:
+    """What the gate decides about one prompt.
+
+    Attributes:
+        behind: text tokens behind the prompt's last visual token, at least one.
+        leaves: whether the visual tokens leave; None until it is decided, in the prompt's step.
+    """
+
+    behind: int
+    leaves: bool | None = None
+
+
+@dataclass
 class RequestDrop:
     """What a worker keeps of a request that loses tokens, for one prune layer.
 
@@ -40,6 +53,7 @@ class RequestDrop:
         lost: how many of `dropped` left at prune layers below this one.
         rated: whether the prompt is ranked here; a prompt that is not keeps its protected tokens, or all that
             reach this prune layer.
+        gate: at the gate's prune layer, what it decides; None elsewhere, and where it is not asked.
     """
 
     tokens: int
@@ -48,11 +62,19 @@ class RequestDrop:
     kept: tuple[Tensor, int] | None = None
     lost: int = 0
     rated: bool = True
+    gate: GateQuestion | None = None
 
     @property
     def reaching(self) -> int:
         """Tokens of the prompt that reach this prune layer."""
         return self.tokens - self.lost
+
+    def leave(self, *, here: bool) -> None:
+        """All but the protected tokens leave, at this prune layer or, if not `here`, at one below."""
+        self.dropped = self.tokens - int(self.protected.sum())
+        self.rated = False
+        if not here:
+            self.lost = self.dropped
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,9 @@ class KVDropState(nn.Module):
     Attributes:
         overrun: rows of the batch whose request holds too few blocks for what the step writes. Scheduler and
             worker then disagree on its prompt: it must fail, and nothing of it is written.
+        gated: whether a gate may change the step midway.
+        repeatable: whether this step's slots and metadata may have to be made again, once a gate has decided.
+        built: while `repeatable`, what makes metadata again: the names of its layers, and the metadata.
     """
 
     dropped: Tensor
@@ -157,8 +182,38 @@ class KVDropState(nn.Module):
         self.step: StepGeometry | None = None
         self.prompts: PrunedPrompts | None = None
         self.overrun: set[int] = set()
+        self.gated = self.repeatable = False
+        self.built: list[Callable[[], tuple[Sequence[str], Any]]] = []
+        self._written: list[tuple[Tensor, int, Tensor, NDArray[np.int32] | None]] = []
         self._drops: Sequence[RequestDrop | None] = ()
         self._rows = self._ends = _NOBODY
+
+    def expect_repeat(self, expected: bool) -> None:
+        """Say before a step whether its slots and metadata may have to be made again."""
+        self.repeatable = expected
+        self.built, self._written = [], []
+
+    def repeat(
+        self,
+        drops: Sequence[RequestDrop | None],
+        scheduled: NDArray[np.int32],
+        computed: NDArray[np.int32],
+    ) -> dict[str, Any]:
+        """Start the step again with what its requests lose by now: slots in place, metadata anew.
+
+        Returns:
+            The metadata by name of the layer.
+        """
+        self.repeatable = False
+        self.begin(drops, scheduled, computed)
+        for call in self._written:
+            self.write_slots(*call)
+        found: dict[str, Any] = {}
+        for build in self.built:
+            names, metadata = build()
+            found |= dict.fromkeys(names, metadata)
+        self.expect_repeat(False)
+        return found
 
     def clear(self) -> None:
         """No request in the batch has lost tokens, as in vLLM's dummy runs."""
@@ -237,6 +292,8 @@ class KVDropState(nn.Module):
             blocks: how many blocks of its row each request holds, [>= R]; what lies beyond them in the row
                 is another's. None in a dummy run, which writes nothing.
         """
+        if self.repeatable:
+            self._written.append((block_table, block_size, slots, blocks))
         if self.step is not None:
             self._write_places(block_table, block_size, slots)
         if blocks is None:

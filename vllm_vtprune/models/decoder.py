@@ -20,13 +20,18 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 
 from vllm_vtprune.errors import UnsupportedConfigError
 from vllm_vtprune.kv_drop.bands import KVDropBands
+from vllm_vtprune.kv_drop.gate import Gate, leaves, load, text_states
 from vllm_vtprune.kv_drop.hooks.attention import adopt_layer
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, costliest, keep, rate
@@ -143,6 +148,9 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
             if dummy and self.kv_drop.profiling and not _capturing():
                 self._profile_ratings()
             for index, border in enumerate(self.borders):
+                if not dummy and index == self.kv_drop.gate_at and self.kv_drop.undecided:
+                    metadata = self.kv_drop.decide(self._leaves(x, residual))
+                    context = _with_metadata(context, metadata)
                 prompts = None if dummy else self.kv_drop.bands[index].prompts
                 if prompts is not None:
                     if border.recorder is not None and prompts.buckets:
@@ -166,6 +174,24 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
             spread: Tensor = x.new_zeros(len(inputs_embeds), x.shape[1]).index_copy_(0, stayed, x)
             return spread
 
+        def _leaves(self, x: Tensor, residual: Tensor) -> list[bool]:
+            """What the gate decides on the step's prompts; equal on all tensor-parallel ranks.
+
+            The host has to know, since the shapes of all that follows depend on it: one synchronisation in
+            a step with such a prompt.
+
+            Args:
+                x: output of the layer below the gate's prune layer, [rows, hidden].
+                residual: what it is still to be added to, [rows, hidden].
+            """
+            gate = cast(Gate, self.kv_drop.gate)
+            texts = [slice(case.end - case.behind, case.end) for case in self.kv_drop.undecided]
+            states = torch.stack([text_states(x[text].float() + residual[text].float()) for text in texts])
+            decided = leaves(gate(states)).int()
+            if get_tensor_model_parallel_world_size() > 1:
+                decided = get_tp_group().broadcast(decided, src=0)
+            return [bool(leaving) for leaving in decided.tolist()]
+
         def _profile_ratings(self) -> None:
             """Rate the costliest batch, once, so that vLLM's memory profile has seen it.
 
@@ -184,6 +210,14 @@ def dropping(base: type[nn.Module]) -> type[nn.Module]:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _with_metadata(context: ForwardContext, metadata: dict[str, Any]) -> ForwardContext:
+    """The forward context with other attention metadata for some layers."""
+    if not metadata:
+        return context
+    before = cast(dict[str, Any], context.attn_metadata)
+    return dataclasses.replace(context, attn_metadata={**before, **metadata})
 
 
 def _of_fewer_rows(context: ForwardContext, names: list[str], rows: int) -> ForwardContext:
@@ -223,7 +257,14 @@ def split(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     device = cast(torch.device, vllm_config.device_config.device)
     dtype = cast(torch.dtype, vllm_config.model_config.dtype)
     edges = [0, *drop.prune_layers, len(layers)]
-    state = KVDropBands(len(drop.prune_layers), scheduler.max_num_seqs, max_tokens, device)
+    state = KVDropBands(
+        len(drop.prune_layers),
+        scheduler.max_num_seqs,
+        max_tokens,
+        device,
+        gate=None if drop.gate is None else load(drop.gate_file),
+        gate_at=drop.gate,
+    )
     bands, borders = [], []
     for index, (first, last) in enumerate(itertools.pairwise(edges)):
         norms = [model.norm] if last == len(layers) else []

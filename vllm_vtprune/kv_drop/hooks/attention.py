@@ -46,6 +46,10 @@ def dropping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self._state: KVDropState = getattr(layer, _ATTRIBUTE)
+            self._names = list(layer_names)
+            if self._state.gated:
+                # Model Runner V1 would copy another group's metadata, which nothing could make again
+                self.supports_update_block_table = False
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> Any:
@@ -60,10 +64,15 @@ def dropping_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            """Metadata for the rows that reach these layers."""
-            return super().build(
-                common_prefix_len, self._state.compact(common_attn_metadata), *args, **kwargs
-            )
+            """Metadata for the rows that reach these layers; made again where a gate changes them."""
+
+            def made() -> Any:
+                compacted = self._state.compact(common_attn_metadata)
+                return super(KVDropBuilder, self).build(common_prefix_len, compacted, *args, **kwargs)
+
+            if self._state.repeatable:
+                self._state.built.append(lambda: (self._names, made()))
+            return made()
 
     return subclass_attention_backend("KVDrop", backend, KVDropBuilder)
 

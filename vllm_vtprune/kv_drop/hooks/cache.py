@@ -72,6 +72,10 @@ class PlannedBlocksManager(FullAttentionManager):
         if request.request_id not in self.plans:
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
+    def return_surplus(self, request_id: str, num_tokens: int) -> int:
+        """How many blocks the request holds: below a prune layer there is never a surplus."""
+        return len(self.req_to_blocks.get(request_id, ()))
+
 
 class BelowPruneLayerManager(PlannedBlocksManager):
     """Blocks of the layers that see every prompt token."""
@@ -92,6 +96,23 @@ class AbovePruneLayerManager(PlannedBlocksManager):
         """Blocks for `num_tokens` tokens of the request, the dropped ones not counted."""
         slots = self._slots(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
+
+    def return_surplus(self, request_id: str, num_tokens: int) -> int:
+        """Give the blocks beyond those for `num_tokens` tokens back to the pool, at once.
+
+        The worker has not written to them since the decision that made them a surplus, and will not.
+
+        Returns:
+            How many the request still holds.
+        """
+        blocks = self.req_to_blocks.get(request_id, [])
+        if not blocks:
+            return 0
+        needed = -(-self._slots(request_id, num_tokens) // self.block_size)
+        surplus = blocks[needed:]
+        del blocks[needed:]
+        self.block_pool.free_blocks(reversed(surplus))
+        return len(blocks)
 
     def _slots(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.context import plugin_context
 from vllm_vtprune.errors import UnsupportedConfigError
+from vllm_vtprune.kv_drop.gate import read_facts
 from vllm_vtprune.kv_drop.hooks.request_check import install_request_check
 from vllm_vtprune.kv_drop.plan import KVDropConfig
 from vllm_vtprune.kv_drop.schedule import ScheduleError, band_groups, band_sizes, resolve
@@ -120,7 +122,7 @@ def with_schedule(
     """
     name = policy.named_schedule
     if not name:
-        return policy
+        return _with_gate(policy, model_config, dummy_weights, download_dir)
     where = "prune_schedule" if policy.prune_schedule.strip() else "prune_layers"
     try:
         if policy.prune_schedule.strip() and not name.endswith(".json"):
@@ -129,8 +131,15 @@ def with_schedule(
     except ScheduleError as error:
         raise UnsupportedConfigError(f"vtprune: {where}: {error}.") from error
     if schedule.weights is not None and not dummy_weights:
-        _refuse_other_weights(name, schedule.weights, model_config, download_dir)
+        _refuse_other_weights(
+            f"{name} was calibrated",
+            schedule.weights,
+            model_config,
+            download_dir,
+            "run `vtprune calibrate` for this model, or give prune layers by --prune-layers",
+        )
     brought = {
+        "prune_gate": schedule.gate,
         "relevance": schedule.relevance and ",".join(schedule.relevance),
         "window": schedule.window,
         "preset_aggressiveness": ",".join(
@@ -147,22 +156,53 @@ def with_schedule(
             schedule,
             schedule.deviation,
         )
-    return PrunePolicy(
+    written = PrunePolicy(
         **{**policy.model_dump(), **taken, "prune_layers": str(schedule), "prune_schedule": ""}
     )
+    return _with_gate(written, model_config, dummy_weights, download_dir)
+
+
+def _with_gate(
+    policy: PrunePolicy, model_config: ModelConfig, dummy_weights: bool, download_dir: str | None
+) -> PrunePolicy:
+    """The policy with the gate's prune layer written before its file, so that every process knows it."""
+    path = policy.gate[1] if policy.gate is not None else policy.prune_gate.strip()
+    if not path:
+        return policy
+    try:
+        facts = read_facts(path)
+    except ScheduleError as error:
+        raise UnsupportedConfigError(f"vtprune: prune_gate: {error}.") from error
+    text = model_config.hf_text_config
+    if (facts.layers, facts.hidden) != (text.num_hidden_layers, text.hidden_size):
+        raise UnsupportedConfigError(
+            f"vtprune: prune_gate: {path} is for a decoder of {facts.layers} layers and width "
+            f"{facts.hidden}, and this one has {text.num_hidden_layers} and {text.hidden_size}."
+        )
+    layers = [prune_layer.layer for prune_layer in policy.schedule]
+    if facts.layer not in layers:
+        raise UnsupportedConfigError(
+            f"vtprune: prune_gate: {path} decides at layer {facts.layer}, and the prune layers are "
+            f"{', '.join(map(str, layers))}: add {facts.layer}:vision=1 to --prune-layers."
+        )
+    if not dummy_weights:
+        advice = "run `vtprune calibrate --gate` for this model, or leave --prune-gate out"
+        _refuse_other_weights(f"{path} was trained", facts.weights, model_config, download_dir, advice)
+    # workers may run elsewhere
+    written = f"{facts.layer}={Path(path).resolve()}"
+    return PrunePolicy(**{**policy.model_dump(), "prune_gate": written})
 
 
 def _refuse_other_weights(
-    name: str, wanted: str, model_config: ModelConfig, download_dir: str | None
+    what: str, wanted: str, model_config: ModelConfig, download_dir: str | None, advice: str
 ) -> None:
     from vllm_vtprune.fingerprint import fingerprint
 
     weights = fingerprint(model_config.model, revision=model_config.revision, download_dir=download_dir)
     if weights != wanted:
         raise UnsupportedConfigError(
-            f"vtprune: {name} was calibrated for a model with the weights {wanted}, and "
-            f"{model_config.model} has {weights}: run `vtprune calibrate` for this model, or "
-            "give prune layers by --prune-layers."
+            f"vtprune: {what} for a model with the weights {wanted}, and {model_config.model} has {weights}: "
+            f"{advice}."
         )
 
 
@@ -179,6 +219,8 @@ def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
             "vtprune: the engine runs the second stage's classes, but its model configuration carries no "
             "prune_layer; leave --scheduler-cls and --worker-cls to the plugin."
         )
+    gate_layer, gate_file = policy.gate or (None, "")
+    layers = [prune_layer.layer for prune_layer in policy.schedule]
     return KVDropConfig(
         schedule=policy.schedule,
         window=policy.window,
@@ -186,6 +228,8 @@ def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
         special_ids=context.special_ids,
         default=policy.default_settings.kv,
         relevance=policy.relevances,
+        gate=None if gate_layer is None else layers.index(gate_layer),
+        gate_file=gate_file,
     )
 
 

@@ -29,9 +29,16 @@ def report_failures(output: Any, state: KVDropBands) -> None:
     overrun = state.take_overrun()
     if not overrun or output is None:
         return
-    if not isinstance(output, ModelRunnerOutput):
-        output = getattr(output, "model_runner_output", None) or output._model_runner_output
+    output = held_by(output)
     setattr(output, _ATTRIBUTE, [output.req_ids[row] for row in overrun])
+
+
+def held_by(output: Any) -> ModelRunnerOutput:
+    """The output that travels to the scheduler, of what `sample_tokens` returned."""
+    if isinstance(output, ModelRunnerOutput):
+        return output
+    held: ModelRunnerOutput = getattr(output, "model_runner_output", None) or output._model_runner_output
+    return held
 
 
 def failed_requests(output: ModelRunnerOutput) -> Collection[str]:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 from vllm_vtprune.kv_drop.plan import (
     KVDropConfig,
     PromptPlan,
+    gate_asks,
     plan_prompt,
     protected_positions,
     rated_at,
     scope_of,
     settings_of,
     shares_of,
+    text_behind,
 )
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
-from vllm_vtprune.kv_drop.step import RequestDrop
+from vllm_vtprune.kv_drop.step import GateQuestion, RequestDrop
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -82,15 +84,15 @@ def request_drop(
     sampling_params: SamplingParams | None,
     config: KVDropConfig,
 ) -> tuple[RequestDrop, ...] | None:
-    """What a worker keeps of a request, per prune layer; None where nothing is dropped."""
+    """What a worker keeps of a request, per prune layer; None where nothing is dropped, or may be."""
     plan = plan_request(token_ids, mm_features, sampling_params, config)
-    if plan.dropped == 0 or token_ids is None or sampling_params is None:
+    if plan.whole or token_ids is None or sampling_params is None:
         return None
     settings, _ = settings_of(sampling_params.extra_args, config.default)
-    scope = scope_of(settings, shares_of(settings, config.schedule))
-    protected = protected_positions(
-        token_ids, placeholder_ranges(mm_features), config.special_ids, scope, config.window
-    )
+    placeholders = placeholder_ranges(mm_features)
+    asks = gate_asks(plan.tokens, placeholders, settings, config)
+    scope = scope_of(settings, shares_of(settings, config.schedule), gated=asks)
+    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
     reaching = (plan.tokens, *plan.kept_by_layer[:-1])
     inherits = [RELEVANCE[config.relevance_at(index)].inherits for index in range(len(reaching))]
     rated = rated_at(plan.tokens, plan.kept_by_layer, int(protected.sum()), inherits)
@@ -103,6 +105,7 @@ def request_drop(
                 protected,
                 lost=plan.tokens - below,
                 rated=rated[index],
+                gate=GateQuestion(text_behind(plan.tokens, placeholders)) if index == plan.gate else None,
             )
         )
     return tuple(drops)

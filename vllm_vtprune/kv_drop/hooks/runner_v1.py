@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seam in Model Runner V1: tells each step's plan to the layers above the prune layer.
 
-Hooks, all of `vllm.v1.worker.gpu_model_runner.GPUModelRunner` in vLLM 0.32, by subclassing: `_prepare_inputs`
-(the step's batch is settled), `_get_slot_mappings` (which slots the step writes), `_dummy_run` and
-`_on_request_state_removed`.
+Hooks, all of `vllm.v1.worker.gpu_model_runner.GPUModelRunner` in vLLM 0.32, by subclassing: `_update_states`
+(appends the step's blocks to those that requests hold), `_prepare_inputs` (the step's batch is settled),
+`_get_slot_mappings` (which slots the step writes), `_dummy_run` and `_on_request_state_removed`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.hooks.cache import groups_above
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.exits import told_held
 from vllm_vtprune.kv_drop.hooks.requests import request_drop
 from vllm_vtprune.kv_drop.step import RequestDrop
 
@@ -30,7 +31,7 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
     """A subclass of a V1 model runner with the seam. One class per base."""
 
     class KVDropModelRunner(base):  # type: ignore[misc, valid-type]
-        """The platform's model runner; what it adds is in four overrides."""
+        """The platform's model runner; what it adds is in five overrides."""
 
         _drops: dict[str, tuple[RequestDrop, ...] | None]
 
@@ -38,6 +39,24 @@ def dropping_runner(base: type[GPUModelRunner]) -> type[GPUModelRunner]:
         def _kv_drop(self) -> KVDropBands:
             state: KVDropBands = self.get_model().kv_drop
             return state
+
+        def _update_states(self, scheduler_output: Any) -> Any:
+            for request_id, held in told_held(scheduler_output).items():
+                self._hold_fewer(request_id, held)
+            return super()._update_states(scheduler_output)
+
+        def _hold_fewer(self, request_id: str, held: list[int]) -> None:
+            """Forget the blocks that a request returned, in its state and in its row of the batch."""
+            request = self.requests.get(request_id)
+            if request is None:
+                return
+            row = self.input_batch.req_id_to_index.get(request_id)
+            for group, (block_ids, count) in enumerate(zip(request.block_ids, held, strict=True)):
+                del block_ids[count:]
+                if row is not None:
+                    table = self.input_batch.block_table[group]
+                    table.block_table.np[row, count : table.num_blocks_per_row[row]] = 0
+                    table.num_blocks_per_row[row] = count
 
         def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)

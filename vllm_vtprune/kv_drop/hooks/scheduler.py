@@ -3,7 +3,8 @@
 
 Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`,
 `_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not
-yet", and `update_from_output`, which fails the requests of `encoder_cache_mismatch_reqs` and goes on.
+yet", and `update_from_output`, which fails the requests of `encoder_cache_mismatch_reqs` and goes on. What
+`_free_request` returns is told with a request's last output (`RequestOutput.kv_transfer_params`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_vtprune.contract import KWARG
 from vllm_vtprune.kv_drop.hooks.cache import PlannedBlocksManager
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.exits import decisions, tell_held
 from vllm_vtprune.kv_drop.hooks.failures import failed_requests
 from vllm_vtprune.kv_drop.hooks.requests import plan_request
-from vllm_vtprune.kv_drop.plan import PromptPlan
+from vllm_vtprune.kv_drop.plan import PromptPlan, gate_report
 from vllm_vtprune.settings import KVSettings
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class _KVDropMixin(Scheduler):
     Attributes:
         prompt_plans: pruned requests by id, from arrival until they are freed.
         unpruned: how many requests were served whole although they asked for less, by reason.
+        gate_reports: by request that the gate decided on, what its answer tells (`gate_report`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,6 +54,9 @@ class _KVDropMixin(Scheduler):
         self.kv_drop_config = kv_drop_config(self.vllm_config)
         self.prompt_plans: dict[str, PromptPlan] = {}
         self.unpruned: dict[str, int] = {}
+        self.gate_reports: dict[str, dict[str, Any]] = {}
+        # blocks that requests still hold which returned some since the last step
+        self._held: dict[str, list[int]] = {}
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if not isinstance(manager, PlannedBlocksManager):
                 raise RuntimeError(
@@ -75,7 +82,7 @@ class _KVDropMixin(Scheduler):
             num_tokens=request.num_prompt_tokens,
             streaming_input=request.resumable,
         )
-        if plan.dropped:
+        if not plan.whole:
             self.prompt_plans[request.request_id] = plan
             # what lies in the cache was computed for whole prompts
             request.skip_reading_prefix_cache = True
@@ -103,9 +110,12 @@ class _KVDropMixin(Scheduler):
         """The next step; a bound that a waiting prompt set in it is lifted afterwards."""
         most = self.max_num_active_reqs
         try:
-            return super().schedule(*args, **kwargs)
+            output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = most
+        tell_held(output, self._held)
+        self._held = {}
+        return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Fail the requests on whose prompts worker and scheduler disagree; their results are dropped."""
@@ -117,12 +127,37 @@ class _KVDropMixin(Scheduler):
             )
             _withhold(model_runner_output, request_id)
             self.encoder_cache_mismatch_reqs.add(request_id)
+        for request_id, leaves in decisions(model_runner_output).items():
+            self._decide(request_id, leaves)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _decide(self, request_id: str, leaves: bool) -> None:
+        """Plan anew a prompt that the gate decided on; what it then holds in surplus returns to the pool.
+
+        With asynchronous scheduling the request may be a step further, and its blocks are counted with that;
+        it may also have been preempted, holds none then, and comes back by the new plan.
+        """
+        plan = self.prompt_plans.get(request_id)
+        if plan is None or plan.gate is None:
+            return
+        self.prompt_plans[request_id] = plan.decided(leaves)
+        self.gate_reports[request_id] = gate_report(plan, leaves)
+        if not leaves:
+            return
+        tokens = self.requests[request_id].num_computed_tokens
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        held = [manager.return_surplus(request_id, tokens) for manager in managers]
+        if any(held):
+            self._held[request_id] = held
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        freed = super()._free_request(request, *args, **kwargs)
+        kv_transfer_params, *others = super()._free_request(request, *args, **kwargs)
         self.prompt_plans.pop(request.request_id, None)
-        return freed
+        report = self.gate_reports.pop(request.request_id, None)
+        if report is not None:
+            # the one part of an answer that a scheduler may fill without a connector of vLLM's
+            kv_transfer_params = {**(kv_transfer_params or {}), KWARG: report}
+        return kv_transfer_params, *others
 
 
 def _keep_whole(request: Request) -> None:

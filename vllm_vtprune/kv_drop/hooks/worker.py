@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_vtprune.kv_drop.hooks.cache import split_specs
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
+from vllm_vtprune.kv_drop.hooks.exits import report_decisions, told_held
 from vllm_vtprune.kv_drop.hooks.failures import report_failures
 from vllm_vtprune.kv_drop.hooks.runner_v1 import install
 
@@ -47,21 +48,25 @@ class KVDropWorker(_Worker):
             drop.profiling = False
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Tell Model Runner V2's model state which requests leave for good, then let vLLM run the step."""
+        """Tell Model Runner V2 which requests leave for good, and which hold fewer blocks; run the step."""
         if self.use_v2_model_runner:
             runner: Any = self.model_runner
+            blocks = runner.block_tables.num_blocks.np
             runner.model_state.expect(
-                scheduler_output.finished_req_ids,
-                scheduler_output.preempted_req_ids or (),
-                runner.block_tables.num_blocks.np,
+                scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or (), blocks
             )
+            for request_id, held in told_held(scheduler_output).items():
+                row = runner.req_states.req_id_to_index.get(request_id)
+                if row is not None:
+                    blocks[:, row] = held
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Let vLLM finish the step, and report the requests that could not be served in it."""
+        """Let vLLM finish the step; report whom it could not serve, and what the gate decided."""
         output = super().sample_tokens(grammar_output)
         model: Any = self.model_runner.get_model()
         report_failures(output, model.kv_drop)
+        report_decisions(output, model.kv_drop)
         return output
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
