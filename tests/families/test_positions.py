@@ -18,7 +18,7 @@ from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT
 from tests.helpers.family_processor import placeholder_of, processor_of
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.families.registry import ARCHITECTURES
-from vllm_vtprune.vision.placeholders import KEPT
+from vllm_vtprune.vision.placeholders import FIELDS
 
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 PROMPTS = [
@@ -58,7 +58,7 @@ def test_kept_tokens_stand_where_they_do_in_the_unpruned_prompt(
     pruned, mine, delta = positions(processor(name), prompt, images, keep_ratio=0.3)
     stays = torch.ones(len(whole["prompt_token_ids"]), dtype=torch.bool)
     for item, place in zip(pruned["mm_kwargs"]["image"], whole["mm_placeholders"]["image"], strict=True):
-        stays[place.offset : place.offset + place.length] = item[KEPT].data
+        stays[place.offset : place.offset + place.length] = item[FIELDS["image"].kept].data
     assert not bool(stays.all())
     assert torch.equal(mine, expected[:, stays])
     assert len(pruned["prompt_token_ids"]) + delta == len(whole["prompt_token_ids"]) + after

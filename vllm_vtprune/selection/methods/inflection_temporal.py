@@ -3,7 +3,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from vllm_vtprune.selection.base import Pruning
 from vllm_vtprune.selection.ops import ranks
@@ -14,12 +14,12 @@ _AHEAD = 4.0
 
 
 class InflectionTemporal(RankedMethod):
-    """A token that did not change since the frame before goes first; of a picture it keeps what `inflection` does.
+    """A token that did not change since the frame before goes first; of a picture it is `inflection`.
 
     Change is that of Efficient Video Sampling (EVS, arXiv 2510.14624): one minus the cosine with the token of
     the same place in the frame before; everything in the first frame is new. EVS ranks by it alone, over the
-    whole video, and keeps the first frame whole. Here it multiplies the share of the frame's tokens that score
-    no higher, so that the first frame competes too, and of what changed the tokens of high score stay.
+    whole video, and keeps the first frame whole. Here it is multiplied with the share of the frame's tokens
+    that score no higher, so that the first frame competes too, and of what changed the best stays.
 
     The settings decide how many tokens of each frame stay, and so how many of the video; these are then given
     to the video's best, whichever frame they are in. Each frame keeps `min_tokens`.
@@ -56,7 +56,7 @@ def changes(patches: Tensor, frames: tuple[int, ...] = ()) -> Tensor:
         frames: as in `VisionFeatures`.
     """
     found = []
-    for video in patches.float().split(frames or (1,) * len(patches)):
+    for video in normalize(patches.float(), dim=-1).split(frames or (1,) * len(patches)):
         new = torch.ones_like(video[:1, :, 0])
-        found += [new, 1.0 - cosine_similarity(video[1:], video[:-1], dim=-1)]
+        found += [new, 1.0 - (video[1:] * video[:-1]).sum(dim=-1)]
     return torch.cat(found).clamp(min=0.0)
