@@ -218,7 +218,9 @@ def test_a_video_of_one_frame_works_or_is_refused_in_a_sentence(
 ) -> None:
     ours, short = processor(name), clip(1, 112, 84)
     if name == "qwen3_vl":
-        with pytest.raises(VLLMValidationError, match="has 1 frame, .* have 2 at least: send it as an image"):
+        with pytest.raises(
+            VLLMValidationError, match=r"has 1 frame, .* have 2 at least: send it as an image"
+        ):
             process(ours, [short], keep_ratio=0.5)
         return
     (item,) = process(ours, [short], keep_ratio=0.5)["mm_kwargs"]["video"]

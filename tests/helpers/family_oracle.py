@@ -417,8 +417,7 @@ class Llava(Family):
         attentions = self.model.vision_tower(pixels[0], output_attentions=True).attentions
         received = attentions[layer].double().mean((1, 2)).view(-1, 1, self.side, self.side)
         scores = torch.nn.functional.avg_pool2d(received, 2).flatten(1)
-        units = rows.view(*scores.shape, -1)
-        return units, scores, torch.cat([rows, self.model.image_newline[None]])
+        return rows[:-1].view(*scores.shape, -1), scores, rows
 
     def prompt(self, request: Request) -> tuple[Any, ...]:
         text = request.text.format(*[self.token or self.placeholder] * len(request.images))
