@@ -22,9 +22,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.memory import VIDEO_PATCHES
 
-#: Patches of a video that one pass takes; a pass of pictures holds as many by default.
-_MOST_PATCHES = 16 * 1024
+#: Patches of a video that one pass takes; a pass of pictures holds as many by default (`vision.memory`).
+_MOST_PATCHES = VIDEO_PATCHES
 
 
 class QwenVL(Family):
