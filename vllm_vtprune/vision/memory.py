@@ -65,12 +65,13 @@ class TowerShape:
     keeps_projections: bool
 
     @staticmethod
-    def of(family: Family, image_pixels: int | None = None) -> TowerShape:
+    def of(family: Family, image_pixels: int | None = None, *, videos: bool = False) -> TowerShape:
         """The shape of a checked family's tower; its modules are built without memory.
 
         Args:
             family: the model's adapter.
             image_pixels: the largest picture after preprocessing, where the tower takes any size.
+            videos: whether they may be asked for.
         """
         config, vision = family.config, family.config.vision_config
         with torch.device("meta"):
@@ -88,7 +89,7 @@ class TowerShape:
         elif side is not None:  # tiles
             largest = _most_tiles(config) * ((side // patch) ** 2 + 1)
         view = largest if side is None else (side // patch) ** 2 + 1
-        if "video" in family.modalities:
+        if videos and "video" in family.modalities:
             largest = max(largest, VIDEO_PATCHES)
         embedding = -(-family.embed_width() // merge)
         return TowerShape(
