@@ -207,6 +207,7 @@ def test_config_tells_what_the_family_offers(served: Served) -> None:
     assert model["default_score"] == family.default_score == config["policy"]["score"]
     assert model["default_method"] == family.default_method == config["policy"]["default_method"]
     assert model["presets_calibrated"] is False
+    assert model["modalities"] == list(family.modalities)
     assert config["methods"] == list(servable_methods(family))
     grid = family.unpruned_grid()
     assert model["grid"] == (None if grid is None else list(grid))
