@@ -7,11 +7,14 @@ by commas, starts one for each.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cv2
 import httpx
 import pytest
 from PIL import Image
@@ -136,6 +139,17 @@ def test_a_video_is_pruned_as_asked(films: Served, method: str) -> None:
     assert alone["vision_tokens_kept"] < alone["vision_tokens"] // 2
     lost = before["vision_tokens"] - after["vision_tokens_kept"]
     assert prompt_tokens(pruned) == prompt_tokens(whole) - lost
+
+
+def test_a_file_of_a_video_is_pruned(films: Served, tmp_path: Path) -> None:
+    height, width = CLIP[0].shape[1:3]
+    file = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, (width, height))
+    for frame in CLIP[0]:
+        file.write(frame)
+    file.release()
+    content = base64.b64encode((tmp_path / "film.mp4").read_bytes()).decode()
+    usage = counts(post(films.url, video_body(f"data:video/mp4;base64,{content}"), QUARTER))
+    assert 0 < usage["vision_tokens_kept"] < usage["vision_tokens"] // 2
 
 
 def test_a_bad_video_is_a_400_that_says_what_to_send(films: Served) -> None:
