@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tests.families.conftest import Checkpoint
@@ -225,3 +226,21 @@ def test_a_video_of_one_frame_works_or_is_refused_in_a_sentence(
         return
     (item,) = process(ours, [short], keep_ratio=0.5)["mm_kwargs"]["video"]
     assert 1 <= int(item[NAMES.kept].data.sum()) < len(item[NAMES.kept].data)
+
+
+@families
+def test_the_dummy_videos_that_size_vllms_buffers_run_no_tower(
+    name: str, processor: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count unpruned: the most tokens that a video can have."""
+    ours = processor(name)
+    inputs = ours.get_dummy_inputs(2048, {"image": 1, "video": 1}, {})
+
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(ours.vision, "encode", never)
+    result = ours.apply(inputs, TimingContext(enabled=False))
+    ((item,), (place,)) = result["mm_kwargs"]["video"], result["mm_placeholders"]["video"]
+    assert place.get_num_embeds() == len(item[NAMES.embeddings].data) == int(item[NAMES.kept].data.sum())
+    assert bool(item[NAMES.kept].data.all())
