@@ -34,7 +34,7 @@ class VisionSettings:
         method: name of a selection method (`vllm_vtprune.selection`).
         aggressiveness: in [0, 1]; the inflection point decides the count. None with `keep_ratio`.
         keep_ratio: in (0, 1]; a fixed share of the tokens. None with `aggressiveness`.
-        min_tokens: tokens every image keeps at least.
+        min_tokens: tokens every image, and every frame of a video, keeps at least.
         score: what ranks the tokens: `cosine` to CLS, `cls_attention`, `received` attention, or `auto`.
         max_share: in (0, 1]; of each image no more than this share stays (but `min_tokens`), whatever the
             curve says.

@@ -55,8 +55,9 @@ class StudySize:
 def run_study(model: LocalModel, size: StudySize, folder: Path, progress: Progress) -> list[Path]:
     """Calibrate, choose, compare; write results.json, results.md and the plots, and return their paths."""
     memory = folder / f".replies-{fingerprint(model)}"
-    # under a fixed share `inflection` keeps what `topk` keeps; what sets it apart is its own count
-    names = [name for name in METHODS if name != "inflection"]
+    # under a fixed share of a picture both keep what `topk` keeps; the first has a count of its own, and the
+    # other differs for videos
+    names = [name for name in METHODS if name not in ("inflection", "inflection_temporal")]
     everything = needs_of([_fixed(name, 0.5) for name in names])
     held_out = _validation(model, size.validation, memory)
     calibration = calibrate(view_scores(held_out.pictures), SHARES.values())

@@ -79,6 +79,8 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
             "grid": None if grid is None else list(grid),
             "image_size": getattr(vision, "image_size", None),
             "patch_size": vision.patch_size,
+            # what is pruned; of the rest all tokens stay
+            "modalities": list(family.modalities),
             "scores": list(servable_scores(family)),
             "default_score": family.default_score,
             "default_method": family.default_method,

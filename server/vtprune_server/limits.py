@@ -37,7 +37,7 @@ class ServerLimits(OperatorModel):
         default=64, ge=0, description="largest request body in MiB; 413 beyond it; 0 for no limit"
     )
     # vLLM's `limit_mm_per_prompt`
-    max_images: int = Field(default=16, ge=0, description="images per prompt")
+    max_images: int = Field(default=16, ge=0, description="images per prompt, and as many videos")
     # `VLLM_MAX_IMAGE_PIXELS`
     max_image_megapixels: int = Field(
         default=64, ge=0, description="largest decoded image, in millions of pixels"
@@ -94,7 +94,7 @@ def apply_to_vllm(
         environ: usually `os.environ`.
     """
     if not {"--limit-mm-per-prompt", "--config"} & given:
-        args.limit_mm_per_prompt = {"image": limits.max_images}
+        args.limit_mm_per_prompt = {"image": limits.max_images, "video": limits.max_images}
     if limits.media_domains and "--allowed-media-domains" not in given:
         args.allowed_media_domains = list(limits.media_domains)
     if not {"--shutdown-timeout", "--config"} & given:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetching images for strangers: no private address, and errors that tell nothing of the server's inside.
+"""Fetching images and videos for strangers: no private address, and errors that tell nothing of the server.
 
 vLLM chooses the class that loads media by name (`VLLM_MEDIA_CONNECTOR`, `MEDIA_CONNECTOR_REGISTRY`);
 importing this module registers ``vtprune``. Addresses are checked when the name is resolved and again when
@@ -24,7 +24,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 
 from vtprune_server import metrics
 from vtprune_server.limits import ServerLimits
@@ -140,55 +140,74 @@ class PublicMediaConnector(MediaConnector):
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """`MediaConnector.load_from_url`; every failure is a `VLLMClientError`."""
-        _check_declared_type(url)
-        with _blaming_the_client():
+        kind = _kind_of(media_io)
+        _check_declared_type(url, kind)
+        with _blaming_the_client(kind):
             return super().load_from_url(url, media_io, **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """`MediaConnector.load_from_url_async`; every failure is a `VLLMClientError`."""
-        _check_declared_type(url)
-        with _blaming_the_client():
+        kind = _kind_of(media_io)
+        _check_declared_type(url, kind)
+        with _blaming_the_client(kind):
             return await super().load_from_url_async(url, media_io, **kwargs)
 
 
-def _check_declared_type(url: str) -> None:
-    """Refuse a data: URL that says it is something else than an image; vLLM looks at the bytes alone."""
+def _kind_of(media_io: Any) -> str:
+    return "video" if isinstance(media_io, VideoMediaIO) else "image"
+
+
+def _check_declared_type(url: str, kind: str) -> None:
+    """Refuse a data: URL that says it is something else than its kind; vLLM looks at the bytes alone."""
     scheme, _, rest = url.partition(":")
     media_type = rest.partition(",")[0].partition(";")[0].strip().lower()
     # no type at all is text/plain by RFC 2397, but clients leave it out for images too
-    if scheme.lower() == "data" and media_type and not media_type.startswith("image/"):
+    if scheme.lower() == "data" and media_type and not media_type.startswith(f"{kind}/"):
+        article, example = _DECLARED[kind]
         raise VLLMValidationError(
-            "A data: URL in image_url must declare an image type, such as data:image/png;base64,...",
-            parameter="image_url",
+            f"A data: URL in {kind}_url must declare {article} {kind} type, such as "
+            f"data:{example};base64,...",
+            parameter=f"{kind}_url",
         )
 
 
 @contextmanager
-def _blaming_the_client() -> Iterator[None]:
+def _blaming_the_client(kind: str) -> Iterator[None]:
+    where = f"{kind}_url"
     try:
         yield
+    except PrivateAddressError as error:
+        # a socket does not know what it is opened for
+        if kind == "image":
+            raise
+        raise VLLMValidationError(str(error.args[0]).replace("image", kind), parameter=where) from None
     except VLLMUnprocessableEntityError as error:
         # vLLM's sentence, without the URL it would quote
-        raise VLLMUnprocessableEntityError(error.args[0], parameter="image_url") from None
+        raise VLLMUnprocessableEntityError(error.args[0], parameter=where) from None
     except VLLMError:
         raise
     except (aiohttp.ClientError, TimeoutError, ConnectionError, socket.gaierror):
         raise VLLMUnprocessableEntityError(
-            "The image could not be fetched: its host did not answer with it in time.", parameter="image_url"
+            f"The {kind} could not be fetched: its host did not answer with it in time.", parameter=where
         ) from None
     except Image.DecompressionBombError:
-        raise VLLMValidationError("The image has too many pixels.", parameter="image_url") from None
+        raise VLLMValidationError("The image has too many pixels.", parameter=where) from None
     except (NotImplementedError, binascii.Error):
-        raise VLLMValidationError("A data: URL must hold base64.", parameter="image_url") from None
+        raise VLLMValidationError("A data: URL must hold base64.", parameter=where) from None
     except RuntimeError:
         raise VLLMValidationError(
-            "The server does not read local files: send an http(s) or data: URL.", parameter="image_url"
+            "The server does not read local files: send an http(s) or data: URL.", parameter=where
         ) from None
     except Exception as error:
-        sentence = str(error) if str(error).startswith(_VLLMS_SENTENCES) else _UNREADABLE
-        raise VLLMValidationError(sentence, parameter="image_url") from None
+        sentence = str(error) if str(error).startswith(_VLLMS_SENTENCES) else _UNREADABLE[kind]
+        raise VLLMValidationError(sentence, parameter=where) from None
 
 
+#: By kind, its article and the type of an example.
+_DECLARED = {"image": ("an", "image/png"), "video": ("a", "video/mp4")}
 #: Refusals of vLLM's that help and tell nothing: too many pixels, a scheme or domain that is not allowed.
 _VLLMS_SENTENCES = ("Image dimensions", "The URL must be", "Invalid data URL", "Request decoded media")
-_UNREADABLE = "The image could not be decoded: send a whole PNG, JPEG, WebP or GIF."
+_UNREADABLE = {
+    "image": "The image could not be decoded: send a whole PNG, JPEG, WebP or GIF.",
+    "video": "The video could not be decoded: send a whole file such as an MP4, or frames as video/jpeg.",
+}

@@ -42,7 +42,7 @@ def report(args: argparse.Namespace) -> str:
     """The lines that the command prints."""
     folder = Path(args.model)
     config = AutoConfig.from_pretrained(str(folder.parent if folder.name == "config.json" else folder))
-    shape = TowerShape.of(family_of(config), args.max_pixels)
+    shape = TowerShape.of(family_of(config), args.max_pixels, videos=True)
     width = getattr(torch, args.dtype).itemsize
     language = (_parameters(config) - shape.parameters) * width
     rows: list[tuple[str, ...]] = []

@@ -20,6 +20,7 @@ import torch
 from vllm.utils.async_utils import make_async
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
+from vllm_vtprune.vision.placeholders import FIELDS
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server import metrics
 from vtprune_server.resend import make_resendable
@@ -40,9 +41,10 @@ class _Queued:
             self._images = 0
 
 
-def _images_in(mm_data: Any) -> int:
-    images = mm_data.get("image") if isinstance(mm_data, Mapping) else None
-    return len(images) if isinstance(images, list) else int(images is not None)
+def _media_in(mm_data: Any) -> int:
+    """Images and videos of a request."""
+    found = [mm_data.get(modality) for modality in FIELDS] if isinstance(mm_data, Mapping) else []
+    return sum(len(media) if isinstance(media, list) else int(media is not None) for media in found)
 
 
 def install_prefetch(renderer: Any, workers: int) -> None:
@@ -85,7 +87,7 @@ def install_prefetch(renderer: Any, workers: int) -> None:
         nonlocal in_flight
         kwargs |= {"mm_processor_kwargs": mm_processor_kwargs, "media_io_kwargs": media_io_kwargs}
         cache = renderer.mm_processor_cache
-        queued = _Queued(_images_in(mm_data))
+        queued = _Queued(_media_in(mm_data))
 
         def prefetch() -> tuple[int, int]:
             queued.leave()  # those without an output are counted on by `vision.service`

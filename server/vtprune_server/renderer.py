@@ -22,6 +22,7 @@ from vllm_vtprune.context import PluginContext
 from vllm_vtprune.contract import AUTO, KWARG
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.settings import Controls, PruneSettings
+from vllm_vtprune.vision.placeholders import FIELDS
 from vllm_vtprune.vision.processor import VISION_TOKENS
 from vtprune_server.auto import AutoLevel
 from vtprune_server.context import RequestContext, current_request, refusal
@@ -153,7 +154,8 @@ class PrunedOnlineRenderer(OnlineRenderer):
             return
         context.kv_planner = self.kv_planner
         for engine_input in engine_inputs:
-            ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
+            placeholders = engine_input.get("mm_placeholders") or {}
+            ranges = [r for modality in FIELDS for r in placeholders.get(modality, ())]
             token_ids = engine_input.get("prompt_token_ids")
             counts = TokenCounts(
                 vision_tokens=engine_input.get(VISION_TOKENS, 0),

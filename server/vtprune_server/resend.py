@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends an image again that the engine turns out not to have.
+"""Sends an image, or a video, again that the engine turns out not to have.
 
 vLLM's processor cache has a half in the API process, which knows what the engine has, and the engine's half,
 which has it (`vllm.multimodal.cache`). A request whose image is known names it by hash alone. The halves
@@ -42,7 +42,7 @@ def make_resendable(prompt: dict[str, Any], render: Callable[[], Awaitable[Mappi
         prompt: changed in place.
         render: renders it once more.
     """
-    if any(item is None for item in prompt["mm_kwargs"].get("image", [])):
+    if any(item is None for items in prompt["mm_kwargs"].values() for item in items):
         images = ResendableImages(prompt["mm_kwargs"])
         images.render = render
         prompt["mm_kwargs"] = images

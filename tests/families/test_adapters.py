@@ -29,7 +29,8 @@ from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.features import everything, for_family, servable_methods
-from vllm_vtprune.vision.placeholders import KEPT
+from vllm_vtprune.vision.outcomes import Decided
+from vllm_vtprune.vision.placeholders import FIELDS
 from vllm_vtprune.vision.processor import PrunedProcessor
 
 SIZES = [(330, 120), (90, 400), (200, 200), (70, 60), (640, 480)]
@@ -70,9 +71,11 @@ def test_a_batch_of_pictures_computes_what_each_alone_does(
 ) -> None:
     ours = processor(name)
     pictures = [picture(size, seed=5) for size in SIZES]
-    batch = ours._encode(pictures, list("abcde"), frozenset({"received"}), {})
+    batch = ours._encode(
+        [Decided(*one) for one in zip("abcde", pictures, strict=True)], frozenset({"received"})
+    )
     for key, image, together in zip("fghij", pictures, batch, strict=True):
-        (alone,) = ours._encode([image], [key], frozenset({"received"}), {})
+        (alone,) = ours._encode([Decided(key, image)], frozenset({"received"}))
         assert torch.allclose(alone.patches, together.patches, atol=1e-5)
         assert torch.allclose(alone.received, together.received, atol=1e-6)
         assert alone.views == together.views
@@ -173,7 +176,7 @@ def test_embeddings_that_the_caller_gives_pass_as_they_are(
     result = ours(placeholder_of(ours), items, hf_processor_mm_kwargs=kwargs)
     (place,), (item,) = result["mm_placeholders"]["image"], result["mm_kwargs"]["image"]
     assert place.get_num_embeds() == result["vtprune_vision_tokens"] == 36
-    assert torch.equal(item["image_embeds"].data, rows) and KEPT not in item
+    assert torch.equal(item["image_embeds"].data, rows) and FIELDS["image"].kept not in item
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,15 @@ import torch
 
 from tests.families.conftest import Checkpoint, chosen
 from tests.helpers.engine_process import saved_by
-from tests.helpers.family_cases import PRUNED, UNPRUNED, WITH_VIDEO
+from tests.helpers.family_cases import PRUNED, UNPRUNED_VIDEO_FAMILY, VIDEO_FAMILIES, WITH_VIDEO, cases
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_oracle import Oracle, Request
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 Run = Callable[[str], dict[str, Any]]
-EVERYTHING = [*PRUNED, *UNPRUNED]
 #: Those left out share adapter and engine class with others: LLaVA-1.5 and InternVL's chat format.
 ENGINES = chosen([name for name in CHECKPOINTS if name not in ("llava_siglip", "internvl")])
-#: The family that is asked for videos too.
-WITH_VIDEOS = "qwen2_5_vl"
 #: Those that run on the CPU in float32, so that they can be compared to the last digits.
 EXACT = [name for name in ENGINES if name != "qwen3_5"]
 
@@ -46,12 +43,17 @@ def run(
         family = oracle(name).family
         return saved_by(
             "tests.helpers.family_run",
-            *(str(checkpoint(name)), str(out), family.placeholder, str(family.room)),
-            *(() if name == WITH_VIDEOS else family.other_modalities),
+            *(name, str(checkpoint(name)), str(out), family.placeholder, str(family.room)),
+            *(() if name in (*VIDEO_FAMILIES, UNPRUNED_VIDEO_FAMILY) else family.other_modalities),
             out=out,
         )
 
     return answers
+
+
+def everything(name: str) -> list[Request]:
+    pruned, unpruned = cases(name)
+    return [*pruned, *unpruned]
 
 
 def check(oracle: Oracle, requests: Sequence[Request], answers: Sequence[dict[str, Any]]) -> None:
@@ -66,12 +68,12 @@ def check(oracle: Oracle, requests: Sequence[Request], answers: Sequence[dict[st
 @pytest.mark.parametrize("name", EXACT)
 def test_vllm_alone_answers_as_the_reference(name: str, run: Run, oracle: Callable[[str], Oracle]) -> None:
     """Else the reference would not be one."""
-    check(oracle(name), UNPRUNED, run(name)["alone"])
+    check(oracle(name), cases(name)[1], run(name)["alone"])
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_unpruned_answers_are_vllms_own(name: str, run: Run) -> None:
-    ours = run(name)["mixed"][len(PRUNED) :]
+    ours = run(name)["mixed"][len(cases(name)[0]) :]
     assert [a["tokens"] for a in ours] == [a["tokens"] for a in run(name)["alone"]]
 
 
@@ -81,34 +83,35 @@ def test_a_mixed_batch_that_is_chunked_and_preempted_answers_as_the_reference(
 ) -> None:
     found = run(name)
     assert found["preemptions"] >= 1
-    check(oracle(name), EVERYTHING, found["mixed"])
+    check(oracle(name), everything(name), found["mixed"])
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_prefix_cache_hits_answer_as_the_reference(
     name: str, run: Run, oracle: Callable[[str], Oracle]
 ) -> None:
-    again = run(name)["again"]
-    hits = [a for r, a in zip(EVERYTHING, again, strict=True) if a["cached"] and r in PRUNED]
+    again, (pruned, unpruned) = run(name)["again"], cases(name)
+    hits = [a for a in again[: len(pruned)] if a["cached"]]
     assert len(hits) >= 3  # a prompt of less than a block has none
-    check(oracle(name), EVERYTHING, again)
+    check(oracle(name), [*pruned, *unpruned], again)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_pruning_changes_answers(name: str, run: Run) -> None:
     """Otherwise the comparisons above would prove little."""
-    whole = {r.text: a["tokens"] for r, a in zip(UNPRUNED, run(name)["alone"], strict=True)}
-    pruned = zip(PRUNED, run(name)["mixed"], strict=False)
-    changed = sum(answer["tokens"] != whole[request.text] for request, answer in pruned)
-    assert changed > len(PRUNED) // 2
+    pruned, unpruned = cases(name)
+    whole = {r.text: a["tokens"] for r, a in zip(unpruned, run(name)["alone"], strict=True)}
+    answers = zip(pruned, run(name)["mixed"], strict=False)
+    changed = sum(answer["tokens"] != whole[request.text] for request, answer in answers)
+    assert changed > len(pruned) // 2
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_engine_holds_no_tower(name: str, run: Run) -> None:
     model = run(name)["model"]
     assert model["class"].startswith("Pruned")
-    # but where videos may be asked for, which pass through it as they are
-    assert bool(model["tower_parameters"]) is (name == WITH_VIDEOS)
+    # but where videos may be asked for that pass through it as they are
+    assert bool(model["tower_parameters"]) is (name == UNPRUNED_VIDEO_FAMILY)
     # a tower that is elsewhere must not switch it off where there is one
     assert model["deepstack"] is (name.startswith("qwen3_vl") if "qwen3" in name else None)
 
@@ -126,7 +129,7 @@ def test_a_hybrid_decoder_answers_as_the_reference_to_16_bits(
     def off() -> float:
         """Mean difference of log-probabilities, over all tokens of the answers to pruned prompts."""
         found = []
-        for request, mine in zip(EVERYTHING, run("qwen3_5")["mixed"], strict=True):
+        for request, mine in zip(everything("qwen3_5"), run("qwen3_5")["mixed"], strict=True):
             theirs = judge.judge(request, mine["tokens"])
             assert mine["prompt_tokens"] == theirs.prompt_tokens
             if request in PRUNED:
@@ -143,21 +146,21 @@ def test_a_hybrid_decoder_answers_as_the_reference_to_16_bits(
     assert true < 0.05 < contiguous, (true, contiguous)
 
 
-@pytest.mark.skipif(WITH_VIDEOS not in ENGINES, reason="not among VTPRUNE_TEST_FAMILIES")
+@pytest.mark.skipif(UNPRUNED_VIDEO_FAMILY not in ENGINES, reason="not among VTPRUNE_TEST_FAMILIES")
 def test_videos_pass_unpruned_with_vllms_own_answers(run: Run) -> None:
     """Alone, and beside a picture of which nothing is dropped."""
-    found = run(WITH_VIDEOS)
+    found = run(UNPRUNED_VIDEO_FAMILY)
     for (theirs,), (mine,) in zip(found["videos_alone"], found["videos"], strict=True):
         assert mine["prompt_tokens"] == theirs["prompt_tokens"]
         assert mine["tokens"] == theirs["tokens"]
         assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
 
 
-@pytest.mark.skipif(WITH_VIDEOS not in ENGINES, reason="not among VTPRUNE_TEST_FAMILIES")
+@pytest.mark.skipif(UNPRUNED_VIDEO_FAMILY not in ENGINES, reason="not among VTPRUNE_TEST_FAMILIES")
 def test_a_picture_beside_a_video_is_pruned_and_the_video_is_not(
     run: Run, oracle: Callable[[str], Oracle]
 ) -> None:
-    found, family = run(WITH_VIDEOS), oracle(WITH_VIDEOS).family
+    found, family = run(UNPRUNED_VIDEO_FAMILY), oracle(UNPRUNED_VIDEO_FAMILY).family
     for request, (whole,), (pruned,) in zip(WITH_VIDEO, found["videos"], found["videos_pruned"], strict=True):
         lost = sum(
             int((~family.stays(family.preprocess([image]), 0, replace(request, keep_ratio=0.5))).sum())

@@ -7,11 +7,14 @@ by commas, starts one for each.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cv2
 import httpx
 import pytest
 from PIL import Image
@@ -19,7 +22,7 @@ from PIL import Image
 from tests.conftest import MODEL_NAME, start_server, stop_server
 from tests.families.conftest import Checkpoint, chosen
 from tests.helpers.client import answer, chat_body, counts, post, streamed
-from tests.helpers.family_cases import LANDSCAPE, PORTRAIT, SMALL
+from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT, SMALL
 from tests.helpers.pictures import data_url
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
@@ -54,7 +57,7 @@ def served(
         "--max-num-seqs": "4",
         "--max-num-batched-tokens": "1024",
         "--dtype": "float32",
-        "--limit-mm-per-prompt": json.dumps({"image": 4, "video": 0}),
+        "--limit-mm-per-prompt": json.dumps({"image": 4, "video": 2}),
         "--prune-layer": "3",
     }
     arguments = [part for flag in flags.items() for part in flag]
@@ -95,6 +98,73 @@ def test_several_pictures_each_have_their_count(served: Served) -> None:
     together = counts(post(served.url, chat_body(LANDSCAPE, PORTRAIT, SMALL), QUARTER))
     for name in ("vision_tokens", "vision_tokens_kept"):
         assert together[name] == sum(one[name] for one in alone)
+
+
+def video_body(*parts: Any, **fields: Any) -> dict[str, Any]:
+    """About pictures and videos, in their order; a video is a list of pictures, or a URL."""
+    content: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, Image.Image):
+            content.append({"type": "image_url", "image_url": {"url": data_url(part)}})
+            continue
+        url = part
+        if not isinstance(part, str):
+            frames = [data_url(frame, "JPEG").partition(",")[2] for frame in part]
+            url = "data:video/jpeg;base64," + ",".join(frames)
+        content.append({"type": "video_url", "video_url": {"url": url}})
+    body = chat_body(**fields)
+    body["messages"][0]["content"] = [*content, *body["messages"][0]["content"]]
+    return body
+
+
+@pytest.fixture
+def films(served: Served) -> Served:
+    if "video" not in served.family.modalities:
+        pytest.skip("a family whose videos are not pruned")
+    return served
+
+
+@pytest.mark.parametrize("method", ["inflection", "inflection_temporal"])
+def test_a_video_is_pruned_as_asked(films: Served, method: str) -> None:
+    """Its vision tokens are counted, beside those of a picture."""
+    film = [Image.fromarray(frame) for frame in CLIP[0]]
+    headers = {**QUARTER, "X-VTPrune-Method": method}
+    picture = counts(post(films.url, video_body(SMALL), headers))
+    whole, pruned = (post(films.url, video_body(film, SMALL, film), h) for h in ({}, headers))
+    alone = counts(post(films.url, video_body(film), headers))
+    before, after = counts(whole), counts(pruned)
+    assert before["vision_tokens"] == before["vision_tokens_kept"] == after["vision_tokens"]
+    for name in ("vision_tokens", "vision_tokens_kept"):
+        assert after[name] == picture[name] + 2 * alone[name]
+    assert alone["vision_tokens_kept"] < alone["vision_tokens"] // 2
+    lost = before["vision_tokens"] - after["vision_tokens_kept"]
+    assert prompt_tokens(pruned) == prompt_tokens(whole) - lost
+
+
+def test_a_file_of_a_video_is_pruned(films: Served, tmp_path: Path) -> None:
+    height, width = CLIP[0].shape[1:3]
+    file = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, (width, height))
+    for frame in CLIP[0]:
+        file.write(frame)
+    file.release()
+    content = base64.b64encode((tmp_path / "film.mp4").read_bytes()).decode()
+    usage = counts(post(films.url, video_body(f"data:video/mp4;base64,{content}"), QUARTER))
+    assert 0 < usage["vision_tokens_kept"] < usage["vision_tokens"] // 2
+
+
+def test_a_bad_video_is_a_400_that_says_what_to_send(films: Served) -> None:
+    film = [Image.fromarray(frame) for frame in CLIP[0]]
+    for body, sentence in (
+        (video_body(film[:1]), "has 1 frame"),
+        (video_body("data:video/mp4;base64,AAAA"), "The video could not be decoded"),
+        (video_body(data_url(film[0])), "A data: URL in video_url must declare a video type"),
+        (video_body("http://127.0.0.1/film.mp4"), "video_url leads to a private"),
+    ):
+        response = post(films.url, body, QUARTER)
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert sentence in error["message"] and error["param"] == "video_url", error
+    assert post(films.url, video_body(film), QUARTER).status_code == 200
 
 
 def test_both_stages_count(served: Served) -> None:
@@ -151,6 +221,7 @@ def test_config_tells_what_the_family_offers(served: Served) -> None:
     assert model["default_score"] == family.default_score == config["policy"]["score"]
     assert model["default_method"] == family.default_method == config["policy"]["default_method"]
     assert model["presets_calibrated"] is False
+    assert model["modalities"] == list(family.modalities)
     assert config["methods"] == list(servable_methods(family))
     grid = family.unpruned_grid()
     assert model["grid"] == (None if grid is None else list(grid))

@@ -25,6 +25,11 @@ def test_the_table_has_every_architecture_that_is_pruned_and_no_other() -> None:
     assert [row[0] for row in rows(7)] == list(ARCHITECTURES)
 
 
+def test_the_table_says_whose_videos_are_pruned() -> None:
+    for row in rows(7):
+        assert (row[6] == "yes") is ("video" in ARCHITECTURES[row[0]].load_family().modalities), row[0]
+
+
 def test_what_is_refused_stands_there_with_its_reason() -> None:
     assert dict(rows(2)) == REFUSED
     assert not set(REFUSED) & set(ARCHITECTURES)

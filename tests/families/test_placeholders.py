@@ -19,7 +19,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from tests.helpers.family_processor import placeholder_of
-from vllm_vtprune.vision.placeholders import KEPT, embed_mask, thin
+from vllm_vtprune.vision.placeholders import FIELDS, embed_mask, thin
 
 IMAGE, BREAK, END = 1, 2, 3
 
@@ -77,7 +77,7 @@ def test_placeholders_and_embeddings_agree_for_200_sizes(name: str, processor: C
         items = ours.info.parse_mm_data({"image": [image]})
         result = ours(tokens, items, hf_processor_mm_kwargs={"vtprune": setting})
         (item,), (found,) = result["mm_kwargs"]["image"], result["mm_placeholders"]["image"]
-        kept, embeddings = item[KEPT].data, item["image_embeds"].data
+        kept, embeddings = item[FIELDS["image"].kept].data, item["image_embeds"].data
         assert found.get_num_embeds() == embeddings.shape[0] == int(kept.sum()) >= 1
         assert len(kept) == result["vtprune_vision_tokens"] == unpruned_places(ours, image, tokens)
         assert setting != "off" or bool(kept.all())

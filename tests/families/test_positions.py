@@ -9,22 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from tests.families.conftest import Checkpoint
-from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT
+from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT, TALL_CLIP
 from tests.helpers.family_processor import placeholder_of, processor_of
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.families.registry import ARCHITECTURES
-from vllm_vtprune.vision.placeholders import KEPT
+from vllm_vtprune.models.positions import _unpruned
+from vllm_vtprune.vision.placeholders import FIELDS
 
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 PROMPTS = [
     (f"Look: {IMAGE} What is it?", 1),
     (f"{IMAGE}{IMAGE} then {VIDEO} and?", 2),
     (f"{VIDEO} then {IMAGE} then {VIDEO} and {IMAGE} Which?", 2),
+    (f"{VIDEO}{VIDEO} Which?", 0),
 ]
 
 
@@ -35,7 +39,8 @@ def positions(processor: Any, prompt: str, images: int, **settings: Any) -> tupl
     cls = getattr(import_module(f"vllm_vtprune.models.{module}"), name)
     model = cls.__new__(cls)  # positions are computed from the configuration alone
     model.__dict__["config"] = processor.family.config
-    data = {"image": [LANDSCAPE, PORTRAIT][:images], "video": [CLIP] * prompt.count("video_pad")}
+    videos = [TALL_CLIP, CLIP][: prompt.count("video_pad")]
+    data = {"image": [LANDSCAPE, PORTRAIT][:images], "video": videos}
     items = processor.info.parse_mm_data({modality: given for modality, given in data.items() if given})
     kwargs, _ = request_kwargs(**settings)
     result = processor(prompt, items, hf_processor_mm_kwargs=kwargs)
@@ -57,12 +62,32 @@ def test_kept_tokens_stand_where_they_do_in_the_unpruned_prompt(
     whole, expected, after = positions(processor(name), prompt, images)
     pruned, mine, delta = positions(processor(name), prompt, images, keep_ratio=0.3)
     stays = torch.ones(len(whole["prompt_token_ids"]), dtype=torch.bool)
-    for item, place in zip(pruned["mm_kwargs"]["image"], whole["mm_placeholders"]["image"], strict=True):
-        stays[place.offset : place.offset + place.length] = item[KEPT].data
+    for modality, names in FIELDS.items():
+        places = whole["mm_placeholders"].get(modality, ())
+        for item, place in zip(pruned["mm_kwargs"].get(modality, ()), places, strict=True):
+            where = torch.arange(place.offset, place.offset + place.length)
+            where = where if place.is_embed is None else where[place.is_embed]
+            assert not bool(item[names.kept].data.all())
+            stays[where] = item[names.kept].data
     assert not bool(stays.all())
     assert torch.equal(mine, expected[:, stays])
     assert len(pruned["prompt_token_ids"]) + delta == len(whole["prompt_token_ids"]) + after
     assert len(pruned["prompt_token_ids"]) + delta == int(expected.max()) + 1
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30).filter(any), st.data())
+def test_the_unpruned_tokens_come_back_whatever_stayed(layout: list[bool], data: Any) -> None:
+    """Text before, between and behind the places, runs of places of which none stayed included."""
+    count = sum(layout)
+    kept = data.draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))
+    places = torch.tensor(layout)
+    stays = ~places
+    stays[places] = torch.tensor(kept)
+    whole = [7 if place else 100 + i for i, place in enumerate(layout)]
+    thinned = [token for token, stay in zip(whole, stays.tolist(), strict=True) if stay]
+    assert _unpruned(thinned, torch.tensor(kept), places) == (whole, stays.tolist())
+    if all(layout):
+        assert _unpruned(thinned, torch.tensor(kept), None) == (whole, stays.tolist())
 
 
 def test_gaps_that_the_rotary_table_has_no_room_for_are_refused(checkpoint: Checkpoint) -> None:

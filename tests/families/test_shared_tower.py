@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.families.test_adapters import picture
+from tests.helpers.family_cases import CLIP, VIDEO_FAMILIES
 from tests.helpers.family_checkpoints import CHECKPOINTS
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.vision import processor as module
@@ -20,6 +22,7 @@ from vllm_vtprune.vision.shared.process import Recipe, TowerProcess
 
 SIZES = [(330, 120), (90, 400), (200, 200)]
 SETTINGS: list[dict[str, Any]] = [{}, {"keep_ratio": 0.3}, {"keep_ratio": 0.3, "method": "random"}]
+SETTINGS.append({"keep_ratio": 0.3, "method": "inflection_temporal"})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -28,12 +31,16 @@ def test_a_tower_behind_a_channel_gives_what_one_here_does(
 ) -> None:
     ours = processor(name)
     service = ours.vision
-    items = ours.info.parse_mm_data({"image": [picture(size, seed=9) for size in SIZES]})
-    token = ours.dummy_inputs.get_dummy_text({"image": 1})
+    data: dict[str, Any] = {"image": [picture(size, seed=9) for size in SIZES]}
+    if name in VIDEO_FAMILIES:
+        # of which OneVision takes the frames alone
+        data["video"] = [CLIP[0] if name == "llava_onevision" else CLIP]
+    items = ours.info.parse_mm_data(data)
+    text = ours.dummy_inputs.get_dummy_text({modality: len(media) for modality, media in data.items()})
 
     def run(settings: dict[str, Any]) -> Any:
         kwargs, _ = request_kwargs(**settings)
-        return ours(token * len(SIZES), items, hf_processor_mm_kwargs=kwargs)
+        return ours(text, items, hf_processor_mm_kwargs=kwargs)
 
     expected = [run(settings) for settings in SETTINGS]
     service.cache.clear()
@@ -49,7 +56,8 @@ def test_a_tower_behind_a_channel_gives_what_one_here_does(
     for was, now in zip(expected, found, strict=True):
         assert now["prompt_token_ids"] == was["prompt_token_ids"]
         assert now["mm_hashes"] == was["mm_hashes"]
-        for left, right in zip(was["mm_kwargs"]["image"], now["mm_kwargs"]["image"], strict=True):
+        pairs = [zip(was["mm_kwargs"][m], now["mm_kwargs"][m], strict=True) for m in data]
+        for left, right in itertools.chain(*pairs):
             assert left.keys() == right.keys()
             for key in left:
                 assert torch.equal(torch.as_tensor(left[key].data), torch.as_tensor(right[key].data)), key

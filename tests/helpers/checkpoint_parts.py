@@ -24,10 +24,15 @@ TILE: dict[str, Any] = {
 
 
 def tokenizer(special: tuple[str, ...], image: str, **attributes: Any) -> PreTrainedTokenizerFast:
-    """One token per byte behind the special ones; a chat template with `image` for each picture."""
+    """One token per byte behind the special ones; a chat template with `image` for each picture.
+
+    For each video, the same with its name.
+    """
+    text = "{% else %}{{ c['text'] }}"
+    video = "{% elif c['type'] == 'video' %}" + image.replace("image", "video") + "\n" + text
     return byte_tokenizer(
         special,
-        CHAT_TEMPLATE.replace("<image>", image),
+        CHAT_TEMPLATE.replace("<image>", image).replace(text, video),
         eos_token=special[0],
         pad_token=special[0],
         **({"additional_special_tokens": list(special[1:])} | attributes),

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
 
 #: A view's grid and the attention [rows, columns] its units receive.
@@ -35,6 +36,7 @@ class Request:
     keep_ratio: float | None = None
     aggressiveness: float = 0.0
     videos: tuple[Any, ...] = ()
+    method: str = "inflection"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Family:
     def received(self, inputs: Any, image: int) -> Received:
         raise NotImplementedError
 
+    def video(self, inputs: Any, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames' units [F, N, D], the attention [F, N] they receive, and embeddings [T, E] of a video."""
+        raise NotImplementedError
+
     def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
         """Per view the places [N] of its units among the image's, and the places of what always stays."""
         raise NotImplementedError
@@ -141,26 +147,44 @@ class Family:
         return mask
 
     def prompt(self, request: Request) -> tuple[Any, ...]:
-        text = request.text.format(*[self.placeholder] * len(request.images))
-        inputs = self.processor(text=[text], images=list(request.images) or None, return_tensors="pt")
+        inputs = self.inputs(request)
         ids = inputs["input_ids"][0]
         embeddings = self.whole.get_input_embeddings()(ids)
-        visual = (
-            ids == self.config.image_token_id if request.images else torch.zeros_like(ids, dtype=torch.bool)
-        )
-        stays = torch.ones(len(ids), dtype=torch.bool)
-        levels: list[Tensor] = []
-        if request.images:
-            rows = torch.cat(self.embeddings(inputs))
+        stays, visual = torch.ones(len(ids), dtype=torch.bool), torch.zeros(len(ids), dtype=torch.bool)
+        deep: list[Tensor] = []
+        of_images = [self.stays(inputs, i, request) for i in range(len(request.images))]
+        videos = [self.video(inputs, i) for i in range(len(request.videos))]
+        of_videos = [frames_stay(units, scores, request) for units, scores, _ in videos]
+        for token, rows, kept in (
+            (self.config.image_token_id, self.embeddings(inputs) if request.images else [], of_images),
+            (getattr(self.config, "video_token_id", None), [r for *_, r in videos], of_videos),
+        ):
+            if not rows:
+                continue
+            places, values = ids == token, torch.cat(rows)
+            visual |= places
+            stays[places] = torch.cat(kept)
             width = embeddings.shape[-1]
-            embeddings[visual] = rows[:, :width]
-            kept = torch.cat([self.stays(inputs, i, request) for i in range(len(request.images))])
-            stays[visual] = kept
-            levels = (
-                [level[kept] for level in rows[:, width:].split(width, -1)] if rows.shape[1] > width else []
-            )
+            embeddings[places] = values[:, :width]
+            whole = torch.zeros(len(ids), values.shape[1] - width)
+            whole[places] = values[:, width:]
+            deep.append(whole)
+        levels = list(sum(deep)[visual & stays].split(width, -1)) if deep and deep[0].shape[1] else []
         positions, after = self.positions(inputs, ids, stays)
         return embeddings[stays], positions, visual[stays], levels, after
+
+    def inputs(self, request: Request) -> Any:
+        text = request.text.format(*[self.placeholder] * len(request.images))
+        text = text.replace("<video>", self.placeholder.replace("image", "video"))
+        given: dict[str, Any] = {}
+        if request.videos:
+            told = [{k: v for k, v in t.items() if k != "do_sample_frames"} for _, t in request.videos]
+            given = {
+                "videos": [frames for frames, _ in request.videos],
+                "video_metadata": [VideoMetadata(**one) for one in told],
+                "do_sample_frames": False,
+            }
+        return self.processor(text=[text], images=list(request.images) or None, return_tensors="pt", **given)
 
     def positions(self, inputs: Any, ids: Tensor, stays: Tensor) -> tuple[Tensor, int]:
         """Contiguous."""
@@ -175,8 +199,10 @@ class Qwen(Family):
     other_modalities = ("video",)
 
     def embeddings(self, inputs: Any) -> list[Tensor]:
-        grid = inputs["image_grid_thw"]
-        features = self.model.get_image_features(inputs["pixel_values"], grid)
+        return self.features(inputs["pixel_values"], inputs["image_grid_thw"])
+
+    def features(self, pixels: Tensor, grid: Tensor) -> list[Tensor]:
+        features = self.model.get_image_features(pixels, grid)
         levels = [torch.cat(list(level)) for level in getattr(features, "deepstack_features", None) or ()]
         rows = torch.cat([torch.cat(list(features.pooler_output)), *levels], -1)
         return list(rows.split((grid.prod(-1) // 4).tolist()))
@@ -184,7 +210,40 @@ class Qwen(Family):
     def received(self, inputs: Any, image: int) -> Received:
         grid = inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].split(grid.prod(-1).tolist())[image]
-        grid = grid[image : image + 1]
+        units = self.attention(pixels, grid[image : image + 1])
+        return [((units.shape[0], units.shape[1]), units)]
+
+    def video(self, inputs: Any, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each frame through the tower as a picture of its own."""
+        grid = inputs["video_grid_thw"]
+        pixels = inputs["pixel_values_videos"].split(grid.prod(-1).tolist())[number]
+        frames = pixels.chunk(int(grid[number, 0]))
+        alone = torch.cat((torch.ones(1, dtype=torch.long), grid[number, 1:]))[None]
+        scores = torch.stack([self.attention(frame, alone).flatten() for frame in frames])
+        rows = torch.cat([self.features(frame, alone)[0] for frame in frames])
+        # what is compared between frames: what the merger takes, where there is one apart
+        units = rows
+        if hasattr(self.config.vision_config, "fullatt_block_indexes"):
+            units = torch.cat([self.unmerged(frame, alone) for frame in frames])
+        return units.view(len(frames), scores.shape[1], -1), scores, rows
+
+    def unmerged(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        tower, seen = self.model.visual, []
+        hook = tower.merger.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        tower(pixels, grid_thw=grid)
+        hook.remove()
+        units = seen[0].reshape(len(pixels) // 4, -1)
+        return torch.empty_like(units).index_copy(0, self.window(grid), units)
+
+    def window(self, grid: Tensor) -> Tensor:
+        tower = self.model.visual
+        found: Tensor = get_vision_window_index(
+            grid, spatial_merge_size=2, window_size=tower.window_size, patch_size=tower.patch_size
+        )[0]
+        return found
+
+    def attention(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """[rows, columns] that the units of one picture receive."""
         tower, seen = self.model.visual, {}
         hook = tower.blocks[-1].attn.register_forward_pre_hook(
             lambda module, args, kwargs: seen.update(kwargs, hidden_states=args[0]), with_kwargs=True
@@ -207,24 +266,54 @@ class Qwen(Family):
         scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k)) * q.shape[-1] ** -0.5
         units = scores.softmax(-1).mean((0, 1)).view(-1, 4).mean(1)
         if hasattr(self.config.vision_config, "fullatt_block_indexes"):
-            window = get_vision_window_index(
-                grid, spatial_merge_size=2, window_size=tower.window_size, patch_size=tower.patch_size
-            )[0]
-            units = torch.empty_like(units).index_copy(0, window, units)
+            units = torch.empty_like(units).index_copy(0, self.window(grid), units)
         rows, columns = (int(side) // 2 for side in grid[0, 1:])
-        return [((rows, columns), units.view(rows, columns))]
+        return units.view(rows, columns)
 
     def places(self, inputs: Any, image: int) -> tuple[list[Tensor], Tensor]:
         units = int(inputs["image_grid_thw"][image].prod()) // 4
         return [torch.arange(units)], torch.arange(0)
 
     def positions(self, inputs: Any, ids: Tensor, stays: Tensor) -> tuple[Tensor, int]:
+        if "video_grid_thw" in inputs:
+            return self.positions_with_videos(inputs, ids, stays)
         if "image_grid_thw" not in inputs:
             return torch.arange(len(ids)).expand(3, -1), len(ids)
         positions, _ = self.model.get_rope_index(
             ids[None], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
         )
         return positions[:, 0, stays], int(positions.max()) + 1
+
+    def positions_with_videos(self, inputs: Any, ids: Tensor, stays: Tensor) -> tuple[Tensor, int]:
+        """VLLM's own: the text behind a video goes on behind its last position in time, too.
+
+        Transformers' goes on behind the longer side of a frame, however long the video.
+        """
+        grids = {
+            self.config.image_token_id: [[1, *grid[1:], 1.0] for grid in inputs.get("image_grid_thw", ())]
+        }
+        videos: list[Any] = []
+        for number, (frames, rows, columns) in enumerate(inputs["video_grid_thw"].tolist()):
+            if "second_per_grid_ts" in inputs:
+                step = (
+                    float(inputs["second_per_grid_ts"][number]) * self.config.vision_config.tokens_per_second
+                )
+                videos.append([frames, rows, columns, step])
+            else:  # a frame between texts of its own
+                videos += [[1, rows, columns, 1.0]] * frames
+        grids[self.config.video_token_id] = videos
+        blocks, at, i = [], 0, 0
+        while i < len(ids):
+            block = torch.full((3, 1), at)
+            if int(ids[i]) in grids:
+                frames, rows, columns, step = (float(n) for n in grids[int(ids[i])].pop(0))
+                sides = torch.arange(frames), torch.arange(rows // 2), torch.arange(columns // 2)
+                block = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
+                block[0] = (block[0] * step).floor()
+                block = block.long() + at
+            blocks.append(block)
+            at, i = int(block.max()) + 1, i + block.shape[1]
+        return torch.cat(blocks, 1)[:, stays], at
 
 
 class Llava(Family):
@@ -318,14 +407,33 @@ class Llava(Family):
         """The image's embeddings and whatever text stands around them."""
         return rows
 
+    def video(self, inputs: Any, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """OneVision's: each frame a picture of one tile, shrunk by half; a newline behind the last."""
+        pixels = self.processor.video_processor([inputs[number][0]], return_tensors="pt").pixel_values_videos
+        layer, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        rows = self.model.get_video_features(
+            pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy
+        ).pooler_output.flatten(0, -2)
+        attentions = self.model.vision_tower(pixels[0], output_attentions=True).attentions
+        received = attentions[layer].double().mean((1, 2)).view(-1, 1, self.side, self.side)
+        scores = torch.nn.functional.avg_pool2d(received, 2).flatten(1)
+        return rows[:-1].view(*scores.shape, -1), scores, rows
+
     def prompt(self, request: Request) -> tuple[Any, ...]:
         text = request.text.format(*[self.token or self.placeholder] * len(request.images))
         inputs = self.preprocess(request.images)
         rows = self.embeddings(inputs)
         kept = [r[self.stays(inputs, i, request)] for i, r in enumerate(rows)]
-        token, images = self.config.image_token_id, iter(kept)
+        videos = [self.video(request.videos, i) for i in range(len(request.videos))]
+        newline = torch.ones(1, dtype=torch.bool)
+        frames = [r[torch.cat((frames_stay(u, s, request), newline))] for u, s, r in videos]
+        given = {self.config.image_token_id: iter(kept)}
+        if frames:
+            given[self.config.video_token_id] = iter(frames)
         parts = [
-            self.around(next(images)) if i == token else self.whole.get_input_embeddings()(torch.tensor([i]))
+            self.around(next(given[i]))
+            if i in given
+            else self.whole.get_input_embeddings()(torch.tensor([i]))
             for i in self.processor.tokenizer(text).input_ids
         ]
         embeddings = torch.cat(parts)
@@ -422,6 +530,31 @@ _FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,
     "mistral3": Mistral3,
 }
+
+
+def frames_stay(units: Tensor, scores: Tensor, request: Request) -> Tensor:
+    """Bool [F * N]: which units [F, N, D] of a video stay, by the scores [F, N]."""
+    frames, n = scores.shape
+    counts = [count(row, request) for row in scores]
+    mask = torch.zeros(frames, n, dtype=torch.bool)
+    if request.method == "inflection":
+        for frame, (row, kept) in enumerate(zip(scores, counts, strict=True)):
+            mask[frame, row.sort(descending=True, stable=True).indices[:kept]] = True
+        return mask.flatten()
+    values: list[tuple[float, int, int]] = []
+    for frame in range(frames):
+        for place in range(n):
+            change = 1.0
+            if frame:
+                before, now = units[frame - 1, place].double(), units[frame, place].double()
+                change = 1 - float(before @ now / before.norm() / now.norm())
+            share = float((scores[frame] <= scores[frame, place]).sum()) / n
+            values.append((change * share, frame, place))
+    # the best of each frame first, then the video's best
+    best = [max(v for v in values if v[1] == frame) for frame in range(frames)]
+    for _, frame, place in (best + sorted((v for v in values if v not in best), reverse=True))[: sum(counts)]:
+        mask[frame, place] = True
+    return mask.flatten()
 
 
 def count(scores: Tensor, request: Request) -> int:

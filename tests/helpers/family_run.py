@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers the families' cases with vLLM's `LLM`, alone and then with the plugin, and writes what came out.
 
-    python -m tests.helpers.family_run CHECKPOINT OUT PLACEHOLDER ROOM [MODALITY_LEFT_OUT ...]
+    python -m tests.helpers.family_run NAME CHECKPOINT OUT PLACEHOLDER ROOM [MODALITY_LEFT_OUT ...]
 
 Both engines run in this process, one after the other. vLLM remembers the class it found for a path, so the
 second engine is given the checkpoint by another path.
@@ -23,13 +23,11 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 from vllm import LLM, SamplingParams
 
-from tests.helpers.family_cases import PRUNED, SQUARE, UNPRUNED, WITH_VIDEO
+from tests.helpers.family_cases import SQUARE, UNPRUNED, UNPRUNED_VIDEO_FAMILY, WITH_VIDEO, cases
 from tests.helpers.family_oracle import Oracle, Request
 from vllm_vtprune import engine_kwargs, request_kwargs
 
 STEPS = 16
-#: Families whose videos are asked for too: the engine then keeps its tower for them.
-VIDEO = ("qwen2_5_vl",)
 #: The family that is given embeddings too.
 GIVEN = "qwen3_vl"
 _PARAMS = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
@@ -52,12 +50,15 @@ def ask(llm: LLM, requests: list[Request], placeholder: str, *, pruning: bool) -
     for request in requests:
         text = request.text.format(*[placeholder] * len(request.images))
         prompt: dict[str, Any] = {"prompt": text.replace("<video>", placeholder.replace("image", "video"))}
-        data = {"image": list(request.images), "video": list(request.videos)}
+        # some families take frames alone
+        told = "vision_start" in placeholder
+        videos = [video if told else video[0] for video in request.videos]
+        data = {"image": list(request.images), "video": videos}
         if data := {modality: items for modality, items in data.items() if items}:
             prompt["multi_modal_data"] = data
             if pruning:
                 amount = {"keep_ratio": request.keep_ratio, "aggressiveness": request.aggressiveness or None}
-                kwargs, _ = request_kwargs(**amount)
+                kwargs, _ = request_kwargs(method=request.method, **amount)
                 prompt["mm_processor_kwargs"] = kwargs
         prompts.append(prompt)
     return [answer(output) for output in llm.generate(prompts, _PARAMS, use_tqdm=False)]
@@ -101,8 +102,9 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    checkpoint, out, placeholder, room = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    modalities = sys.argv[5:]
+    name, folder, out, placeholder, tokens, *modalities = sys.argv[1:]
+    checkpoint, room = Path(folder), int(tokens)
+    pruned, unpruned = cases(name)
     found: dict[str, Any] = {}
     model_type = json.loads((checkpoint / "config.json").read_text())["model_type"]
     # a hybrid decoder has a precision and blocks of its own
@@ -110,8 +112,8 @@ def main() -> None:
     given: dict[str, Any] = {"dtype": "bfloat16"} if hybrid else {"dtype": "float32", "block_size": 32}
     given |= {"modalities": modalities, "max_model_len": room}
     llm = engine(str(checkpoint), **given)
-    found["alone"] = ask(llm, UNPRUNED, placeholder, pruning=False)
-    videos = [] if "video" in modalities else WITH_VIDEO if model_type in VIDEO else []
+    found["alone"] = ask(llm, unpruned, placeholder, pruning=False)
+    videos = WITH_VIDEO if name == UNPRUNED_VIDEO_FAMILY else []
     # one by one, so that both engines compute with the same shapes
     found["videos_alone"] = [ask(llm, [request], placeholder, pruning=False) for request in videos]
     del llm
@@ -141,7 +143,7 @@ def main() -> None:
     found["model"] = llm.apply_model(importable.describe)[0]
     if embeds:
         found["given"] = ask_about_embeddings(llm, checkpoint, placeholder)
-    everything = [*PRUNED, *UNPRUNED]
+    everything = [*pruned, *unpruned]
     found["videos"] = [ask(llm, [request], placeholder, pruning=True) for request in videos]
     half = [dataclasses.replace(request, keep_ratio=0.5) for request in videos]
     found["videos_pruned"] = [ask(llm, [request], placeholder, pruning=True) for request in half]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second stage after the first, for any family, written plainly on transformers' own decoders.
 
-    python -m tests.helpers.family_stage2 CHECKPOINT OUT    # the engine's answers to `CASES`
+    python -m tests.helpers.family_stage2 CHECKPOINT OUT    # the engine's answers to `cases`
 
 The reference runs the decoder layer by layer on the whole sequence, at each token's own positions; nothing is
 cached or batched.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import model_runner_v2
-from tests.helpers.family_cases import LANDSCAPE, PORTRAIT, SMALL, SQUARE
+from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT, SMALL, SQUARE, TALL_CLIP
 from tests.helpers.family_oracle import Judged, Oracle, Request
 
 # here, since the processes that vLLM starts import this module again
@@ -53,6 +53,29 @@ CASES = [
     BothStages(_LINE, (SMALL, PORTRAIT, SMALL), kv_keep=(0.0,)),
     BothStages("Tell me something about vision tokens, at some length please.", kv_keep=(0.6, 1.0)),
 ]
+
+
+_WATCH = "Watch <video> then {} and <video> What differs?"
+#: Of families with videos, too.
+VIDEO_CASES = [
+    BothStages(_WATCH, (SMALL,), kv_keep=(0.5, 1.0), videos=(TALL_CLIP, CLIP)),
+    BothStages(_WATCH, (SMALL,), keep_ratio=0.35, kv_keep=(0.6, 0.4), videos=(CLIP, TALL_CLIP)),
+    BothStages("Watch: <video> What moves?", keep_ratio=0.5, kv_keep=(0.7, 0.0), videos=(CLIP,)),
+    BothStages(
+        _WATCH,
+        (SMALL,),
+        aggressiveness=0.5,
+        kv_keep=(0.6, 0.3),
+        kv_scope="vision",
+        videos=(CLIP, CLIP),
+        method="inflection_temporal",
+    ),
+]
+
+
+def cases(videos: bool) -> list[BothStages]:
+    """What a family is asked."""
+    return [*CASES, *VIDEO_CASES * videos]
 
 
 class BothStagesOracle(Oracle):
@@ -105,12 +128,10 @@ class BothStagesOracle(Oracle):
 
     def _special(self, request: BothStages) -> Tensor:
         """Which of the text tokens are special, placeholders aside."""
-        text = request.text.format(*[self.family.placeholder] * len(request.images))
-        inputs = self.processor(text=[text], images=list(request.images) or None, return_tensors="pt")
-        ids, config = inputs["input_ids"][0], self.model.config
+        ids, config = self.family.inputs(request)["input_ids"][0], self.model.config
         placeholders = {config.image_token_id, getattr(config, "video_token_id", None)}
         special = set(self.processor.tokenizer.all_special_ids) - placeholders
-        return torch.tensor([i in special for i in ids[ids != config.image_token_id].tolist()])
+        return torch.tensor([i in special for i in ids.tolist() if i not in placeholders])
 
 
 class _Sequence:
@@ -184,19 +205,22 @@ def main() -> None:
         max_num_batched_tokens=640,
         block_size=32,
         num_gpu_blocks_override=200,
-        limit_mm_per_prompt={"image": 4, **dict.fromkeys(family.other_modalities, 0)},
+        limit_mm_per_prompt={"image": 4, **dict.fromkeys(family.other_modalities, 2)},
         seed=0,
         **device_options(),
         **engine_kwargs(prune_layers=written, window=WINDOW),
     )
     prompts, params = [], []
-    for case in importable.CASES:
+    for case in importable.cases("video" in family.other_modalities):
         amount = {"keep_ratio": case.keep_ratio, "aggressiveness": case.aggressiveness or None}
         kv = {"kv_keep": case.kv_keep, "kv_scope": case.kv_scope}
-        mm_kwargs, extra_args = request_kwargs(**amount, **kv)
-        prompt: dict[str, Any] = {"prompt": case.text.format(*[family.placeholder] * len(case.images))}
-        if case.images:
-            prompt |= {"multi_modal_data": {"image": list(case.images)}, "mm_processor_kwargs": mm_kwargs}
+        mm_kwargs, extra_args = request_kwargs(method=case.method, **amount, **kv)
+        text = case.text.format(*[family.placeholder] * len(case.images))
+        text = text.replace("<video>", family.placeholder.replace("image", "video"))
+        prompt: dict[str, Any] = {"prompt": text}
+        data = {"image": list(case.images), "video": list(case.videos)}
+        if data := {modality: media for modality, media in data.items() if media}:
+            prompt |= {"multi_modal_data": data, "mm_processor_kwargs": mm_kwargs}
         prompts.append(prompt)
         params.append(
             SamplingParams(

@@ -106,7 +106,7 @@ def test_vllms_own_limits_are_set_where_the_operator_has_not() -> None:
     args, environ = vllm_args(), dict[str, str]()
     limits = ServerLimits(max_images=5, max_image_megapixels=7, media_domains=("a.org",))
     apply_to_vllm(limits, args, frozenset(), environ)
-    assert args.limit_mm_per_prompt == {"image": 5}
+    assert args.limit_mm_per_prompt == {"image": 5, "video": 5}
     assert args.allowed_media_domains == ["a.org"]
     assert args.shutdown_timeout > 0
     assert environ["VLLM_MAX_IMAGE_PIXELS"] == "7000000"

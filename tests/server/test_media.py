@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from vllm.exceptions import VLLMClientError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, VideoMediaIO
 
 from tests.helpers.pictures import encoded, scene
 from vtprune_server import media
@@ -172,3 +174,30 @@ async def test_whatever_goes_wrong_the_client_is_told_without_its_text(error: Ex
             result = attempt(url, Broken(error))
             await result
         assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("data:image/png;base64,AAAA", "in video_url must declare a video type, such as data:video/mp4"),
+        ("data:video/mp4;base64,AAAA", "The video could not be decoded: send a whole file such as an MP4"),
+        ("data:video/jpeg;base64,AAAA", "The video could not be decoded"),
+        ("http://127.0.0.1/film.mp4", "video_url leads to a private"),
+        ("file:///etc/passwd", "does not read local files"),
+    ],
+)
+def test_a_videos_errors_speak_of_a_video(url: str, sentence: str) -> None:
+    connector = MEDIA_CONNECTOR_REGISTRY.load("vtprune")
+    with pytest.raises(VLLMClientError, match=re.escape(sentence)) as told:
+        connector.load_from_url(url, VideoMediaIO(ImageMediaIO()))
+    assert getattr(told.value, "parameter", "") == "video_url"
+
+
+def test_a_video_of_pictures_is_decoded() -> None:
+    frames = [base64.b64encode(encoded(scene(offset), "JPEG")).decode() for offset in range(3)]
+    connector = MEDIA_CONNECTOR_REGISTRY.load("vtprune")
+    found = connector.load_from_url(
+        "data:video/jpeg;base64," + ",".join(frames), VideoMediaIO(ImageMediaIO())
+    )
+    pixels, told = found.media
+    assert pixels.shape == (3, 168, 168, 3) and told["frames_indices"] == [0, 1, 2]

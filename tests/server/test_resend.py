@@ -111,6 +111,15 @@ def test_what_carries_its_data_is_left_alone(images: Any) -> None:
     assert prompt["mm_kwargs"] is kwargs
 
 
+def test_a_known_video_beside_a_picture_is_resendable() -> None:
+    async def again() -> dict[str, Any]:
+        return WITH_DATA
+
+    prompt: dict[str, Any] = {"mm_kwargs": MultiModalKwargsItems({"image": ["pixels"], "video": [None]})}
+    make_resendable(prompt, again)
+    assert prompt["mm_kwargs"].render is again
+
+
 def test_a_beam_is_sent_again_with_the_tokens_it_has_grown() -> None:
     engine, prompt = Engine(lost=1), known(WITH_DATA)
     beam = BeamSearchSequence(orig_prompt=prompt, tokens=[1, 2, 3], logprobs=[])  # type: ignore[arg-type]

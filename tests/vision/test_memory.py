@@ -27,6 +27,7 @@ from vllm_vtprune.vision.features import everything
 from vllm_vtprune.vision.gpu_budget import pixels_of, place_tower, restore_video_pool
 from vllm_vtprune.vision.memory import (
     GIB,
+    VIDEO_PATCHES,
     WORKSPACE_BYTES,
     TowerShape,
     device_index,
@@ -83,6 +84,8 @@ def test_the_largest_pass_follows_the_batches_that_the_service_makes() -> None:
     any_size = TowerShape.of(family_of(qwen2_5_vl_7b()), image_pixels=14 * 14 * 2000)
     assert any_size.layers == 32
     assert any_size.pass_patches(16) == 16 * 1024 and any_size.pass_patches(1) == 2000
+    films = TowerShape.of(family_of(qwen2_5_vl_7b()), image_pixels=14 * 14 * 2000, videos=True)
+    assert films.pass_patches(16) == films.pass_patches(1) == VIDEO_PATCHES == 16 * 1024
     # the size with which the checkpoint is published: one picture is more than a batch
     assert TowerShape.of(family_of(qwen2_5_vl_7b())).pass_patches(16) == 65536
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-NeXT and LLaVA-OneVision: a small whole picture and tiles of a large one, each its own view.
 
+OneVision's videos are frames of one tile each, shrunk by half, with one newline behind the last.
+
 The prompt has the whole picture's patches first, then the large picture's rows without their padding, each
 followed by an embedding that is no patch (`image_newline`), which always stays: with contiguous positions the
 newlines are all that tells rows apart. Where they stand is transformers' own packing
@@ -205,17 +207,21 @@ class AnyRes(Family):
         rows = self.embeddings(modules, torch.cat([kept.tokens for kept in images]))
         projected = []
         for part, kept in zip(rows.split([k.tokens.shape[0] for k in images]), images, strict=True):
-            layout = self.layout(kept.output.on_host["image_sizes"])
-            newlines = modules.image_newline.expand(len(layout.newlines), -1)
-            places = torch.cat((layout.places[kept.units.cpu()], layout.newlines))
-            places, order = places.sort()
+            units, fixed = self.places_in(kept.output)
+            newlines = modules.image_newline.expand(len(fixed), -1)
+            places, order = torch.cat((units[kept.units.cpu()], fixed)).sort()
             projected.append((torch.cat((part, newlines))[order.to(part.device)], places))
         return projected
 
     def of_units(self, output: TowerOutput, embeddings: Tensor) -> Tensor:
         """Without newlines, view after view."""
-        places = self.layout(output.on_host["image_sizes"]).places
+        places, _ = self.places_in(output)
         return embeddings[places.to(embeddings.device)]
+
+    def places_in(self, output: TowerOutput) -> tuple[Tensor, Tensor]:
+        """[N] the places of an image's units, and those of its newlines."""
+        layout = self.layout(output.on_host["image_sizes"])
+        return layout.places, layout.newlines
 
     def layout(self, image_size: Tensor) -> Layout:
         """Of a picture of (height, width) pixels."""
@@ -294,10 +300,15 @@ class LlavaNext(AnyRes):
         return projected
 
 
+#: Frames of a video that one pass takes.
+_MOST_FRAMES = 16
+
+
 class LlavaOnevision(AnyRes):
     """A unit is an embedding: large pictures are shrunk behind the projector, across patches and tiles."""
 
     projector = LlavaOnevisionMultiModalProjector
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     most_tiles = 9
 
     def __init__(self, config: Any) -> None:
@@ -314,3 +325,47 @@ class LlavaOnevision(AnyRes):
     def embeddings(self, modules: Any, tokens: Tensor) -> Tensor:
         """As they are."""
         return tokens
+
+    def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
+        """All tiles of all pictures in one pass, then the videos."""
+        pictures = [item for item in items if item.modality == "image"]
+        found = iter(super().encode(modules, pictures, outputs) if pictures else ())
+        return [
+            next(found) if item.modality == "image" else self._encode_video(modules, item, outputs)
+            for item in items
+        ]
+
+    def _encode_video(self, modules: Any, item: Item, outputs: frozenset[str]) -> TowerOutput:
+        patches: list[Tensor] = []
+        attentions: dict[str, list[Tensor]] = {}
+        for frames in item.inputs["pixel_values_videos"].split(_MOST_FRAMES):
+            hidden, extra = self._fixed.run(modules["tower"], frames, outputs & {"cls_attention", "received"})
+            patches.append(self._halved(self.features(modules, hidden[:, self._first :])))
+            for name, values in extra.items():  # [frames, L, P]
+                attentions.setdefault(name, []).append(self._halved(values.transpose(1, 2)))
+        units = torch.cat(patches)  # [frames, units, E]
+        side = math.ceil(self._side / 2)
+        return TowerOutput(
+            patches=units.flatten(0, 1),
+            views=tuple(View((side, side), frame * side**2) for frame in range(len(units))),
+            **{name: torch.cat(v).flatten(0, 1).T.contiguous() for name, v in attentions.items()},
+        )
+
+    def _halved(self, values: Tensor) -> Tensor:
+        """[frames, units, C] of values [frames, P, C], as transformers' `apply_pooling`."""
+        rows = values.unflatten(1, (self._side, self._side)).permute(0, 3, 1, 2).contiguous()
+        side = math.ceil(self._side / 2)
+        return F.interpolate(rows, [side, side], mode="bilinear").flatten(2).transpose(1, 2)
+
+    def places_in(self, output: TowerOutput) -> tuple[Tensor, Tensor]:
+        """A video's newline stands behind its last frame."""
+        if output.modality == "image":
+            return super().places_in(output)
+        units = output.patches.shape[0]
+        return torch.arange(units), torch.tensor([units])
+
+    def patches(self, item: Item) -> int:
+        """Those of all tiles, or frames."""
+        if item.modality == "image":
+            return super().patches(item)
+        return len(item.inputs["pixel_values_videos"]) * (self._first + self._side**2)

@@ -8,6 +8,9 @@ different views are not comparable, so each is pruned by its own curve.
 An image's N units stand view after view, each view's in raster order. The prompt holds T places for its
 embeddings before pruning: T = N where every place is a unit's, more where the model adds embeddings of its
 own, such as a newline after each row of patches.
+
+A video is an image whose views are its frames, in the order of time. A frame is what the model gives a grid
+of units of its own: two sampled pictures in the Qwens, one elsewhere.
 """
 
 from __future__ import annotations
@@ -33,17 +36,19 @@ WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image as the model's own class would be given it.
+    """One image or video as the model's own class would be given it.
 
     Attributes:
         inputs: the image processor's outputs: pixel_values, image_grid_thw, image_sizes, ...
         on_host: those of them that the engine is given too, because it computes positions from them.
         places: T, embeddings of the unpruned image.
+        modality: `image` or `video`.
     """
 
     inputs: Mapping[str, Tensor]
     on_host: Mapping[str, Tensor] = field(default_factory=dict)
     places: int = 0
+    modality: str = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class TowerOutput:
         keys: [N, Dk] attention keys of the feature layer, heads concatenated.
         on_host: as in `Item`.
         places: as in `Item`.
+        modality: as in `Item`; a video's views are its frames.
     """
 
     patches: Tensor
@@ -87,6 +93,7 @@ class TowerOutput:
     keys: Tensor | None = None
     on_host: Mapping[str, Tensor] = field(default_factory=dict)
     places: int = 0
+    modality: str = "image"
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -138,6 +145,8 @@ class Family(ABC):
         clip_units: whether a unit is a hidden state of a CLIP tower, which CLIP's own projection takes.
         captures: whether its passes can be captured as CUDA graphs: not where a pass has as many patches as
             its pictures have, or its Python reads the device.
+        modalities: what is pruned, of `image` and `video`; the rest passes through vLLM's own tower.
+        fewest_frames: sampled pictures that a video has at least.
     """
 
     outputs: frozenset[str] = frozenset({"received"})
@@ -147,6 +156,8 @@ class Family(ABC):
     adds_tokens: ClassVar[bool] = False
     clip_units: bool = False
     captures: ClassVar[bool] = False
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    fewest_frames: ClassVar[int] = 1
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -219,7 +230,7 @@ class Family(ABC):
         return image
 
     def advance(self, on_host: Mapping[str, Tensor]) -> int | None:
-        """Positions that an image takes in the rotary embedding; None: as many as it has tokens."""
+        """Positions that an image's embeddings take in the rotary embedding; None: as many as there are."""
         return None
 
     def table(self, max_model_len: int) -> int | None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL, Qwen3-VL and Qwen3.5, dense and mixture of experts: pictures of any size, units of 2x2 patches.
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5, dense and mixture of experts: pictures and videos of any size.
+
+A unit is 2x2 patches. A frame of a video is two sampled pictures, and attends to itself alone.
 
 A unit's score is the mean of its patches' received attention, read in layers whose attention spans the whole
 picture: in a windowed layer every window's columns sum to its own queries, so windows do not compare.
@@ -20,12 +22,17 @@ from transformers.vision_utils import get_vision_window_index
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.memory import VIDEO_PATCHES
+
+#: Patches of a video that one pass takes; a pass of pictures holds as many by default (`vision.memory`).
+_MOST_PATCHES = VIDEO_PATCHES
 
 
 class QwenVL(Family):
     """What both generations share."""
 
     prefixes: ClassVar[Mapping[str, str]] = {"visual.": ""}
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def check(self) -> None:
         """Every configuration of these classes works."""
@@ -51,47 +58,90 @@ class QwenVL(Family):
         return int(self._vision.spatial_merge_size)
 
     def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
-        """All images in one pass, each attending to itself."""
-        grid = torch.stack([item.inputs["image_grid_thw"] for item in items])  # [B, 3]
-        pixels = torch.cat([item.inputs["pixel_values"] for item in items])
+        """All images in one pass, each frame attending to itself; a long video some frames at a time."""
+        short = [item for item in items if not self._is_long(item)]
+        together = self._run(modules, [_patches(item) for item in short], outputs) if short else []
+        passes = iter(together)
+        found = []
+        for item in items:
+            if self._is_long(item):
+                parts = [self._run(modules, [part], outputs)[0] for part in self._parts(item)]
+                units = torch.cat([rows for rows, _ in parts])
+                scores = [scores for _, scores in parts if scores is not None]
+                received = torch.cat(scores, dim=1) if scores else None
+            else:
+                units, received = next(passes)
+            found.append(TowerOutput(patches=units, views=self._views(item), received=received))
+        return found
+
+    def _run(
+        self, modules: Any, media: Sequence[tuple[Tensor, Tensor]], outputs: frozenset[str]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Units [N, D] and the attention [L, N] they receive, of each grid [3] with its pixels."""
+        grid = torch.stack([grid for grid, _ in media])  # [B, 3]
         layers = self.scored_layers() if "received" in outputs else ()
         with reading(modules.blocks[layer].attn for layer in layers) as seen:
-            result = modules(pixels, grid_thw=grid)
+            result = modules(torch.cat([pixels for _, pixels in media]), grid_thw=grid)
         order = self.prompt_order(grid)
         sizes = (grid.prod(-1) // self._merge**2).tolist()
         units = self.units(modules, result)[order].split(sizes)
-        received: Sequence[Tensor | None] = [None] * len(items)
+        received: Sequence[Tensor | None] = [None] * len(media)
         if layers:
-            # one call a layer and image: [1, patches]
+            # one call a layer and frame: [1, patches]
             scores = torch.stack([torch.cat([call[0] for call in calls]) for calls in seen])
             received = scores.view(len(layers), -1, self._merge**2).mean(-1)[:, order].split(sizes, dim=1)
         return [
-            TowerOutput(
-                patches=rows.clone(),
-                views=(View(self._grid_of(item.inputs)),),
-                received=None if attention is None else attention.clone(),
-            )
-            for item, rows, attention in zip(items, units, received, strict=True)
+            (rows.clone(), None if attention is None else attention.clone())
+            for rows, attention in zip(units, received, strict=True)
         ]
 
+    def _is_long(self, item: Item) -> bool:
+        return item.modality == "video" and self.patches(item) > _MOST_PATCHES
+
+    def _parts(self, item: Item) -> list[tuple[Tensor, Tensor]]:
+        """A video's frames in runs as long as a pass takes."""
+        grid, pixels = _patches(item)
+        frames, frame = int(grid[0]), int(grid[1:].prod())
+        runs = torch.arange(frames).split(max(1, _MOST_PATCHES // frame))
+        grids = [torch.cat((grid.new_tensor([len(run)]), grid[1:])) for run in runs]
+        return list(zip(grids, pixels.split([len(run) * frame for run in runs]), strict=True))
+
+    def _views(self, item: Item) -> tuple[View, ...]:
+        """The picture, or each frame."""
+        frames, rows, columns = self._grid_of(item.inputs)
+        return tuple(View((rows, columns), frame * rows * columns) for frame in range(frames))
+
     def patches(self, item: Item) -> int:
-        """As many as the picture has."""
-        return int(item.inputs["image_grid_thw"].prod())
+        """As many as the picture has, or all frames of the video."""
+        return int(_patches(item)[0].prod())
 
     def unpruned_grid(self) -> None:
         """It depends on the picture."""
 
     def advance(self, on_host: Mapping[str, Tensor]) -> int:
-        """The longer side: the text behind a picture goes on there (M-RoPE)."""
-        return max(self._grid_of(on_host))
+        """The longest side: the text behind a picture goes on there (M-RoPE), and behind each frame."""
+        frames, rows, columns = self._grid_of(on_host)
+        return frames * max(rows, columns)
 
     def table(self, max_model_len: int) -> int:
         """Four times the longest prompt that the configuration names, as vLLM's `MRotaryEmbedding` has it."""
         return 4 * int(self.config.get_text_config().max_position_embeddings)
 
-    def _grid_of(self, fields: Mapping[str, Tensor]) -> tuple[int, int]:
-        _, rows, columns = fields["image_grid_thw"].tolist()
-        return rows // self._merge, columns // self._merge
+    def _grid_of(self, fields: Mapping[str, Tensor]) -> tuple[int, int, int]:
+        """Frames, and rows and columns of a frame's units."""
+        frames, rows, columns = _grid(fields).tolist()
+        return frames, rows // self._merge, columns // self._merge
+
+
+def _grid(fields: Mapping[str, Tensor]) -> Tensor:
+    """[3]: frames, and rows and columns of a frame's patches."""
+    return fields["video_grid_thw" if "video_grid_thw" in fields else "image_grid_thw"]
+
+
+def _patches(item: Item) -> tuple[Tensor, Tensor]:
+    """Grid [3] and pixels of all patches."""
+    name = "pixel_values_videos" if item.modality == "video" else "pixel_values"
+    return _grid(item.inputs), item.inputs[name]
 
 
 class Qwen2_5VL(QwenVL):
@@ -123,6 +173,12 @@ class Qwen2_5VL(QwenVL):
         )
         return windows.argsort()
 
+    def advance(self, on_host: Mapping[str, Tensor]) -> int:
+        """The longest side of picture or video, time in `tokens_per_second` (vLLM's own positions)."""
+        frames, rows, columns = self._grid_of(on_host)
+        step = float(on_host.get("second_per_grid_ts", 1.0)) * self._vision.tokens_per_second
+        return max(int((frames - 1) * step) + 1, rows, columns)
+
     def project(self, modules: Any, images: Sequence[Kept]) -> list[Projected]:
         """Merge what stays."""
         rows = torch.cat([kept.tokens for kept in images])
@@ -136,6 +192,9 @@ class Qwen3VL(QwenVL):
 
     That is smaller than the states before the mergers, which are a tenth of the tower.
     """
+
+    # its video processor refuses fewer (transformers' `smart_resize`)
+    fewest_frames: ClassVar[int] = 2
 
     def build(self) -> nn.Module:
         """The tower with its mergers."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from vllm_vtprune.vision.placeholders import KEPT
+from vllm_vtprune.vision.placeholders import FIELDS
 
 Ask = Callable[[list[int], list[MultiModalFeatureSpec]], tuple[Tensor, int]]
 
@@ -39,10 +40,9 @@ def restore_positions(
         stays += [True] * (start - at)
         at = start + length
         whole, stayed = input_tokens[start:at], [True] * length
-        kept = _mask(feature)
+        kept, layout = _masks(feature)
         if kept is not None and not bool(kept.all()):
-            # ranges of these families hold embeddings only, and one token stands for all of them
-            whole, stayed = [input_tokens[start]] * len(kept), kept.tolist()
+            whole, stayed = _unpruned(whole, kept, layout)
         features.append(dataclasses.replace(feature, mm_position=PlaceholderRange(len(tokens), len(whole))))
         tokens += whole
         stays += stayed
@@ -54,9 +54,29 @@ def restore_positions(
     return positions[:, torch.tensor(stays)], delta + len(tokens) - len(input_tokens)
 
 
-def _mask(feature: MultiModalFeatureSpec) -> Tensor | None:
-    if feature.data is None or KEPT not in feature.data:
-        return None
-    kept = feature.data[KEPT].data
-    assert isinstance(kept, Tensor)
-    return kept
+def _unpruned(thinned: list[int], kept: Tensor, layout: Tensor | None) -> tuple[list[int], list[bool]]:
+    """The tokens of an item before pruning, and which of them stayed.
+
+    Args:
+        thinned: those that stayed.
+        kept: bool [T] over its places.
+        layout: bool [tokens], which of the unpruned tokens are places; None: all.
+    """
+    places = torch.ones(len(kept), dtype=torch.bool) if layout is None else layout
+    stays = ~places
+    stays[places] = kept
+    tokens = torch.tensor(thinned)
+    # one token stands for all places
+    whole = torch.full((len(places),), int(tokens[places[stays]][0]))
+    whole[stays] = tokens
+    return whole.tolist(), stays.tolist()
+
+
+def _masks(feature: MultiModalFeatureSpec) -> tuple[Tensor | None, Tensor | None]:
+    """Of an item, which places stayed, and which tokens are places; None where nothing says."""
+    names, data = FIELDS.get(feature.modality), feature.data
+    if names is None or data is None or names.kept not in data:
+        return None, None
+    kept: Any = data[names.kept].data
+    layout: Any = data[names.layout].data if names.layout in data else None
+    return kept, layout

@@ -20,8 +20,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from vllm_vtprune.context import plugin_context
+from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.models.positions import restore_positions
-from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT
+from vllm_vtprune.vision.placeholders import FIELDS
 from vllm_vtprune.vision.processor import pruned_processor
 
 if TYPE_CHECKING:
@@ -80,11 +81,12 @@ class PrunedModel:
         self._tower_model_names = names
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The processor's embeddings as they are, per image [k, E]."""
+        """The processor's embeddings as they are, per image or video [k, E]."""
         # by the mask: embeddings given by a caller come without it, and in one piece
-        if KEPT not in kwargs:
-            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        return list(kwargs[EMBEDDINGS])
+        for names in FIELDS.values():  # a call is about one modality
+            if names.kept in kwargs:
+                return list(kwargs[names.embeddings])
+        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -141,7 +143,8 @@ def _needs_tower(vllm_config: VllmConfig, modalities: set[str]) -> bool:
     if not plugin_context(vllm_config.model_config).prunes:
         return True
     limits = vllm_config.model_config.get_multimodal_config()
-    return any(limits.get_limit_per_prompt(modality) > 0 for modality in modalities - {"image"})
+    pruned = family_of(vllm_config.model_config.hf_config).modalities
+    return any(limits.get_limit_per_prompt(modality) > 0 for modality in modalities - set(pruned))
 
 
 def _model_state_class() -> type[KVDropModelState]:

@@ -107,7 +107,8 @@ class SelectionMethod(ABC):
             )
         pruning = Pruning(features, settings)
         most = share_count(settings.max_share, tokens, settings.min_tokens)
-        counts = read_counts(self.counts(pruning).clamp(max=most), pruning.checked(self))
+        asked = self.spread(self.counts(pruning).clamp(max=most), pruning)
+        counts = read_counts(asked, pruning.checked(self))
         if min(counts) == tokens:
             return [keep_all(features) for _ in counts]
         chosen = self.choose(pruning, counts)
@@ -126,6 +127,10 @@ class SelectionMethod(ABC):
             count = share_count(settings.keep_ratio, pruning.features.tokens, settings.min_tokens)
             return torch.full(patches.shape[:1], count, dtype=torch.int64, device=patches.device)
         return inflection_counts(pruning.scores, settings.aggressiveness or 0.0, settings.min_tokens)
+
+    def spread(self, counts: Tensor, pruning: Pruning) -> Tensor:
+        """The counts [B] as they are; a rule that sees time moves them between the frames of a video."""
+        return counts
 
     @abstractmethod
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:

@@ -21,6 +21,8 @@ class VisionFeatures:
         keys: [B, N, Dk] attention keys of the feature layer, heads concatenated.
         relevance: [B, N] how relevant each patch is to the request's question; None where there is none, or
             nothing that rates it.
+        frames: how many of the B images, one after the other, are the consecutive frames of one video; 1 for
+            a picture. They sum to B; empty where all are pictures.
 
     Raises:
         ValueError: when shapes disagree.
@@ -34,6 +36,7 @@ class VisionFeatures:
     received: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
+    frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse shapes that disagree."""
@@ -56,6 +59,8 @@ class VisionFeatures:
             raise ValueError(f"keys must be [{images}, {tokens}, Dk], not {list(self.keys.shape)}")
         if self.relevance is not None and self.relevance.shape != (images, tokens):
             raise ValueError(f"relevance must be [{images}, {tokens}], not {list(self.relevance.shape)}")
+        if self.frames and (sum(self.frames) != images or min(self.frames) < 1):
+            raise ValueError(f"videos of {list(self.frames)} frames are not {images} images")
 
     @property
     def tokens(self) -> int:

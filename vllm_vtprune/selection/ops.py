@@ -18,6 +18,11 @@ def best_first(values: Tensor) -> Tensor:
     return values.argsort(dim=-1, descending=True, stable=True)
 
 
+def ranks(values: Tensor) -> Tensor:
+    """[..., N] int64: a token's place along the last dimension by falling value, 0 for the first."""
+    return best_first(values).argsort(dim=-1)
+
+
 def complement(indices: Tensor, size: int) -> Tensor:
     """[size - k] int64, ascending: what is left of 0 to size - 1 without the k unique `indices`."""
     taken = torch.zeros(size, dtype=torch.int8, device=indices.device).index_fill(0, indices, 1)

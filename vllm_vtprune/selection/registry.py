@@ -14,6 +14,7 @@ from vllm_vtprune.selection.methods.hiprune import HiPrune
 from vllm_vtprune.selection.methods.holov import HoloV
 from vllm_vtprune.selection.methods.inflection import Inflection
 from vllm_vtprune.selection.methods.inflection_diverse import InflectionDiverse
+from vllm_vtprune.selection.methods.inflection_temporal import InflectionTemporal
 from vllm_vtprune.selection.methods.pool import Pool
 from vllm_vtprune.selection.methods.prumerge import PruMerge
 from vllm_vtprune.selection.methods.prumerge_plus import PruMergePlus
@@ -30,6 +31,7 @@ DEFAULT_METHOD = "inflection"
 _CLASSES: tuple[type[SelectionMethod], ...] = (
     Inflection,
     InflectionDiverse,
+    InflectionTemporal,
     TopK,
     Random,
     Uniform,

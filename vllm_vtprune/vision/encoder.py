@@ -115,7 +115,12 @@ class VisionEncoder:
             if sum(view.grid[0] * view.grid[1] for view in output.views) != output.patches.shape[0]:
                 raise ValueError("the tower's views do not hold as many units as it computed")
         return [
-            dataclasses.replace(output, on_host=item.on_host, places=item.places or output.patches.shape[0])
+            dataclasses.replace(
+                output,
+                on_host=item.on_host,
+                places=item.places or output.patches.shape[0],
+                modality=item.modality,
+            )
             for output, item in zip(encoded, items, strict=True)
         ]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -179,8 +180,21 @@ def _features(
         grid=grid,
         seeds=tuple((seeds[i] + v) % 2**64 for i, v in keys),
         relevance=None if any(row is None for row in asked) else torch.stack(asked),  # type: ignore[arg-type]
+        frames=_frames(outputs, keys),
         **{name: stacked(name) for name in OPTIONAL_OUTPUTS},
     )
+
+
+def _frames(outputs: Sequence[TowerOutput], keys: Sequence[ViewKey]) -> tuple[int, ...]:
+    """Of how many consecutive frames each video in a batch consists; empty where there is none."""
+    if all(outputs[i].modality != "video" for i, _ in keys):
+        return ()
+    sizes = []
+    for i, views in itertools.groupby(i for i, _ in keys):
+        count = len(list(views))
+        # tiles of a picture do not follow each other in time
+        sizes += [count] if outputs[i].modality == "video" else [1] * count
+    return tuple(sizes)
 
 
 def _of_view(output: TowerOutput, name: str, view: View) -> Tensor | None:

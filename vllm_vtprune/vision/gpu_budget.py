@@ -77,7 +77,11 @@ def place_tower(
         index, towers = device.index, processes
     towers = 1 if policy.shares_tower else towers
     memory = tower_memory(
-        TowerShape.of(family, largest_image_pixels(vllm_config.model_config)),
+        TowerShape.of(
+            family,
+            largest_image_pixels(vllm_config.model_config),
+            videos=mm_config.get_limit_per_prompt("video") > 0,
+        ),
         processes=towers,
         batch=policy.encoder_batch,
         bytes_per_value=dtype.itemsize,

@@ -24,6 +24,8 @@ CONTEXT_BYTES = GIB // 2
 WORKSPACE_BYTES = 32 * 2**20
 #: Patches that one picture of a pass may have; a larger one counts as several.
 PATCHES_PER_IMAGE = 1024
+#: Patches of a video that a pass takes; a longer one takes several.
+VIDEO_PATCHES = 16 * PATCHES_PER_IMAGE
 #: Pixels of the largest picture where neither operator nor checkpoint says: as Qwen2.5-VL is published.
 LARGEST_IMAGE_PIXELS = 12_845_056
 #: What torch's caching allocator holds of a pass beyond what is in use at its peak.
@@ -44,7 +46,7 @@ class TowerShape:
         layers: layers that run.
         view_patches: patches that attend to each other in the largest view.
         image_patches: patches of every picture; None where they depend on it.
-        largest_image: patches of the largest picture.
+        largest_image: patches of the largest picture, or of a video's pass.
         output: values that the cache holds for a patch.
         embedding: values that the engine is given for a patch.
         whole_matrix: attention is read from a layer's whole matrix (`families.fixed_tower`), and not in parts
@@ -68,12 +70,13 @@ class TowerShape:
     reads: bool
 
     @staticmethod
-    def of(family: Family, image_pixels: int | None = None) -> TowerShape:
+    def of(family: Family, image_pixels: int | None = None, *, videos: bool = False) -> TowerShape:
         """The shape of a checked family's tower; its modules are built without memory.
 
         Args:
             family: the model's adapter.
             image_pixels: the largest picture after preprocessing, where the tower takes any size.
+            videos: whether they may be asked for.
         """
         config, vision = family.config, family.config.vision_config
         with torch.device("meta"):
@@ -91,6 +94,8 @@ class TowerShape:
         elif side is not None:  # tiles
             largest = _most_tiles(config) * ((side // patch) ** 2 + 1)
         view = largest if side is None else (side // patch) ** 2 + 1
+        if videos and "video" in family.modalities:
+            largest = max(largest, VIDEO_PATCHES)
         embedding = -(-family.embed_width() // merge)
         return TowerShape(
             parameters=sum(p.numel() for p in modules.parameters()),

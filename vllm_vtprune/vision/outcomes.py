@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -37,15 +39,21 @@ def outcome_of(units: Tensor, tokens: int) -> str:
 
 @dataclass
 class Decided:
-    """An image on its way through the processor.
+    """An image or a video on its way through the processor.
 
     Attributes:
         key: from its content and its preprocessing.
+        raw: decoded, as vLLM's parser holds it; None where a trusted id stands for it.
+        kwargs: of its preprocessing.
+        modality: `image` or `video`.
         outcome: what stays of it; None where that is not known yet, or nothing is to be dropped.
         kept: the same, with the tokens; None where vLLM's cache holds them.
     """
 
     key: str
+    raw: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    modality: str = "image"
     outcome: str | None = None
     kept: Kept | None = None
 
@@ -62,7 +70,9 @@ class Decided:
             RuntimeError: it says otherwise.
         """
         if self.outcome is not None and self.outcome != outcome_of(kept.units, kept.tokens.shape[0]):
-            raise RuntimeError("An image left vLLM's cache while its prompt was prepared: send it again.")
+            raise RuntimeError(
+                f"A {self.modality} left vLLM's cache while its prompt was prepared: send it again."
+            )
         self.kept = kept
 
 

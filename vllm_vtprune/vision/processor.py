@@ -7,9 +7,9 @@ kept tokens must be known. Hooks, all of `vllm.multimodal.processing.BaseMultiMo
 `_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates`, `_maybe_apply_prompt_updates`,
 `apply` and `get_dummy_inputs`.
 
-An image's way: content key -> (tower's output, from the cache or by `vision.service`) -> selection ->
-the item's key (`vision.outcomes`) -> embeddings and the mask of the places that stay -> the base class's
-placeholder, thinned.
+An image's way, and a video's: content key -> (tower's output, from the cache or by `vision.service`) ->
+selection -> the item's key (`vision.outcomes`) -> embeddings and the mask of the places that stay -> the base
+class's placeholder, thinned.
 """
 
 from __future__ import annotations
@@ -36,10 +36,17 @@ from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.settings import VisionSettings
-from vllm_vtprune.vision.content import content
+from vllm_vtprune.vision.content import check_frames, content, decoded
 from vllm_vtprune.vision.features import for_family, needs_of, select
 from vllm_vtprune.vision.outcomes import Decided
-from vllm_vtprune.vision.placeholders import EMBEDDINGS, KEPT, ThinnedDetails, embed_mask, places_of, thinned
+from vllm_vtprune.vision.placeholders import (
+    FIELDS,
+    ThinnedDetails,
+    embed_mask,
+    field_configs,
+    item_fields,
+    thinned,
+)
 from vllm_vtprune.vision.question import QuestionRater, question_rater
 from vllm_vtprune.vision.service import VisionService, vision_service
 from vllm_vtprune.vision.transfer import to_host
@@ -47,8 +54,9 @@ from vllm_vtprune.vision.transfer import to_host
 if TYPE_CHECKING:
     from vllm_vtprune.vision.shared.client import SharedTower
 
-#: The images at hand (`Decided`), handed from hook to hook inside the processor's keyword arguments.
-_IMAGES = "vtprune_images"
+#: The images and videos at hand (`Decided`, by modality), handed from hook to hook inside the processor's
+#: keyword arguments.
+_MEDIA = "vtprune_media"
 #: Settings of the dummy images with which vLLM sizes its buffers: they count unpruned and run no tower.
 _DUMMY = "dummy"
 #: Key of a processed prompt: its vision tokens before pruning.
@@ -56,7 +64,9 @@ VISION_TOKENS = "vtprune_vision_tokens"
 
 
 class PrunedProcessor(BaseMultiModalProcessor[Any]):
-    """Replaces an image's pixels by the embeddings of the vision tokens that stay; videos pass as they are.
+    """Replaces an image's or a video's pixels by the embeddings of the vision tokens that stay.
+
+    Videos of a family that does not prune them pass as they are.
 
     Stands before the model's own processor in the order of inheritance (`pruned_processor`). A subclass of
     vLLM's base, or Python would not let an object become one of this class.
@@ -92,9 +102,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """
         policy = plugin_context(self.info.ctx.model_config).policy
         items = self.info.parse_mm_data(mm_data)
-        images = _raw_images(items)
         # images named by a trusted id need not be there at all: the processor sorts that out
-        if not images or policy.feature_cache_gb == 0 or policy.trust_image_ids:
+        if policy.feature_cache_gb == 0 or policy.trust_image_ids or not self._decoded(items):
             return 0, 0
         inputs = self._prepared(
             ProcessorInputs(
@@ -104,14 +113,17 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
                 media_io_kwargs=media_io_kwargs or {},
             )
         )
-        if cache is not None and all(cache.is_cached(self._get_mm_hashes(inputs)["image"])):
-            return 0, 0
-        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
-        keys = [image.key for image in decided]
+        setting, decided, _ = _taken(inputs.hf_processor_mm_kwargs)
+        if cache is not None:
+            hashes = self._get_mm_hashes(inputs)
+            if all(all(cache.is_cached(hashes[modality])) for modality in decided):
+                return 0, 0
+        media = [one for many in decided.values() for one in many]
         needs = needs_of([self._settings(setting)])
-        hits = self.vision.available(set(keys), needs)
-        self._encode(images, keys, needs, kwargs)
-        return hits, len(set(keys)) - hits
+        keys = {one.key for one in media}
+        hits = self.vision.available(keys, needs)
+        self._encode(media, needs)
+        return hits, len(keys) - hits
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """The processed prompt, which tells its vision tokens before pruning too."""
@@ -125,45 +137,50 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
     def _prepared(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        """The inputs with the setting, and each image's content key, among their keyword arguments.
+        """The inputs with the setting, and each image and video, among their keyword arguments.
 
         What stays of an image is what stayed of it last, where this process knows.
         """
         kwargs: dict[str, Any] = {KWARG: self._default_setting(), **inputs.hf_processor_mm_kwargs}
         setting = kwargs[KWARG]
-        keys = [] if setting == _DUMMY else self._content_keys(inputs)
-        kwargs[_IMAGES] = [Decided(key, self.vision.outcomes.get(key, setting)) for key in keys]
-        return dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
+        media = {} if setting == _DUMMY else self._keyed(inputs)
+        for one in (one for many in media.values() for one in many):
+            one.outcome = self.vision.outcomes.get(one.key, setting)
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs={**kwargs, _MEDIA: media})
 
     def _decide(self, inputs: ProcessorInputs) -> None:
-        """Select for every image that vLLM's cache does not hold as it was decided last."""
-        setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
+        """Select for every image and video that vLLM's cache does not hold as it was decided last."""
+        setting, decided, _ = _taken(inputs.hf_processor_mm_kwargs)
         if not decided or self._settings(setting).keeps_all:
             return
         # as vLLM decides whether to use it (`BaseMultiModalProcessor._cached_apply_hf_processor`)
         given = any(items.get_passthrough_data() for items in inputs.mm_data_items.values())
         cache = None if given else inputs.cache
-        images: dict[str, Any] = {}
-        for image, raw in zip(decided, _raw_images(inputs.mm_data_items), strict=True):
+        media = [one for many in decided.values() for one in many]
+        undecided: dict[str, Decided] = {}
+        for one in media:
             # a trusted id may stand for an image that is not there
-            held = cache is not None and image.outcome and cache.is_cached_item(self._key(image, setting))
-            if not held and raw is not None:
-                images[image.key] = raw
-        if not images:
+            held = cache is not None and one.outcome and cache.is_cached_item(self._key(one, setting))
+            if not held and one.raw is not None:
+                undecided[one.key] = one
+        if not undecided:
             return
-        kept = dict(
-            zip(images, self._select(list(images.values()), list(images), setting, kwargs), strict=True)
-        )
-        for image in decided:
-            if image.key in kept:
-                self.vision.outcomes.put(image.key, setting, image.decide(kept[image.key]))
+        kept = dict(zip(undecided, self._select(list(undecided.values()), setting), strict=True))
+        for one in media:
+            if one.key in kept:
+                self.vision.outcomes.put(one.key, setting, one.decide(kept[one.key]))
+
+    def _decoded(self, items: MultiModalDataItems) -> dict[str, list[Any]]:
+        """The decoded media that are pruned, by modality."""
+        found = {modality: decoded(items, modality) for modality in self.family.modalities}
+        return {modality: media for modality, media in found.items() if media}
 
     # --- keys in vLLM's caches ---------------------------------------------------------------------------
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
         setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         items = inputs.mm_data_items
-        ours = {"image": [self._key(image, setting) for image in decided]} if decided else {}
+        ours = {modality: [self._key(one, setting) for one in media] for modality, media in decided.items()}
         others = MultiModalDataItems({m: v for m, v in items.items() if m not in ours})
         if setting == _DUMMY:  # never mistaken for a request's picture of the same content
             kwargs[KWARG] = _DUMMY
@@ -177,33 +194,55 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     ) -> Mapping[str, object]:
         setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         stripped = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
-        missing = [d for d, hit in zip(decided, mm_is_cached.get("image", ()), strict=False) if not hit]
+        missing = {
+            modality: [one for one, hit in zip(media, mm_is_cached[modality], strict=True) if not hit]
+            for modality, media in decided.items()
+        }
         base = super()._get_cache_missing_processor_kwargs(stripped, dict(mm_is_cached))
-        return {**base, KWARG: setting, _IMAGES: missing}
+        return {**base, KWARG: setting, _MEDIA: missing}
 
     def _key(self, image: Decided, setting: str) -> str:
         """An item's key in vLLM's caches and its identifier in the engine."""
         outcome = {"outcome": image.outcome} if image.outcome else {}
         return self._hash(content=image.key, settings=setting, **outcome)
 
-    def _content_keys(self, inputs: ProcessorInputs) -> list[str]:
-        """Per image a key made from its content and its preprocessing, apart from the settings.
+    def _keyed(self, inputs: ProcessorInputs) -> dict[str, list[Decided]]:
+        """Each image and video that is pruned, with a key made from its content and its preprocessing.
 
-        A client's `uuid` and an EXIF image id would let a request name another's cached picture; they count
-        only where the operator trusts them.
+        Apart from the settings. A client's `uuid` and an EXIF image id would let a request name another's
+        cached picture; they count only where the operator trusts them.
         """
+        given = {k: v for k, v in sorted(inputs.hf_processor_mm_kwargs.items()) if k != KWARG}
+        inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=given)
+        found = {}
+        for modality, media in self._decoded(inputs.mm_data_items).items():
+            if modality == "video":
+                for i, video in enumerate(media):
+                    check_frames(video, i, self.family.fewest_frames)
+            kwargs = self._own_kwargs(inputs, modality, len(media))
+            keys = self._content_keys(inputs, modality, kwargs)
+            found[modality] = [Decided(*one, modality) for one in zip(keys, media, kwargs, strict=True)]
+        return found
+
+    def _own_kwargs(self, inputs: ProcessorInputs, modality: str, count: int) -> list[Mapping[str, Any]]:
+        """The preprocessing of each of `count` items: videos may have a rate of frames each."""
+        if modality != "video":
+            return [inputs.hf_processor_mm_kwargs] * count
+        alone = ([i != number for i in range(count)] for number in range(count))
+        ask = super()._get_cache_missing_processor_kwargs
+        return [ask(inputs, {"video": others}) for others in alone]
+
+    def _content_keys(
+        self, inputs: ProcessorInputs, modality: str, kwargs: Sequence[Mapping[str, Any]]
+    ) -> list[str]:
         items = inputs.mm_data_items
-        if not _raw_images(items):
-            return []
-        preprocessing = {k: v for k, v in sorted(inputs.hf_processor_mm_kwargs.items()) if k != KWARG}
         if plugin_context(self.info.ctx.model_config).policy.trust_image_ids:
-            trusted = dataclasses.replace(inputs, hf_processor_mm_kwargs=preprocessing)
-            return super()._get_mm_hashes(trusted)["image"]
-        raw = items.get_items("image", ImageProcessorItems).get_all_items_for_hash()
-        media_io = dict(inputs.media_io_kwargs.get("image", {}))
+            return super()._get_mm_hashes(inputs)[modality]
+        media_io = dict(inputs.media_io_kwargs.get(modality, {}))
+        hashed = items[modality].get_all_items_for_hash()
         return [
-            self._hash(image=content(item, i), kwargs=preprocessing, media_io=media_io)
-            for i, item in enumerate(raw)
+            self._hash(**{modality: content(item, i, modality)}, kwargs=own, media_io=media_io)
+            for i, (item, own) in enumerate(zip(hashed, kwargs, strict=True))
         ]
 
     def _hash(self, **factors: object) -> str:
@@ -217,38 +256,34 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     ) -> BatchFeature:
         # neither key may reach the Hugging Face processor, which warns about or chokes on unknown ones
         setting, decided, kwargs = _taken(hf_kwargs)
-        images = _raw_images(mm_items)
-        if not images:
+        ours = self._decoded(mm_items)
+        if not ours:
             return super()._apply_hf_processor_main(mm_items, kwargs)
-        others = {
-            modality: items for modality, items in mm_items.items() if modality != "image" and len(items)
-        }
+        others = {m: items for m, items in mm_items.items() if m not in ours and len(items)}
         data = BatchFeature()
         if others:
             data.update(super()._apply_hf_processor_main(MultiModalDataItems(others), kwargs))
-        if setting == _DUMMY:
-            data.update(self._dummy_fields(images, kwargs))
-        else:
-            data.update(self._fields(self._kept(images, decided, setting, kwargs)))
+        for modality, media in ours.items():
+            if setting == _DUMMY:
+                data.update(self._dummy_fields([Decided("", raw, kwargs, modality) for raw in media]))
+            else:
+                data.update(self._fields(modality, self._kept(decided[modality], setting)))
         return data
 
-    def _kept(
-        self, images: list[Any], decided: list[Decided], setting: str, kwargs: Mapping[str, object]
-    ) -> list[Kept]:
+    def _kept(self, media: list[Decided], setting: str) -> list[Kept]:
         """What stays of each image, as it was decided."""
-        if all(image.kept is not None for image in decided):
-            return [cast(Kept, image.kept) for image in decided]
+        if all(one.kept is not None for one in media):
+            return [cast(Kept, one.kept) for one in media]
         # nothing is to be dropped, or vLLM's cache let go of one since
-        kept = self._select(images, [image.key for image in decided], setting, kwargs)
-        for image, now in zip(decided, kept, strict=True):
-            image.confirm(now)
+        kept = self._select(media, setting)
+        for one, now in zip(media, kept, strict=True):
+            one.confirm(now)
         return kept
 
-    def _select(
-        self, images: list[Any], keys: list[str], setting: str, kwargs: Mapping[str, object]
-    ) -> list[Kept]:
+    def _select(self, media: Sequence[Decided], setting: str) -> list[Kept]:
         settings = self._settings(setting)
-        outputs = self._encode(images, keys, needs_of([settings]), kwargs)
+        outputs = self._encode(media, needs_of([settings]))
+        keys = [one.key for one in media]
         return select(outputs, keys, settings, self.relevance(outputs, settings))
 
     def _get_mm_fields_config(
@@ -256,12 +291,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     ) -> Mapping[str, MultiModalFieldConfig]:
         _, _, kwargs = _taken(hf_processor_mm_kwargs)
         config = dict(super()._get_mm_fields_config(hf_inputs, kwargs))  # type: ignore[safe-super]
-        if KEPT in hf_inputs:
-            config[EMBEDDINGS] = MultiModalFieldConfig.batched("image")
-            # on the CPU: it is all the worker is given of an item that the prefix cache covers
-            # (`vllm.multimodal.utils.strip_covered_mm_data`), and positions are computed from it
-            config[KEPT] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-        return config
+        return {**config, **field_configs(hf_inputs)}
 
     def _get_prompt_updates(
         self,
@@ -278,7 +308,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         )
 
     def _maybe_apply_prompt_updates(self, mm_items: MultiModalDataItems, mm_res: Any) -> Any:
-        details = [updates[0].content for updates in mm_res.prompt_updates.get("image", ())]
+        details = [
+            updates[0].content for modality in FIELDS for updates in mm_res.prompt_updates.get(modality, ())
+        ]
         ours = [d for d in details if isinstance(d, ThinnedDetails)]
         self._refuse_long_positions(sum(d.gap for d in ours))
         given = (int(embed_mask(d).sum()) for d in details if not isinstance(d, ThinnedDetails))
@@ -292,8 +324,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         table = self.family.table(longest)
         if table is not None and longest + gap > table:
             raise VLLMValidationError(
-                f"The images' dropped tokens leave gaps of {gap} positions, more than the model's rotary "
-                "embedding has room for: prune less, or send fewer images.",
+                f"The dropped vision tokens leave gaps of {gap} positions, more than the model's rotary "
+                "embedding has room for: prune less, or send fewer images or shorter videos.",
                 parameter=KWARG,
             )
 
@@ -321,12 +353,12 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """
         items = self.info.parse_mm_data({"image": [image]})
         inputs = ProcessorInputs([], items, media_io_kwargs=media_io_kwargs or {})
-        keys = self._content_keys(inputs)
+        media = self._keyed(inputs)["image"]
         shown = dataclasses.replace(
             settings, keep_ratio=0.5, aggressiveness=None
         )  # the score, whatever stays
-        (output,) = self._encode(_raw_images(items), keys, needs_of([shown]), {})
-        return output, keys[0]
+        (output,) = self._encode(media, needs_of([shown]))
+        return output, media[0].key
 
     def relevance(self, outputs: Sequence[TowerOutput], settings: VisionSettings) -> list[Tensor | None]:
         """Per image how relevant each unit is to the settings' question; empty where there is none."""
@@ -343,8 +375,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
             PolicyError: the text tower cannot be loaded.
         """
         _ = self.rater
-        images = [Image.new("RGB", (224, 224), "gray")]
-        self._fields(select(self._encode(images, ["0"], frozenset(), {}), ["0"], VisionSettings()))
+        image = Decided("0", Image.new("RGB", (224, 224), "gray"))
+        self._fields("image", select(self._encode([image], frozenset()), ["0"], VisionSettings()))
 
     @cached_property
     def vision(self) -> VisionService | SharedTower:
@@ -380,66 +412,79 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         operators = plugin_context(self.info.ctx.model_config).policy.score
         return for_family(VisionSettings.from_canonical(setting), self.family, operators)
 
-    def _fields(self, images: Sequence[Kept]) -> dict[str, Any]:
-        """The images' fields in vLLM's items: what computes positions, embeddings and masks."""
-        projected = self.vision.project(images)
+    def _fields(self, modality: str, media: Sequence[Kept]) -> dict[str, Any]:
+        """Fields in vLLM's items of some images, or videos: what computes positions, embeddings and masks."""
+        projected = self.vision.project(media)
         model_config = self.info.ctx.model_config
         # torch_shm shares device tensors with the worker; every other transport copies host bytes
         on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
         dtype = cast(torch.dtype, model_config.dtype)
         given = [e for e, _ in projected]
         # in memory of their own: a view would keep the whole request's for as long as one image is cached
-        cached = [kept.output.patches for kept in images]
+        cached = [kept.output.patches for kept in media]
         embeddings = (
             [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype, lent=cached)
         )
         places = to_host([p for _, p in projected])
-        masks = [_mask(kept.output.places, where) for kept, where in zip(images, places, strict=True)]
-        return _by_name([kept.output.on_host for kept in images], embeddings, masks)
+        masks = [_mask(kept.output.places, where) for kept, where in zip(media, places, strict=True)]
+        return item_fields(modality, [kept.output.on_host for kept in media], embeddings, masks)
 
-    def _dummy_fields(self, images: list[Any], kwargs: Mapping[str, object]) -> dict[str, Any]:
-        items = self._items(images, kwargs)
+    def _dummy_fields(self, media: Sequence[Decided]) -> dict[str, Any]:
+        items = self._items(media)
         dtype = cast(torch.dtype, self.info.ctx.model_config.dtype)
         embeddings = [torch.zeros((i.places, self.family.embed_width()), dtype=dtype) for i in items]
         masks = [torch.ones(item.places, dtype=torch.bool) for item in items]
-        return _by_name([item.on_host for item in items], embeddings, masks)
+        return item_fields(media[0].modality, [item.on_host for item in items], embeddings, masks)
 
-    def _encode(
-        self, images: list[Any], keys: list[str], needs: frozenset[str], kwargs: Mapping[str, object]
-    ) -> list[TowerOutput]:
+    def _encode(self, media: Sequence[Decided], needs: frozenset[str]) -> list[TowerOutput]:
         def prepare(positions: list[int]) -> list[Item]:
-            return self._items([images[i] for i in positions], kwargs)
+            return self._items([media[i] for i in positions])
 
-        return self.vision.encode(keys, prepare, needs)
+        return self.vision.encode([one.key for one in media], prepare, needs)
 
-    def _items(self, images: list[Any], kwargs: Mapping[str, object]) -> list[Item]:
-        """Per image the fields that the model's own class would be given, and its places.
+    def _items(self, media: Sequence[Decided]) -> list[Item]:
+        """Per image the fields that the model's own class would be given, and its places."""
+        images = [one for one in media if one.modality == "image"]
+        # images have their keyword arguments in common; videos are preprocessed one by one, as vLLM does
+        raw = [image.raw for image in images]
+        prepared = iter(self._preprocessed("image", raw, images[0].kwargs) if images else ())
+        return [
+            next(prepared)
+            if one.modality == "image"
+            else self._preprocessed(one.modality, [one.raw], one.kwargs)[0]
+            for one in media
+        ]
 
-        All of it is the base class's: its preprocessing, its fields and, where pictures differ, its prompt
-        update. `thin` compares the places with that again.
-        """
+    def _preprocessed(self, modality: str, media: list[Any], kwargs: Mapping[str, Any]) -> list[Item]:
+        """All of it is the base class's: its preprocessing, its fields and its prompt update."""
         image_processor = getattr(self.info.get_hf_processor(**kwargs), "image_processor", None)
         looked_at = [
-            self.family.bounded(image, image_processor) if isinstance(image, Image.Image) else image
-            for image in images
+            self.family.bounded(one, image_processor) if isinstance(one, Image.Image) else one
+            for one in media
         ]
-        if all(map(_upright, looked_at)):
+        if modality == "image" and all(map(_upright, looked_at)):
             # as the parser would give it, less a copy of each picture (`ImageOps.exif_transpose`)
             mm_items = MultiModalDataItems({"image": ImageProcessorItems(looked_at)})
         else:
-            mm_items = self.info.parse_mm_data({"image": looked_at}, validate=False)
+            mm_items = self.info.parse_mm_data({modality: looked_at}, validate=False)
         data = super()._apply_hf_processor_main(mm_items, kwargs)
         fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
         base = MultiModalKwargsItems.from_hf_inputs(data, fields)
-        places = self.family.places()
+        places = self.family.places() if modality == "image" else None
         if places is None:
             updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
-            (update,) = (u for u in updates if u.modality == "image")
+            (update,) = (u for u in updates if u.modality == modality)
         items = []
-        for i, item in enumerate(base["image"]):
-            inputs = {name: torch.as_tensor(value) for name, value in item.get_data().items()}
+        for i, item in enumerate(base[modality]):
+            inputs = {name: _tensor(value) for name, value in item.get_data().items()}
             on_host = {name: value for name, value in inputs.items() if item[name].field.keep_on_cpu}
-            items.append(Item(inputs, on_host, places_of(update, i) if places is None else places))
+            if places is not None:
+                items.append(Item(inputs, on_host, places, modality))
+                continue
+            embed = embed_mask(update._resolve_content(i))
+            if self.info.ctx.model_config.uses_mrope and not bool(embed.all()):
+                on_host[FIELDS[modality].layout] = embed
+            items.append(Item(inputs, on_host, int(embed.sum()), modality))
         return items
 
 
@@ -449,16 +494,16 @@ def pruned_processor(base: type[BaseMultiModalProcessor[Any]]) -> type[PrunedPro
     return cast(type[PrunedProcessor], type(f"Pruned{base.__name__}", (PrunedProcessor, base), {}))
 
 
-def _taken(kwargs: Mapping[str, object]) -> tuple[str, list[Decided], dict[str, Any]]:
-    """Setting, the images at hand, and the keyword arguments without them."""
+def _taken(kwargs: Mapping[str, object]) -> tuple[str, dict[str, list[Decided]], dict[str, Any]]:
+    """Setting, the media at hand, and the keyword arguments without them."""
     rest: dict[str, Any] = dict(kwargs)
-    return str(rest.pop(KWARG, "off")), rest.pop(_IMAGES, []), rest
+    return str(rest.pop(KWARG, "off")), rest.pop(_MEDIA, {}), rest
 
 
-def _raw_images(items: MultiModalDataItems) -> list[Any]:
-    """The decoded images; empty for text-only prompts and for embeddings given by the caller."""
-    images = items.get("image")
-    return list(images.get_all()) if isinstance(images, ImageProcessorItems) else []
+def _tensor(value: Any) -> Tensor:
+    # seconds are rounded to a digit for the prompt, and in float32 some go the other way
+    exact = torch.float64 if isinstance(value, list) and any(isinstance(v, float) for v in value) else None
+    return torch.as_tensor(value, dtype=exact)
 
 
 def _upright(image: Any) -> bool:
@@ -474,11 +519,3 @@ def _mask(places: int, kept: Tensor) -> Tensor:
     mask = torch.zeros(places, dtype=torch.bool)
     mask[kept] = True
     return mask
-
-
-def _by_name(
-    on_host: Sequence[Mapping[str, Tensor]], embeddings: list[Tensor], masks: list[Tensor]
-) -> dict[str, Any]:
-    # the base class computes with these, so they are stacked; the ragged ones stay lists
-    shared = {name: torch.stack([fields[name] for fields in on_host]) for name in on_host[0]}
-    return {**shared, EMBEDDINGS: embeddings, KEPT: masks}

@@ -108,13 +108,17 @@ def pack_item(item: Item, tensors: list[Tensor]) -> dict[str, Any]:
         "inputs": _pack_named(item.inputs, tensors),
         "on_host": _pack_named(item.on_host, tensors),
         "places": item.places,
+        "modality": item.modality,
     }
 
 
 def unpack_item(packed: Mapping[str, Any], tensors: Sequence[Tensor]) -> Item:
     """Inverse of `pack_item`."""
     return Item(
-        _unpack_named(packed["inputs"], tensors), _unpack_named(packed["on_host"], tensors), packed["places"]
+        _unpack_named(packed["inputs"], tensors),
+        _unpack_named(packed["on_host"], tensors),
+        packed["places"],
+        packed["modality"],
     )
 
 
@@ -127,6 +131,7 @@ def pack_output(output: TowerOutput, tensors: list[Tensor]) -> dict[str, Any]:
         "on_host": _pack_named(output.on_host, tensors),
         "views": [[*view.grid, view.start] for view in output.views],
         "places": output.places,
+        "modality": output.modality,
     }
 
 
@@ -136,6 +141,7 @@ def unpack_output(packed: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tower
         views=tuple(View((rows, columns), start) for rows, columns, start in packed["views"]),
         on_host=_unpack_named(packed["on_host"], tensors),
         places=packed["places"],
+        modality=packed["modality"],
         **_unpack_named(packed["named"], tensors),
     )
 
@@ -150,6 +156,7 @@ def pack_kept(kept: Kept, tensors: list[Tensor]) -> dict[str, Any]:
         "on_host": _pack_named(kept.output.on_host, tensors),
         "count": kept.output.patches.shape[0],
         "places": kept.output.places,
+        "modality": kept.output.modality,
     }
 
 
@@ -161,6 +168,7 @@ def unpack_kept(packed: Mapping[str, Any], tensors: Sequence[Tensor], device: to
         cls=named.get("cls"),
         on_host=_unpack_named(packed["on_host"], tensors),
         places=packed["places"],
+        modality=packed["modality"],
     )
     return Kept(output, named["units"], named["tokens"])
 
