@@ -44,10 +44,13 @@ class RayCluster:
         self.nodes = nodes
         self.folder = folder
         self.token = secrets.token_hex(32)
+        self.deployed: dict[str, Any] = {}
         (folder / "token").write_text(self.token)
         self.env = {
             **os.environ,
             **node_environment(),
+            # Ray's workers are at 15 otherwise: beside anything else that runs, an engine would hardly start
+            "RAY_worker_niceness": "0",
             **env,
             "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -100,9 +103,10 @@ class RayCluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
-        """`serve deploy FILE` on the head."""
+        """`serve deploy FILE` on the head; `deployed` is what was deployed last."""
+        self.deployed = dict(config)
         file = self.folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(dict(config)))
+        file.write_text(yaml.safe_dump(self.deployed))
         done = subprocess.run(
             self.nodes[0].command(str(_BIN / "serve"), "deploy", str(file), "-a", "http://127.0.0.1:8265"),
             env=self.env,
@@ -112,6 +116,17 @@ class RayCluster:
         )
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
+
+    def serve(self, config: dict[str, Any], replicas: int = 2) -> float:
+        """`deploy`, unless that is what was deployed last, and `wait_running`; the seconds it took."""
+        if self.deployed != config:
+            self.deploy(config)
+        return self.wait_running(replicas)
+
+    @property
+    def flags(self) -> str:
+        """Of `vtprune serve`, as deployed last: others would be a rolling update."""
+        return str(self.deployed["applications"][0]["args"]["flags"]) if self.deployed else ""
 
     def application(self) -> dict[str, Any]:
         """Serve's details of the application `vtprune`."""
@@ -202,7 +217,7 @@ def wait_until(
         try:
             if holds():
                 return time.monotonic() - began
-        except (httpx.HTTPError, OSError, KeyError, subprocess.SubprocessError) as error:
+        except (httpx.HTTPError, OSError, LookupError, subprocess.SubprocessError) as error:
             last = repr(error)
         time.sleep(every)
     raise TimeoutError(f"not within {timeout} s; {last}\n{describe()}")
