@@ -109,7 +109,7 @@ class Container:
         chroot = ["chroot", f"--userspec={user}", str(self.root), "/usr/bin/env", "-i", *variables]
         mounts = (
             'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t proc proc "$0/proc" && '
-            'mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/tmp" && '
+            'mount --rbind /sys "$0/sys" && mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/tmp" && '
             f'mount -t tmpfs -o uid={USER},gid={USER} tmpfs "$0/cache" && exec "$@"'
         )
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]

@@ -30,6 +30,19 @@ _PORT = 8000
 #: An update starts one engine after the other, each beside one that serves.
 _START_SECONDS = 600
 
+#: Asks for each path on its standard input: a process for each question would take a core by itself.
+_ASK = """
+import json, sys, urllib.request
+for path in sys.stdin:
+    try:
+        headers = {"Authorization": "Bearer " + sys.argv[2]}
+        request = urllib.request.Request(sys.argv[1] + path.strip(), headers=headers)
+        answer = {"text": urllib.request.urlopen(request, timeout=20).read().decode()}
+    except Exception as error:
+        answer = {"error": repr(error)}
+    print(json.dumps(answer))
+"""
+
 
 class RayCluster:
     """A head and its workers.
@@ -45,6 +58,7 @@ class RayCluster:
         self.folder = folder
         self.token = secrets.token_hex(32)
         self.deployed: dict[str, Any] = {}
+        self._asking: subprocess.Popen[bytes] | None = None
         (folder / "token").write_text(self.token)
         self.env = {
             **os.environ,
@@ -85,17 +99,16 @@ class RayCluster:
 
     def api(self, path: str) -> Any:
         """Ask the dashboard, from the head, where alone it listens."""
-        code = (
-            "import sys, urllib.request as u; h = {'Authorization': 'Bearer ' + sys.argv[2]}; "
-            "print(u.urlopen(u.Request(sys.argv[1], headers=h), timeout=20).read().decode())"
-        )
-        command = self.nodes[0].command(
-            sys.executable, "-I", "-c", code, f"http://127.0.0.1:8265{path}", self.token
-        )
-        done = subprocess.run(command, capture_output=True, text=True, timeout=40)
-        if done.returncode:
-            raise ConnectionError(done.stderr[-500:])
-        return json.loads(done.stdout)
+        if self._asking is None or self._asking.poll() is not None:
+            command = (sys.executable, "-I", "-u", "-c", _ASK, "http://127.0.0.1:8265", self.token)
+            self._asking = self.nodes[0].start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._asking.stdin is not None and self._asking.stdout is not None
+        self._asking.stdin.write(f"{path}\n".encode())
+        self._asking.stdin.flush()
+        answer = json.loads(self._asking.stdout.readline() or '{"error": "it has ended"}')
+        if "error" in answer:
+            raise ConnectionError(answer["error"])
+        return json.loads(answer["text"])
 
     def nodes_alive(self) -> int:
         """How many nodes Ray counts."""
@@ -107,15 +120,15 @@ class RayCluster:
         self.deployed = dict(config)
         file = self.folder / "serve.yaml"
         file.write_text(yaml.safe_dump(self.deployed))
-        done = subprocess.run(
-            self.nodes[0].command(str(_BIN / "serve"), "deploy", str(file), "-a", "http://127.0.0.1:8265"),
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        self.serve_command("deploy", str(file))
+
+    def serve_command(self, *arguments: str) -> str:
+        """`serve ARGUMENTS` on the head; what it prints."""
+        command = self.nodes[0].command(str(_BIN / "serve"), *arguments)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
+        return done.stdout
 
     def serve(self, config: dict[str, Any], replicas: int = 2) -> float:
         """`deploy`, unless that is what was deployed last, and `wait_running`; the seconds it took."""

@@ -31,6 +31,12 @@ def test_the_contract_holds_through_serve(cluster: RayCluster) -> None:
     run_contract_tests(cluster.url(0))
 
 
+def test_serve_status_says_that_it_runs(cluster: RayCluster) -> None:
+    application = yaml.safe_load(cluster.serve_command("status"))["applications"]["vtprune"]
+    assert application["status"] == "RUNNING"
+    assert application["deployments"]["VTPrune"]["replica_states"] == {"RUNNING": 2}
+
+
 def test_every_answer_has_its_request_id_once(cluster: RayCluster) -> None:
     url = cluster.url(1)
     own = {"X-Request-Id": "once-1"}
