@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 CLIENTS = 8
 #: The pause of each client while an engine starts, in seconds: two cores have to do for both.
-CALM = 0.5
+CALM = 2.0
 #: What may happen to a request that was in flight; everything else is a defect.
 ALLOWED = (
     "503 JSON with Retry-After",
@@ -163,11 +163,11 @@ def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(cluster: RayClus
     load = Load([cluster.url(0)], CLIENTS)
     with load.running() as report:
         wait_until(lambda: report.right > 100, 120)
-        load.pause = 4 * CALM
+        load.pause = CALM
         down = cluster.serve(scaling_file(1), 1)
         load.pause = 0
         up = cluster.wait_running(2)
-        load.pause = 4 * CALM
+        load.pause = CALM
         down_again = cluster.wait_running(1)
     print(f"\n{report.row('scaling')} down after {down:.0f} s, up {up:.0f} s, down {down_again:.0f} s")
     assert report.failed == [] and report.wrong == []
