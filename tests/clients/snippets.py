@@ -26,14 +26,12 @@ class Snippet:
         language: `python` or `sh`.
         code: what the fence holds.
         packages: what the section says to `pip install`; empty where it comes with vLLM.
-        tested: whether the section does not begin with "Not run here."
     """
 
     title: str
     language: str
     code: str
     packages: tuple[str, ...]
-    tested: bool
 
 
 def _read() -> dict[str, Snippet]:
@@ -42,10 +40,9 @@ def _read() -> dict[str, Snippet]:
         title = section.splitlines()[0]
         fence = re.search(r"^```(python|sh)\n(.*?)^```", section, re.S | re.M)
         assert fence is not None, title
-        install = re.search(r"^(?:Not run here\. )?`pip install ([^`]+)`", section, re.M)
+        install = re.search(r"^`pip install ([^`]+)`", section, re.M)
         packages = tuple(shlex.split(install[1])) if install else ()
-        tested = "\nNot run here." not in section
-        found[title] = Snippet(title, fence[1], fence[2], packages, tested)
+        found[title] = Snippet(title, fence[1], fence[2], packages)
     return found
 
 

@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import httpx
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.deploy.contract import run_contract_tests
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -35,7 +35,6 @@ BASE, CPU, CUDA = (f"localhost/vtprune-test-{name}" for name in ("base:bookworm"
 STAND_IN = "localhost/vtprune-test-dependencies"
 USER = 10001
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-CONTRACT = ("contract", "presets", "openai_client")
 _NEEDED = ("buildah", "debootstrap", "unshare")
 
 
@@ -110,7 +109,7 @@ class Container:
         chroot = ["chroot", f"--userspec={user}", str(self.root), "/usr/bin/env", "-i", *variables]
         mounts = (
             'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t proc proc "$0/proc" && '
-            'mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/tmp" && '
+            'mount --rbind /sys "$0/sys" && mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/tmp" && '
             f'mount -t tmpfs -o uid={USER},gid={USER} tmpfs "$0/cache" && exec "$@"'
         )
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
@@ -179,11 +178,7 @@ def test_its_server_passes_the_contract_tests(cpu: Container, tmp_path: Path) ->
             time.sleep(1)
         assert _owners(process.pid) == {USER}
         url = f"http://127.0.0.1:{port}"
-        tests = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *(f"tests/server/test_{name}.py" for name in CONTRACT)],
-            cwd=REPOSITORY, env={**os.environ, "VTPRUNE_TEST_URL": url}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert tests.returncode == 0, tests.stdout[-5000:]
+        run_contract_tests(url)
         assert httpx.get(f"{url}/playground", follow_redirects=True, timeout=30).status_code == 200
     finally:
         os.killpg(process.pid, signal.SIGKILL)

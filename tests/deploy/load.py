@@ -64,11 +64,16 @@ class Load:
     Args:
         urls: where to; a client begins at one of them and goes to the next when refused a connection.
         clients: how many at once.
+
+    Attributes:
+        report: what they have seen so far.
+        pause: seconds that each waits before its next request.
     """
 
     def __init__(self, urls: Sequence[str], clients: int = 8) -> None:
         self.urls = urls
         self.report = Report()
+        self.pause = 0.0
         self._truth: dict[tuple[int, str], str] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -79,6 +84,8 @@ class Load:
         chosen, place, sent = random.Random(number), number, 0
         with httpx.Client(timeout=60, trust_env=False) as client:
             while not self._stop.is_set():
+                if self.pause and self._stop.wait(self.pause):
+                    break
                 picture, preset = chosen.randrange(len(PICTURES)), chosen.choice(PRESETS)
                 sent += 1
                 try:

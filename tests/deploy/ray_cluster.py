@@ -30,6 +30,19 @@ _PORT = 8000
 #: An update starts one engine after the other, each beside one that serves.
 _START_SECONDS = 600
 
+#: Asks for each path on its standard input: a process for each question would take a core by itself.
+_ASK = """
+import json, sys, urllib.request
+for path in sys.stdin:
+    try:
+        headers = {"Authorization": "Bearer " + sys.argv[2]}
+        request = urllib.request.Request(sys.argv[1] + path.strip(), headers=headers)
+        answer = {"text": urllib.request.urlopen(request, timeout=20).read().decode()}
+    except Exception as error:
+        answer = {"error": repr(error)}
+    print(json.dumps(answer))
+"""
+
 
 class RayCluster:
     """A head and its workers.
@@ -44,10 +57,14 @@ class RayCluster:
         self.nodes = nodes
         self.folder = folder
         self.token = secrets.token_hex(32)
+        self.deployed: dict[str, Any] = {}
+        self._asking: subprocess.Popen[bytes] | None = None
         (folder / "token").write_text(self.token)
         self.env = {
             **os.environ,
             **node_environment(),
+            # Ray's workers are at 15 otherwise: beside anything else that runs, an engine would hardly start
+            "RAY_worker_niceness": "0",
             **env,
             "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -82,17 +99,16 @@ class RayCluster:
 
     def api(self, path: str) -> Any:
         """Ask the dashboard, from the head, where alone it listens."""
-        code = (
-            "import sys, urllib.request as u; h = {'Authorization': 'Bearer ' + sys.argv[2]}; "
-            "print(u.urlopen(u.Request(sys.argv[1], headers=h), timeout=20).read().decode())"
-        )
-        command = self.nodes[0].command(
-            sys.executable, "-I", "-c", code, f"http://127.0.0.1:8265{path}", self.token
-        )
-        done = subprocess.run(command, capture_output=True, text=True, timeout=40)
-        if done.returncode:
-            raise ConnectionError(done.stderr[-500:])
-        return json.loads(done.stdout)
+        if self._asking is None or self._asking.poll() is not None:
+            command = (sys.executable, "-I", "-u", "-c", _ASK, "http://127.0.0.1:8265", self.token)
+            self._asking = self.nodes[0].start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._asking.stdin is not None and self._asking.stdout is not None
+        self._asking.stdin.write(f"{path}\n".encode())
+        self._asking.stdin.flush()
+        answer = json.loads(self._asking.stdout.readline() or '{"error": "it has ended"}')
+        if "error" in answer:
+            raise ConnectionError(answer["error"])
+        return json.loads(answer["text"])
 
     def nodes_alive(self) -> int:
         """How many nodes Ray counts."""
@@ -100,18 +116,30 @@ class RayCluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
-        """`serve deploy FILE` on the head."""
+        """`serve deploy FILE` on the head; `deployed` is what was deployed last."""
+        self.deployed = dict(config)
         file = self.folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(dict(config)))
-        done = subprocess.run(
-            self.nodes[0].command(str(_BIN / "serve"), "deploy", str(file), "-a", "http://127.0.0.1:8265"),
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        file.write_text(yaml.safe_dump(self.deployed))
+        self.serve_command("deploy", str(file))
+
+    def serve_command(self, *arguments: str) -> str:
+        """`serve ARGUMENTS` on the head; what it prints."""
+        command = self.nodes[0].command(str(_BIN / "serve"), *arguments)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
+        return done.stdout
+
+    def serve(self, config: dict[str, Any], replicas: int = 2) -> float:
+        """`deploy`, unless that is what was deployed last, and `wait_running`; the seconds it took."""
+        if self.deployed != config:
+            self.deploy(config)
+        return self.wait_running(replicas)
+
+    @property
+    def flags(self) -> str:
+        """Of `vtprune serve`, as deployed last: others would be a rolling update."""
+        return str(self.deployed["applications"][0]["args"]["flags"]) if self.deployed else ""
 
     def application(self) -> dict[str, Any]:
         """Serve's details of the application `vtprune`."""
@@ -202,7 +230,7 @@ def wait_until(
         try:
             if holds():
                 return time.monotonic() - began
-        except (httpx.HTTPError, OSError, KeyError, subprocess.SubprocessError) as error:
+        except (httpx.HTTPError, OSError, LookupError, subprocess.SubprocessError) as error:
             last = repr(error)
         time.sleep(every)
     raise TimeoutError(f"not within {timeout} s; {last}\n{describe()}")

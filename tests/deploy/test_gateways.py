@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from typing import ClassVar
 import httpx
 import pytest
 
-from tests.conftest import REPOSITORY, LiveServer, start_server, stop_server
+from tests.conftest import REPOSITORY, LiveServer
 from tests.deploy.contract import only_in_test_deploy
 from tests.helpers.client import CHAT, answer, chat_body, metric, post
 from tests.helpers.pictures import noise, scene
@@ -34,13 +35,9 @@ pytestmark = [pytest.mark.engine, only_in_test_deploy]
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveServer]]:
-    """Two of `vtprune serve`."""
-    folder = tmp_path_factory.mktemp("servers")
-    started = [start_server(folder / f"{number}.log") for number in range(2)]
-    yield started
-    for server in started:
-        stop_server(server)
+def servers(live_server: LiveServer, parallel: LiveServer) -> list[LiveServer]:
+    """Two, of one engine and of two."""
+    return [live_server, parallel]
 
 
 @contextmanager
@@ -118,6 +115,17 @@ def test_one_picture_is_always_answered_by_one_server(through: str, servers: lis
         assert sorted(grown) == [0, 3]
         used.add(grown.index(3))
     assert used == {0, 1}
+
+
+def test_a_picture_that_many_ask_about_at_once(name: str, through: str, servers: list[LiveServer]) -> None:
+    """HAProxy bounds what one server gets beyond the mean; nginx does not."""
+    body, headers = chat_body(noise(100), max_tokens=32, ignore_eos=True), {"X-Session-Id": "everybody's"}
+    before = served(servers)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: post(through, body, headers), range(24)))
+    assert [a.status_code for a in answers] == [200] * 24 and len({answer(a) for a in answers}) == 1
+    fewest = min(after - old for after, old in zip(served(servers), before, strict=True))
+    assert fewest > 0 if name == "haproxy" else fewest == 0
 
 
 def test_requests_without_a_picture_go_to_both(through: str, servers: list[LiveServer]) -> None:

@@ -31,6 +31,12 @@ def test_the_contract_holds_through_serve(cluster: RayCluster) -> None:
     run_contract_tests(cluster.url(0))
 
 
+def test_serve_status_says_that_it_runs(cluster: RayCluster) -> None:
+    application = yaml.safe_load(cluster.serve_command("status"))["applications"]["vtprune"]
+    assert application["status"] == "RUNNING"
+    assert application["deployments"]["VTPrune"]["replica_states"] == {"RUNNING": 2}
+
+
 def test_every_answer_has_its_request_id_once(cluster: RayCluster) -> None:
     url = cluster.url(1)
     own = {"X-Request-Id": "once-1"}
@@ -131,8 +137,7 @@ def test_a_stranger_to_the_cluster_gets_nothing(cluster: RayCluster) -> None:
 def test_one_picture_that_everybody_asks_about_spills_over(cluster: RayCluster) -> None:
     from tests.deploy.ray_cluster import serve_file
 
-    cluster.deploy(serve_file(max_ongoing_requests=1))
-    cluster.wait_running(2)
+    cluster.serve(serve_file(max_ongoing_requests=1))
     body = chat_body(noise(4000), max_tokens=32, ignore_eos=True)
     before = served_by_replica(cluster)
     with ThreadPoolExecutor(8) as pool:
@@ -153,8 +158,7 @@ def served_by_replica(cluster: RayCluster) -> dict[str, float]:
 def test_more_than_fits_is_a_503_that_says_when_to_come_back(cluster: RayCluster) -> None:
     from tests.deploy.ray_cluster import serve_file
 
-    cluster.deploy(serve_file(max_ongoing_requests=1, max_queued_requests=1))
-    cluster.wait_running(2)
+    cluster.serve(serve_file(max_ongoing_requests=1, max_queued_requests=1))
     body = chat_body(noise(5000), max_tokens=64, ignore_eos=True)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: post(cluster.url(0), body), range(32)))
@@ -173,8 +177,7 @@ def test_prometheus_counts_every_request_and_sees_no_reset(
 ) -> None:
     from tests.deploy.ray_cluster import FILES, serve_file, wait_until
 
-    cluster.deploy(serve_file())
-    cluster.wait_running(2)
+    cluster.serve(serve_file())
     text = (FILES / "prometheus.yaml").read_text()
     config = yaml.safe_load(text.replace("serve.example:8000", httpx.URL(cluster.url(1)).netloc.decode()))
     config["scrape_configs"] = [one for one in config["scrape_configs"] if one["job_name"] == job]

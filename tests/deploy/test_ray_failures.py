@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray Serve under load: kills, a drain, a rolling update and autoscaling.
+"""Ray Serve under load: kills, a rolling update, and autoscaling down and up.
 
 `make test-deploy ARGS="-s -k failures"` prints the table in deploy/ray/README.md.
 """
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 CLIENTS = 8
+#: The pause of each client while an engine starts, in seconds: two cores have to do for both.
+CALM = 2.0
 #: What may happen to a request that was in flight; everything else is a defect.
 ALLOWED = (
     "503 JSON with Retry-After",
@@ -33,23 +35,25 @@ ALLOWED = (
 
 @pytest.fixture
 def loaded(cluster: RayCluster) -> Callable[..., Report]:
-    """Runs an action under load, waits until all is as before, and loads on for a while."""
+    """Runs an action under load, waits until two replicas run again, and loads on for a while."""
     from tests.deploy.ray_cluster import serve_file, wait_until
 
-    cluster.deploy(serve_file())
-    cluster.wait_running(2)
+    cluster.serve(serve_file(cluster.flags))
 
     def run(name: str, action: Callable[[], Any], noticed: Callable[[], bool] | None = None) -> Report:
         load = Load([cluster.url(0), cluster.url(1)], CLIENTS)
         with load.running() as report:
             wait_until(lambda: report.right > 100, 120)
             action()
+            spans = ""
             if noticed is not None:
                 gone = wait_until(noticed, 60, cluster.describe, every=0.1)
+                spans = f" gone after {gone:.1f} s,"
+            load.pause = CALM
             back = cluster.wait_running(2)
+            load.pause = 0
             enough = report.right + 100
             wait_until(lambda: report.right > enough, 120)
-        spans = f" gone after {gone:.1f} s," if noticed is not None else ""
         print(f"\n{report.row(name)}{spans} back after {back:.0f} s")
         assert report.wrong == []
         return report
@@ -121,38 +125,15 @@ def test_a_killed_proxy_comes_back(cluster: RayCluster, loaded: Any) -> None:
     assert len(report.failed) <= CLIENTS
 
 
-def test_fewer_replicas_and_a_new_version_lose_nothing(cluster: RayCluster, loaded: Any) -> None:
+def scaling_file(fewest: int) -> dict[str, Any]:
+    """A new version, scaled by its load. Serve takes scaling instead of a number for a new version too."""
     from tests.deploy.ray_cluster import serve_file
 
-    def drain() -> None:
-        cluster.deploy(serve_file(num_replicas=1))
-        cluster.wait_running(1)
-        cluster.deploy(serve_file(num_replicas=2))
-
-    before = {replica["replica_id"] for replica in cluster.replicas()}
-    assert loaded("drained replica", drain).failed == []
-    old = {replica["replica_id"] for replica in cluster.replicas()}
-    assert len(old - before) == 1
-
-    def update() -> None:
-        cluster.deploy(serve_file("--max-num-seqs 12"))
-
-    def all_new() -> bool:
-        return not old & {replica["replica_id"] for replica in cluster.replicas()}
-
-    assert loaded("rolling update", update, lambda: any_left(cluster, old)).failed == []
-    assert all_new()
-
-
-def any_left(cluster: RayCluster, old: set[str]) -> bool:
-    return bool(old - {replica["replica_id"] for replica in cluster.replicas()})
-
-
-def test_load_brings_a_second_replica_and_its_end_takes_it_away(cluster: RayCluster) -> None:
-    from tests.deploy.ray_cluster import serve_file
-
-    scaling = {
-        "min_replicas": 1,
+    config = serve_file("--max-num-seqs 12")
+    (deployment,) = config["applications"][0]["deployments"]
+    del deployment["num_replicas"]
+    deployment["autoscaling_config"] = {
+        "min_replicas": fewest,
         "max_replicas": 2,
         "target_ongoing_requests": 2,
         "metrics_interval_s": 0.5,
@@ -160,13 +141,34 @@ def test_load_brings_a_second_replica_and_its_end_takes_it_away(cluster: RayClus
         "upscale_delay_s": 1,
         "downscale_delay_s": 4,
     }
-    config = serve_file(autoscaling_config=scaling)
-    del config["applications"][0]["deployments"][0]["num_replicas"]
-    cluster.deploy(config)
-    cluster.wait_running(1)
-    with Load([cluster.url(0)], CLIENTS).running() as report:
+    return config
+
+
+def test_a_new_version_replaces_the_old_one_and_nothing_is_lost(cluster: RayCluster, loaded: Any) -> None:
+    old = {replica["replica_id"] for replica in cluster.replicas()}
+    report = loaded(
+        "rolling update",
+        lambda: cluster.deploy(scaling_file(2)),
+        lambda: bool(old - {replica["replica_id"] for replica in cluster.replicas()}),
+    )
+    assert report.failed == []
+    assert not old & {replica["replica_id"] for replica in cluster.replicas()}
+
+
+def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(cluster: RayCluster) -> None:
+    from tests.deploy.ray_cluster import wait_until
+
+    cluster.serve(scaling_file(2))
+    # a node that loses its replica loses its proxy too: these clients stay with the head's
+    load = Load([cluster.url(0)], CLIENTS)
+    with load.running() as report:
+        wait_until(lambda: report.right > 100, 120)
+        load.pause = CALM
+        down = cluster.serve(scaling_file(1), 1)
+        load.pause = 0
         up = cluster.wait_running(2)
-    down = cluster.wait_running(1)
-    print(f"\nscaled up after {up:.0f} s of load, down {down:.0f} s after its end")
+        load.pause = CALM
+        down_again = cluster.wait_running(1)
+    print(f"\n{report.row('scaling')} down after {down:.0f} s, up {up:.0f} s, down {down_again:.0f} s")
     assert report.failed == [] and report.wrong == []
     assert metric(cluster.url(0), "vtprune_replica_up") == 1

@@ -24,8 +24,7 @@ def test_every_route_asks_for_the_key_and_the_dashboard_does_not_tell_it() -> No
         pytest.skip("a second cluster needs a network namespace, which is refused here")
     key = secrets.token_hex(16)
     with ray_cluster(1, {"VLLM_API_KEY": key}) as cluster:
-        cluster.deploy(serve_file(num_replicas=1))
-        cluster.wait_running(1)
+        cluster.serve(serve_file(num_replicas=1), 1)
         url, authorization = cluster.url(0), {"Authorization": f"Bearer {key}"}
         for path in ("/v1/models", "/vtprune/config", "/vtprune/metrics-targets"):
             assert httpx.get(url + path).status_code == 401

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -39,10 +40,16 @@ def messages_body(image: Image.Image, question: str = QUESTION, max_tokens: int 
 
 
 def post(
-    server: str, body: Any, headers: Any = None, path: str = CHAT, timeout: float = 120
+    server: str,
+    body: Any,
+    headers: Any = None,
+    path: str = CHAT,
+    timeout: float = 120,
+    client: httpx.Client | None = None,
 ) -> httpx.Response:
-    """POST a JSON body."""
-    return httpx.post(server + path, json=body, headers=headers, timeout=timeout)
+    """POST a JSON body; by a client's own connection, always to the same API process of several."""
+    with nullcontext(client) if client else httpx.Client() as sender:
+        return sender.post(server + path, json=body, headers=headers, timeout=timeout)
 
 
 def metric(server: str, name: str, label: str = "") -> float:

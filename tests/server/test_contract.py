@@ -78,11 +78,13 @@ def test_mixed_settings_for_one_picture_in_flight_together(server: str) -> None:
 
 def test_the_same_request_hits_vllms_cache_and_another_setting_does_not(server: str) -> None:
     body, settings = chat_body(noise(41)), {"X-VTPrune-Aggressiveness": "0.5"}
-    first = post(server, body, settings)
-    hits, queries = metric(server, "vllm:mm_cache_hits_total"), metric(server, "vllm:mm_cache_queries_total")
-    again = post(server, body, settings)
-    assert metric(server, "vllm:mm_cache_hits_total") == hits + 1
-    other = post(server, body, {"X-VTPrune-Aggressiveness": "0.6"})
+    with httpx.Client() as client:  # each API process has a cache
+        first = post(server, body, settings, client=client)
+        hits = metric(server, "vllm:mm_cache_hits_total")
+        queries = metric(server, "vllm:mm_cache_queries_total")
+        again = post(server, body, settings, client=client)
+        assert metric(server, "vllm:mm_cache_hits_total") == hits + 1
+        other = post(server, body, {"X-VTPrune-Aggressiveness": "0.6"}, client=client)
     assert metric(server, "vllm:mm_cache_hits_total") == hits + 1
     assert metric(server, "vllm:mm_cache_queries_total") == queries + 2
     assert answer(first) == answer(again) and counts(first) == counts(again)

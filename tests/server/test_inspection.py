@@ -22,9 +22,15 @@ pytestmark = pytest.mark.engine
 N = 144
 
 
-def explain(server: str, image: Image.Image, headers: Any = None, **settings: Any) -> dict[str, Any]:
+def explain(
+    server: str,
+    image: Image.Image,
+    headers: Any = None,
+    client: httpx.Client | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     body = {"image_url": data_url(image), "vtprune": settings}
-    response = post(server, body, headers, path="/vtprune/explain")
+    response = post(server, body, headers, path="/vtprune/explain", client=client)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -114,10 +120,11 @@ def test_the_part_of_the_picture_the_grid_covers(server: str, size: Any, crop: A
 def test_the_tower_runs_once_for_both(server: str) -> None:
     image = noise(20260)
     before = metric(server, "vtprune_tower_batch_size_sum")
-    explain(server, image, aggressiveness=0.5)
-    assert metric(server, "vtprune_tower_batch_size_sum") == before + 1
-    post(server, chat_body(image, vtprune={"aggressiveness": 0.3}))
-    explain(server, image, aggressiveness=0.7)
+    with httpx.Client() as client:  # each API process has a tower
+        explain(server, image, client=client, aggressiveness=0.5)
+        assert metric(server, "vtprune_tower_batch_size_sum") == before + 1
+        post(server, chat_body(image, vtprune={"aggressiveness": 0.3}), client=client)
+        explain(server, image, client=client, aggressiveness=0.7)
     assert metric(server, "vtprune_tower_batch_size_sum") == before + 1
 
 
