@@ -191,9 +191,9 @@ def test_a_picture_that_vllms_parser_leaves_as_it_is_goes_past_it(
     processor: PrunedProcessor, make: Any, upright: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert module._upright(make()) is upright
-    (ours,) = processor._items([make()], {})
+    (ours,) = processor._preprocessed("image", [make()], {})
     monkeypatch.setattr(module, "_upright", lambda image: False)
-    (parsed,) = processor._items([make()], {})
+    (parsed,) = processor._preprocessed("image", [make()], {})
     assert ours.places == parsed.places and ours.inputs.keys() == parsed.inputs.keys()
     for name, value in ours.inputs.items():
         assert torch.equal(value, parsed.inputs[name])
