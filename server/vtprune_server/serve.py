@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -149,6 +150,11 @@ def prepare_environment() -> None:
     # The tower's threads shall sleep while they wait for each other: spinning, they take the cores that the
     # engine decodes on. libgomp reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # vLLM compiles some functions when a request first needs them, logprobs among them
+    # (`vllm.v1.sample.ops.logprobs.batched_count_greater_than`): without the C++ compiler that torch then
+    # calls, that request ends the engine. Not compiled they do the same.
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # vLLM's CPU workers run faster on Intel's OpenMP, which the CPU wheel depends on; children inherit this
     openmp = _intel_openmp()
     preload = os.environ.get("LD_PRELOAD", "")

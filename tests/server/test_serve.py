@@ -162,3 +162,17 @@ def test_what_may_be_a_model_is_left_to_vllm(model: str | None) -> None:
 def test_the_project_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve._refuse("vtprune: no.") == serve._refuse("no.") == 2
     assert capsys.readouterr().err == "vtprune: no.\n" * 2
+
+
+def test_without_a_compiler_torch_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disabled(**environment: str) -> str | None:
+        monkeypatch.setattr(os, "environ", {"PATH": str(tmp_path), **environment})
+        serve.prepare_environment()
+        return os.environ.get("TORCHDYNAMO_DISABLE")
+
+    monkeypatch.setattr(serve, "_cpu_build", lambda: True)
+    assert disabled() == "1" and disabled(TORCHDYNAMO_DISABLE="0") == "0"
+    for name in ("g++", "my-compiler"):
+        (tmp_path / name).touch(mode=0o755)
+    assert disabled() is disabled(CXX="my-compiler") is None
+    assert disabled(CXX="not-there") == "1"
