@@ -113,7 +113,7 @@ def processors(folder: Path) -> dict[str, Callable[[bytes], int]]:
     if not isinstance(ours, PrunedProcessor):
         raise LoadTestError("The plugin is not loaded: install vtprune into this environment.")
     # the plugin stands in vLLM's place in the registry, and vLLM's class keeps its own
-    factory: Any = LlavaForConditionalGeneration._processor_factory  # type: ignore[attr-defined]
+    factory: Any = LlavaForConditionalGeneration._processor_factory
     vllms = factory.build_processor(MULTIMODAL_REGISTRY._create_processing_ctx(model_config, tokenizer))
     _without_work(ours)
     torch.set_num_threads(1)  # as vLLM's renderer
@@ -149,7 +149,8 @@ class _Sender:
             cache=self._cache,
         )
         result = self._processor.apply(inputs, TimingContext(enabled=False))
-        return sum(memoryview(part).nbytes for part in MsgpackEncoder().encode(result["mm_kwargs"]))
+        parts: Any = MsgpackEncoder().encode(result["mm_kwargs"])
+        return sum(memoryview(part).nbytes for part in parts)
 
 
 def _without_work(processor: Any) -> None:

@@ -108,7 +108,7 @@ class FixedTower:
     def __init__(self, config: Any) -> None:
         vision = tower_config(config)
         self._heads = vision.num_attention_heads
-        self._size = vision.image_size
+        self._size: Any = vision.image_size
         self._first = int(has_cls(config))
         self._passes: TowerPasses | None = None
 
@@ -150,7 +150,7 @@ class FixedTower:
         flash and SDPA kernels give no weights, and all layers' projections together take more memory than
         the pass.
         """
-        encoder: Any = tower.encoder  # type: ignore[attr-defined]
+        encoder: Any = tower.encoder
         attentions = [layer.self_attn for layer in encoder.layers]
         rows: dict[str, list[Tensor]] = {name: [] for name in outputs}
         queries: list[Tensor] = []

@@ -105,7 +105,8 @@ class TracedPass:
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """As a `TowerPass`."""
-        with torch.jit.optimized_execution(False):
+        jit: Any = torch.jit  # which does not list it
+        with jit.optimized_execution(False):
             results: tuple[Tensor, ...] = self._script(pixel_values)
         return results
 
