@@ -245,8 +245,9 @@ def table(results: Sequence[tuple[Arm, Counts, Seen]]) -> str:
         for arm, counts, seen in results
     ]
     header = ["arm", "prune layers", "KV-cache groups", "KV bytes", "blocks of a request", "in flight"]
+    lines = columns(header, rows, width=_WIDTH)
     return "\n".join(
-        columns([*header[:4], *(f"{name}, predicted / seen" for name in header[4:])], rows, _WIDTH)
+        [*lines, "KV bytes are a request's, of the unpruned one's; two numbers are predicted / seen"]
     )
 
 

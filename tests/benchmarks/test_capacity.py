@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.capacity import Arm, arms, counted
+from benchmarks.capacity import Arm, Seen, arms, counted, table
 from vtprune_loadtest.errors import LoadTestError
 
 PAGE, CACHE = 1 << 16, 320 << 20  # bytes of a block in one layer, and of the cache
@@ -32,6 +32,12 @@ def test_what_a_gate_returns_lets_others_in_until_no_whole_prompt_fits() -> None
         running, free = running + 1, free - found.held
     assert found.running == running
     assert found.running > found.blocks // found.needed
+
+
+def test_the_table_puts_what_was_seen_beside_what_was_predicted() -> None:
+    arm = arms(12)[1]
+    text = table([(arm, counted(arm, 12, PAGE, CACHE, 67, 576), Seen(643, 25, 33.0, 0))])
+    assert "25 / 25" in text and "33 / 33" in text and "6:vision=0.5" in text
 
 
 def test_bands_that_waste_cache_are_refused() -> None:
