@@ -34,23 +34,28 @@ PROMPTS = [
 
 def positions(processor: Any, prompt: str, images: int, **settings: Any) -> tuple[Any, Any, int]:
     """The processed prompt, its positions [3, n] and what is added to the number of a token behind it."""
-    entry = ARCHITECTURES[processor.family.config.architectures[0]]
-    module, name = entry.model.split(":")
-    cls = getattr(import_module(f"vllm_vtprune.models.{module}"), name)
-    model = cls.__new__(cls)  # positions are computed from the configuration alone
-    model.__dict__["config"] = processor.family.config
     videos = [TALL_CLIP, CLIP][: prompt.count("video_pad")]
     data = {"image": [LANDSCAPE, PORTRAIT][:images], "video": videos}
     items = processor.info.parse_mm_data({modality: given for modality, given in data.items() if given})
     kwargs, _ = request_kwargs(**settings)
     result = processor(prompt, items, hf_processor_mm_kwargs=kwargs)
+    return result, *positions_of(processor, result)
+
+
+def positions_of(processor: Any, result: Any) -> tuple[torch.Tensor, int]:
+    """By our class in the engine."""
+    entry = ARCHITECTURES[processor.family.config.architectures[0]]
+    module, name = entry.model.split(":")
+    cls = getattr(import_module(f"vllm_vtprune.models.{module}"), name)
+    model = cls.__new__(cls)  # positions are computed from the configuration alone
+    model.__dict__["config"] = processor.family.config
     features = [
         MultiModalFeatureSpec(data=item, modality=modality, identifier=str(i), mm_position=place)
         for modality, places in result["mm_placeholders"].items()
         for i, (item, place) in enumerate(zip(result["mm_kwargs"][modality], places, strict=True))
     ]
-    found, delta = model.get_mrope_input_positions(result["prompt_token_ids"], features)
-    return result, found, delta
+    found: tuple[torch.Tensor, int] = model.get_mrope_input_positions(result["prompt_token_ids"], features)
+    return found
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])

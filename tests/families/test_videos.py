@@ -16,7 +16,17 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tests.families.conftest import Checkpoint
-from tests.helpers.family_cases import CLIP, LANDSCAPE, TALL_CLIP, VIDEO_FAMILIES, clip
+from tests.families.test_positions import positions_of
+from tests.helpers.family_cases import (
+    CLIP,
+    LANDSCAPE,
+    TALL_CLIP,
+    TWO_VIDEOS,
+    VIDEO_FAMILIES,
+    VIDEOS_PRUNED,
+    WITH_VIDEO,
+    clip,
+)
 from tests.helpers.family_oracle import Oracle, Request, frames_stay
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.families import anyres, qwen_vl
@@ -103,6 +113,41 @@ def test_of_each_frame_stays_what_the_reference_says(
         assert torch.equal(kept, torch.cat((expected, newline)))
         mine = item[NAMES.embeddings].data
         assert (mine - rows[kept]).abs().max() < 1e-5 * rows.abs().max()
+
+
+@families
+@pytest.mark.parametrize("request_", [*VIDEOS_PRUNED, *WITH_VIDEO, TWO_VIDEOS], ids=lambda r: r.text[:20])
+def test_the_language_model_is_given_what_the_reference_gives_it(
+    name: str, request_: Request, processor: Callable[[str], Any], oracle: Callable[[str], Oracle]
+) -> None:
+    """Embeddings of the whole prompt, and where positions have three dimensions, those too."""
+    ours, judge = processor(name), oracle(name)
+    mark = judge.family.placeholder
+    text = request_.text.format(*[mark] * len(request_.images)).replace(
+        "<video>", mark.replace("image", "video")
+    )
+    found = {"image": list(request_.images), "video": data(ours, list(request_.videos))["video"]}
+    items = ours.info.parse_mm_data({modality: media for modality, media in found.items() if media})
+    kwargs, _ = request_kwargs(
+        method=request_.method,
+        keep_ratio=request_.keep_ratio,
+        aggressiveness=request_.aggressiveness or None,
+    )
+    result = ours(text, items, hf_processor_mm_kwargs=kwargs)
+    with torch.inference_mode():
+        expected, positions, *_ = judge.family.prompt(request_)
+        of_text = judge.model.get_input_embeddings()(torch.tensor(result["prompt_token_ids"]))
+    mine = of_text.clone()
+    assert mine.shape == expected.shape
+    width = mine.shape[1]
+    for modality, places in result["mm_placeholders"].items():
+        for item, place in zip(result["mm_kwargs"][modality], places, strict=True):
+            where = torch.arange(place.offset, place.offset + place.length)
+            where = where if place.is_embed is None else where[place.is_embed]
+            mine[where] = item[FIELDS[modality].embeddings].data[:, :width]
+    assert torch.allclose(mine, expected, atol=1e-5 * float(expected.abs().max()))
+    if not is_llava(ours):
+        assert torch.equal(positions_of(ours, result)[0], positions)
 
 
 @families
