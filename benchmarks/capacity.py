@@ -185,7 +185,8 @@ def serve(pipe: Connection, model: BenchModel, arm: Arm, gate: str, blocks: int)
         image = Image.fromarray(generator.integers(0, 255, (336, 336, 3), dtype=np.uint8))
         prompt: Any = {"prompt_token_ids": tokens, "multi_modal_data": {"image": image}}
         llm.llm_engine.add_request(str(number), prompt, params)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    core: Any = llm.llm_engine.engine_core
+    scheduler = core.engine_core.scheduler
     pool, free = scheduler.kv_cache_manager.block_pool, blocks
     length = next(iter(scheduler.requests.values())).num_prompt_tokens
     running, held = 0, 0.0

@@ -345,10 +345,13 @@ class LlavaOnevision(AnyRes):
                 attentions.setdefault(name, []).append(self._halved(values.transpose(1, 2)))
         units = torch.cat(patches)  # [frames, units, E]
         side = math.ceil(self._side / 2)
+        extra_outputs: dict[str, Any] = {
+            name: torch.cat(v).flatten(0, 1).T.contiguous() for name, v in attentions.items()
+        }
         return TowerOutput(
             patches=units.flatten(0, 1),
             views=tuple(View((side, side), frame * side**2) for frame in range(len(units))),
-            **{name: torch.cat(v).flatten(0, 1).T.contiguous() for name, v in attentions.items()},
+            **extra_outputs,
         )
 
     def _halved(self, values: Tensor) -> Tensor:

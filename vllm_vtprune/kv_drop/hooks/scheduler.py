@@ -145,7 +145,7 @@ class _KVDropMixin(Scheduler):
         if not leaves:
             return
         tokens = self.requests[request_id].num_computed_tokens
-        managers = self.kv_cache_manager.coordinator.single_type_managers
+        managers: Any = self.kv_cache_manager.coordinator.single_type_managers
         held = [manager.return_surplus(request_id, tokens) for manager in managers]
         if any(held):
             self._held[request_id] = held
