@@ -43,6 +43,7 @@ _TOLD: list[str] = []
 _ENVIRONMENT = dict(os.environ)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker takes a file at a time; in tests of model families, those of one family."""
     for item in items:

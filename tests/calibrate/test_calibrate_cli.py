@@ -264,7 +264,8 @@ def test_a_server_is_calibrated_as_its_checkpoint_is(tmp_path: Path) -> None:
     whole, left = runner.answer(Setting()), runner.answer(leaving)
     for reply, leaves, stay, leave in zip(replies, fired, whole, left, strict=True):
         assert reply.text == (leave if leaves else stay).text
-        n, text = reply.prompt_tokens, reply.prompt_tokens - reply.vision_tokens_kept
+        # the text, and what of the picture is among the last tokens, which always stay
+        n, text = leave.by_band
         assert reply.by_band == ((n, n, n, text, text) if leaves else (n,) * 5)
     assert [reply.text for reply in refused] == [stay.text for stay in whole]
     for decision, count in (("leave", fired.sum()), ("stay", (~fired).sum())):

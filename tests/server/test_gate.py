@@ -15,7 +15,7 @@ from vtprune_server.context import RequestContext, current_request
 from vtprune_server.counts import TokenCounts
 from vtprune_server.gate import install_gate_reports
 from vtprune_server.metrics import KV_TOKENS_KEPT
-from vtprune_server.request_log import RequestRecord
+from vtprune_server.request_log import LoggedRequest
 from vtprune_server.responses import annotate
 
 WHOLE = PromptPlan(50, 50, kept_above=(50,))
@@ -89,7 +89,7 @@ async def test_a_stream_is_counted_once_the_gate_has_decided() -> None:
     """So that counters add up to the usage that its last event tells."""
     engine, request = Engine({"vtprune": gate_report(ASKED, True)}), context()
     install_gate_reports(engine)
-    record = RequestRecord(request, None)
+    record = LoggedRequest(request, None)
 
     async def events() -> AsyncIterator[str]:
         await ask(engine, request)
