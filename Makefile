@@ -17,7 +17,7 @@ serve: setup  ## serve the demo model (PORT=8000, ARGS="[MODEL] [any vLLM flag]"
 	@exec .venv/bin/vtprune serve $(ARGS) $(if $(PORT),--port $(PORT))
 
 test: lint  ## run the checks and all tests (ARGS="any pytest flag"; -n 0 for one process)
-	@exec $(python) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@exec $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup  ## run the tests that start no engine
 	@exec $(python) -m pytest -m "not engine and not browser" $(ARGS)

@@ -35,23 +35,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = demo_model.FOLDER
 MODEL_NAME = "vtprune-demo"
 _START_SECONDS = 600
-#: Files whose tests share the engines that they start: `make test` gives them to one of its workers together.
-_TOGETHER = ("tests/kv_drop/test_equality.py", "tests/kv_drop/test_bands.py")
 #: Lines that fixtures leave for the end of the report, by `tell_at_the_end`.
 _TOLD: list[str] = []
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
 _ENVIRONMENT = dict(os.environ)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker takes a file at a time; in tests of model families, those of one family."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        callspec = getattr(item, "callspec", None)
-        family = callspec.params.get("name", "") if callspec and "/families/" in file else ""
-        group = _TOGETHER[0] if file in _TOGETHER else f"{file} {family}"
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def tell_at_the_end(config: pytest.Config, lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,12 @@ def runs(
     kv_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Runs]:
     runs = Runs(tmp_path_factory.mktemp("runs"), kv_checkpoints)
-    # where all are asked for, they run while answers are compared; a single test starts its own only
-    if sum(item.path.name == "test_equality.py" for item in request.session.items) > 30:
+    # where all are asked for, they run while answers are compared; a single test starts its own only, as does
+    # a worker of several, which is given one file's tests
+    if (
+        "PYTEST_XDIST_WORKER" not in os.environ
+        and sum(item.path.name == "test_equality.py" for item in request.session.items) > 30
+    ):
         for scenario, runners in ON.items():
             for runner in runners:
                 runs.start(scenario, runner)
