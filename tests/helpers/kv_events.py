@@ -393,15 +393,9 @@ def piecewise_graphs(engine: Engine) -> dict[str, Any]:
     decoder.buffers._graphs = True
     acted = ActedGraphs(engine.runner, piecewise=True)
     engine.llm.reset_prefix_cache()
-    found = {
+    return {
         "seen": seen,
         "answers": engine.run(ungated(band_cases())),
         "replays": [band.replays for band in acted.bands],
         "decodes": acted.replays,
     }
-    # what crosses a border in a graph's memory does not arrive: proof that the above proves something
-    decoder.buffers._graphs = False
-    acted.capture()
-    engine.llm.reset_prefix_cache()
-    found["not_in_place"] = engine.run(ungated(band_cases()[:2]))
-    return found

@@ -70,8 +70,6 @@ def test_prompts_replay_piecewise_graphs(runs: Runs, runner: str, verdicts: Verd
     assert found["seen"]
     assert found["replays"][0] > 0 and found["decodes"] > 0
     check(verdicts, "bands_compiled", runner, band_cases(), found["answers"], "piecewise graphs")
-    wrong = [mine["tokens"] for mine in found["not_in_place"]]
-    assert [mine["tokens"] for mine in found["answers"][:2]] != wrong
 
 
 @on("bands_compiled")
