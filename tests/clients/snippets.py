@@ -71,7 +71,9 @@ def run(
     environment = {key: value for key, value in environment.items() if not key.lower().endswith("_proxy")}
     path = f"{Path(python).parent}:{environment['PATH']}"
     # AIPerf takes a folder as its tokenizer only while it may ask the hub, which it then does not do
-    environment["HF_HUB_OFFLINE"] = "0" if snippet.title == "AIPerf" else "1"
+    environment["HF_HUB_OFFLINE"] = "1"
+    if snippet.title == "AIPerf":
+        del environment["HF_HUB_OFFLINE"]
     done = subprocess.run(
         command,
         cwd=REPOSITORY,
