@@ -31,7 +31,7 @@ from vtprune_eval.transformers_backend import LocalRunner
 
 _EPOCHS, _BATCH, _RATE = 30, 32, 3e-4
 #: Trials of a gate: with the exit on both parts of the questions, and a share of the tokens at its cost.
-_TRIALS = 3
+TRIALS = 3
 
 
 def make_gate(hidden: int, seed: int = 0) -> nn.Sequential:
@@ -144,6 +144,14 @@ def _judged(trials: Trials, costs: Costs, layer: int, fired: NDArray[np.bool_], 
     }
 
 
+def gates_of(calibration: Calibration, exits: Sequence[int]) -> list[tuple[Row, Gate]]:
+    """`gated_rows` of a calibration on transformers."""
+    search, confirm = (local_runner(trials) for trials in (calibration.search, calibration.confirm))
+    assert search is not None and confirm is not None
+    costs = calibration.costs_held_out
+    return gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
+
+
 def gate_table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     header = ["exit at layer", "answer survives", "gate fires", "right to", "FLOPs", "KV bytes", "right"]
@@ -176,12 +184,8 @@ def run_gates(calibration: Calibration, exits: Sequence[int], say: Callable[[str
         raise SearchError(
             f"--gate must be 1 to {shape.layers - 1} for {shape.layers} decoder layers, one or several."
         )
-    calibration.bar.expect(2 + _TRIALS * len(exits), "gates")
-    costs = calibration.costs_held_out
-    runners = [local_runner(trials) for trials in (calibration.search, calibration.confirm)]
-    search, confirm = runners
-    assert search is not None and confirm is not None
-    found = gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
+    calibration.bar.expect(2 + TRIALS * len(exits), "gates")
+    found = gates_of(calibration, exits)
     calibration.bar.close()
     facts: Any = calibration.facts
     paths = []

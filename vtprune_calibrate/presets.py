@@ -8,12 +8,11 @@ on the tower and the pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vllm_vtprune.contract import PRESETS
 from vtprune_calibrate import document
@@ -23,16 +22,14 @@ from vtprune_eval.pictures import EncodedPictures
 from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.study import SHARES
 from vtprune_eval.tables import markdown
-from vtprune_eval.transformers_backend import LocalRunner
 
 
-def scores_of(runner: object) -> list[list[Tensor]]:
-    """The scores of a runner's pictures, as `calibrate` takes them; a server's model is of any family."""
-    if isinstance(runner, LocalRunner):
-        return view_scores(runner.pictures)
-    if isinstance(runner, RemoteRunner):
-        return [[torch.tensor(view) for view in picture] for picture in runner.view_scores()]
-    raise TypeError(f"{type(runner).__name__} rates no pictures.")
+def calibrated(pictures: EncodedPictures | RemoteRunner) -> Calibration:
+    """For pictures encoded here, or rated by a server, whatever family it serves."""
+    if isinstance(pictures, EncodedPictures):
+        return calibrate(view_scores(pictures), SHARES.values())
+    scores = [[torch.tensor(view) for view in picture] for picture in pictures.view_scores()]
+    return calibrate(scores, SHARES.values())
 
 
 def amounts(found: Calibration) -> dict[str, float]:
@@ -59,10 +56,7 @@ def run_presets(
         folder: where to.
         say: is told the table and the flag.
     """
-    scores: Sequence[Sequence[Tensor]] = (
-        view_scores(pictures) if isinstance(pictures, EncodedPictures) else scores_of(pictures)
-    )
-    found = calibrate(scores, SHARES.values())
+    found = calibrated(pictures)
     chosen = amounts(found)
     rows = [
         [

@@ -17,7 +17,7 @@ from vtprune_calibrate.comparison import DRAWS, compare, one_border, table
 from vtprune_calibrate.journal import Journal
 from vtprune_calibrate.kendall import mean_tau
 from vtprune_calibrate.plots import plot_costs
-from vtprune_calibrate.presets import amounts, scores_of
+from vtprune_calibrate.presets import amounts, calibrated
 from vtprune_calibrate.search import (
     SLOPES,
     STEPS,
@@ -33,9 +33,7 @@ from vtprune_calibrate.search import (
 from vtprune_calibrate.subject import Subject
 from vtprune_calibrate.trials import Bar, Cost, Costs, JournaledRunner, Trials
 from vtprune_eval.backend import Runner
-from vtprune_eval.calibrate import calibrate
 from vtprune_eval.setting import Setting
-from vtprune_eval.study import SHARES
 from vtprune_eval.tables import Row
 from vtprune_eval.tasks import Questions
 from vtprune_eval.transformers_backend import LocalRunner
@@ -235,9 +233,9 @@ class Calibration:
 
     def presets(self) -> dict[str, float]:
         """The aggressiveness at which each preset keeps its share of these pictures."""
-        runner = self.search.runner
-        assert isinstance(runner, JournaledRunner)
-        return amounts(calibrate(scores_of(runner.runner), SHARES.values()))
+        runner = answering(self.search)
+        pictures: Any = runner.pictures if isinstance(runner, LocalRunner) else runner
+        return amounts(calibrated(pictures))
 
     def confirmed(self, schedule: PruneLayers, name: str = "calibrated") -> tuple[Row, Row, list[Row]]:
         """On questions held out: the unpruned row, the schedule's, and rows of single prune layers."""
@@ -262,9 +260,14 @@ class Calibration:
 
 def local_runner(trials: Trials) -> LocalRunner | None:
     """What answers on transformers; None where a server does."""
+    runner = answering(trials)
+    return runner if isinstance(runner, LocalRunner) else None
+
+
+def answering(trials: Trials) -> Runner:
+    """What answers, behind the journal."""
     runner = trials.runner
-    found = runner.runner if isinstance(runner, JournaledRunner) else None
-    return found if isinstance(found, LocalRunner) else None
+    return runner.runner if isinstance(runner, JournaledRunner) else runner
 
 
 def run(

@@ -7,7 +7,7 @@ dropping at the same counts beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from vllm_vtprune.kv_drop.schedule import NAMED, PruneLayer, band_groups, band_s
 from vtprune_calibrate.arguments import Budget
 from vtprune_calibrate.comparison import compare, one_border, table
 from vtprune_calibrate.document import facts_of_run
-from vtprune_calibrate.gate import gate_table, gated_rows
+from vtprune_calibrate.gate import TRIALS, gate_table, gates_of
 from vtprune_calibrate.plots import plot_costs
-from vtprune_calibrate.run import Calibration, local_runner
+from vtprune_calibrate.run import Calibration
 from vtprune_eval.report import dump
 from vtprune_eval.tables import Row, markdown
 
@@ -55,7 +55,8 @@ def run_study(
     borders = calibration.few_borders()
     calibration.bar.expect(5 * len(borders), "single prune layers")
     alone = one_border(trials, costs, borders)
-    gates = _gates(calibration, borders)
+    calibration.bar.expect(TRIALS * len(borders), "gates")
+    gates = [row for row, _ in gates_of(calibration, borders)]
     calibration.bar.close()
     result = {
         **facts_of_run(calibration.facts),
@@ -75,16 +76,6 @@ def run_study(
     plotted = [row for row in rows if not row["name"].startswith("one,")]
     plot = plot_costs(unpruned, alone, plotted, title, folder / "costs.png")
     return [path, _page(result, layers, folder / "results.md"), plot]
-
-
-def _gates(calibration: Calibration, exits: Sequence[int]) -> list[Row]:
-    runners = [local_runner(trials) for trials in (calibration.search, calibration.confirm)]
-    calibration.bar.expect(3 * len(exits), "gates")
-    search, confirm = runners
-    assert search is not None and confirm is not None
-    costs = calibration.costs_held_out
-    found = gated_rows(calibration.search, calibration.confirm, (search, confirm), costs, exits)
-    return [row for row, _ in found]
 
 
 def _page(result: dict[str, Any], layers: int, path: Path) -> Path:

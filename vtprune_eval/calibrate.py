@@ -40,16 +40,14 @@ def calibrate(pictures: Sequence[Sequence[Tensor]], wanted: Iterable[float]) -> 
             and N may differ.
         wanted: mean shares.
     """
-    views = [(number, view) for number, picture in enumerate(pictures) for view in picture]
     tokens = torch.tensor([sum(len(view) for view in picture) for picture in pictures], dtype=torch.float64)
     # views of one length are cut together
-    rows = {
-        size: [(n, view) for n, view in views if len(view) == size]
-        for _, view in views
-        for size in [len(view)]
-    }
+    alike: dict[int, list[tuple[int, Tensor]]] = {}
+    for number, picture in enumerate(pictures):
+        for view in picture:
+            alike.setdefault(len(view), []).append((number, view))
     batches = [
-        (torch.tensor([n for n, _ in same]), torch.stack([v for _, v in same])) for same in rows.values()
+        (torch.tensor([n for n, _ in same]), torch.stack([v for _, v in same])) for same in alike.values()
     ]
     shares = {}
     for step in range(1, _STEPS):

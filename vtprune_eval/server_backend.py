@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from PIL import Image
@@ -19,6 +19,7 @@ from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.setting import BASELINES, DOWNSCALE, Setting
 from vtprune_eval.tasks import Questions
 
+T = TypeVar("T")
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
@@ -88,26 +89,15 @@ class RemoteRunner:
         Raises:
             RunnerError: the server refuses, or is none of ours.
         """
-        return asyncio.run(self._explain_all())
 
-    async def _explain_all(self) -> list[list[list[float]]]:
-        slots = asyncio.Semaphore(self.concurrency)
-        async with httpx.AsyncClient(timeout=_TIMEOUT, headers=self._headers) as client:
+        async def explain(client: httpx.AsyncClient, number: int) -> list[list[float]]:
+            response = await self._post(client, "/vtprune/explain", {"image_url": self._images[number]}, {})
+            if response.status_code != httpx.codes.OK:
+                raise RunnerError(f"{self._url}/vtprune/explain {_refusal(response)}")
+            told: Any = response.json()
+            return [view["scores"] for view in (told, *told["more_views"])]
 
-            async def one(image: str) -> list[list[float]]:
-                async with slots:
-                    try:
-                        response = await client.post(
-                            f"{self._url}/vtprune/explain", json={"image_url": image}
-                        )
-                    except httpx.HTTPError as error:
-                        raise RunnerError(f"{self._url} does not answer ({error!r}).") from None
-                if response.status_code != httpx.codes.OK:
-                    raise RunnerError(f"{self._url}/vtprune/explain {_refusal(response)}")
-                told: Any = response.json()
-                return [view["scores"] for view in (told, *told["more_views"])]
-
-            return list(await asyncio.gather(*map(one, self._images)))
+        return asyncio.run(self._each(explain, len(self._images)))
 
     def _answer_smaller(self, setting: Setting) -> list[Reply]:
         """Pictures of the size that should give as many tokens as the setting keeps, and nothing pruned."""
@@ -196,15 +186,30 @@ class RemoteRunner:
             ) from None
 
     async def _ask_all(self, headers: Sequence[dict[str, str]], images: Sequence[str]) -> list[Reply]:
+        async def ask(client: httpx.AsyncClient, number: int) -> Reply:
+            image = images[self.questions.asked[number].picture]
+            return await self._ask(client, number, headers[number], image)
+
+        return await self._each(ask, len(self.questions.asked))
+
+    async def _each(self, one: Callable[[httpx.AsyncClient, int], Awaitable[T]], count: int) -> list[T]:
+        """What `one` gives for each number below `count`, `concurrency` of them in flight."""
         slots = asyncio.Semaphore(self.concurrency)
         async with httpx.AsyncClient(timeout=_TIMEOUT, headers=self._headers) as client:
 
-            async def one(number: int) -> Reply:
+            async def in_turn(number: int) -> T:
                 async with slots:
-                    image = images[self.questions.asked[number].picture]
-                    return await self._ask(client, number, headers[number], image)
+                    return await one(client, number)
 
-            return list(await asyncio.gather(*map(one, range(len(self.questions.asked)))))
+            return list(await asyncio.gather(*map(in_turn, range(count))))
+
+    async def _post(
+        self, client: httpx.AsyncClient, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> httpx.Response:
+        try:
+            return await client.post(f"{self._url}{path}", json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise RunnerError(f"{self._url} does not answer ({error!r}).") from None
 
     async def _ask(
         self, client: httpx.AsyncClient, number: int, headers: dict[str, str], image: str
@@ -220,11 +225,7 @@ class RemoteRunner:
             "max_tokens": self.limit,
             "temperature": 0,
         }
-        try:
-            response = await client.post(f"{self._url}/v1/chat/completions", json=body, headers=headers)
-        except httpx.HTTPError as error:
-            raise RunnerError(f"{self._url} does not answer ({error!r}).") from None
-        return _reply(response)
+        return _reply(await self._post(client, "/v1/chat/completions", body, headers))
 
 
 def _reply(response: httpx.Response) -> Reply:

@@ -110,9 +110,9 @@ def _refused(run: Callable[[], None], device: torch.device) -> Any:
 def test_what_cannot_be_captured_runs_without_and_says_so_in_one_line(
     record: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    passes = TowerPasses(lambda outputs: Tower().__call__)
+    tower, passes = Tower(), TowerPasses(lambda tower, outputs, values: tower(values))
     with caplog.at_level(logging.WARNING, logger="vllm_vtprune"):
-        passes.prepare(pictures(1), [frozenset()], Graphs(4, record))
+        passes.prepare(tower, pictures(1), [frozenset()], Graphs(4, record))
     (line,) = [r.getMessage() for r in caplog.records]
     assert (
         line
@@ -121,7 +121,7 @@ def test_what_cannot_be_captured_runs_without_and_says_so_in_one_line(
     assert isinstance(passes._passes[frozenset()], TracedPass)
     values = pictures(3)
     with torch.inference_mode():
-        assert agree(passes(values, frozenset()), Tower()(values))
+        assert agree(passes(tower, values, frozenset()), Tower()(values))
 
 
 def test_results_that_are_not_numbers_agree_with_nothing() -> None:

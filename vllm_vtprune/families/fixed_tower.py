@@ -110,7 +110,7 @@ class FixedTower:
         self._heads = vision.num_attention_heads
         self._size: Any = vision.image_size
         self._first = int(has_cls(config))
-        self._passes: TowerPasses | None = None
+        self._passes = TowerPasses(self._pass)
 
     def prepare(
         self, tower: nn.Module, like: Tensor, sets: Collection[frozenset[str]], graphs: Graphs | None
@@ -123,7 +123,7 @@ class FixedTower:
             sets: of `OPTIONAL_OUTPUTS`.
             graphs: how to capture them; None: not.
         """
-        self._of(tower).prepare(like.new_zeros((1, 3, self._size, self._size)), sets, graphs)
+        self._passes.prepare(tower, like.new_zeros((1, 3, self._size, self._size)), sets, graphs)
 
     def run(
         self, tower: nn.Module, pixel_values: Tensor, outputs: frozenset[str]
@@ -135,13 +135,8 @@ class FixedTower:
             pixel_values: [B, 3, H, W].
             outputs: of `OPTIONAL_OUTPUTS`.
         """
-        hidden, *extra = self._of(tower)(pixel_values, outputs)
+        hidden, *extra = self._passes(tower, pixel_values, outputs)
         return hidden, dict(zip(sorted(outputs), extra, strict=True))
-
-    def _of(self, tower: nn.Module) -> TowerPasses:
-        if self._passes is None:
-            self._passes = TowerPasses(lambda outputs: lambda pixels: self._pass(tower, outputs, pixels))
-        return self._passes
 
     def _pass(self, tower: nn.Module, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Hidden states, and the optional outputs in the order of their names.

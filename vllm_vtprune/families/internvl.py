@@ -59,7 +59,8 @@ class InternVL(Family):
                 "supports InternVL with -1 and 'default', as it is published."
             )
         self._side, self._factor = rows, factor
-        self._passes: TowerPasses | None = None
+        # untraced: attention is read in parts of the batch's size (`received_attention`)
+        self._passes = TowerPasses(self._pass, traced=False)
 
     def build(self) -> nn.Module:
         """`tower` and `projector`."""
@@ -71,15 +72,7 @@ class InternVL(Family):
     ) -> None:
         """Capture the tower."""
         rows, columns = self.config.vision_config.image_size
-        self._of(modules["tower"]).prepare(like.new_zeros((1, 3, rows, columns)), sets, graphs)
-
-    def _of(self, tower: Any) -> TowerPasses:
-        if self._passes is None:
-            # untraced: attention is read in parts of the batch's size (`received_attention`)
-            self._passes = TowerPasses(
-                lambda outputs: lambda pixels: self._pass(tower, outputs, pixels), traced=False
-            )
-        return self._passes
+        self._passes.prepare(modules["tower"], like.new_zeros((1, 3, rows, columns)), sets, graphs)
 
     def _pass(self, tower: Any, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Units [tiles, units, 4 * hidden], and the attention they receive [tiles, units, L] where wanted."""
@@ -96,7 +89,7 @@ class InternVL(Family):
         """All tiles of all images in one pass."""
         counts = [item.inputs[self.pixels].shape[0] for item in items]
         pixels = torch.cat([item.inputs[self.pixels] for item in items])
-        units, *scores = self._of(modules["tower"])(pixels, outputs & {"received"})
+        units, *scores = self._passes(modules["tower"], pixels, outputs & {"received"})
         received = scores[0] if scores else None
         side, start, found = self._side // self._factor, 0, []
         for count in counts:

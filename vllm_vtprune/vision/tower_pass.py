@@ -28,42 +28,49 @@ class TowerPasses:
     """One pass for each set of optional outputs, made when it is first asked for.
 
     Args:
-        run: gives the pass of a set as a function of pixel values [B, 3, H, W], any B, whose results are
-            [B, ...] each and row by row of their own picture alone.
+        run: the pass, of a tower, a set, and pixel values [B, 3, H, W], any B; its results are [B, ...] each
+            and row by row of their own picture alone.
         traced: whether it may be traced; not where its Python depends on B.
     """
 
-    def __init__(self, run: Callable[[Outputs], TowerPass], *, traced: bool = True) -> None:
+    def __init__(
+        self, run: Callable[[Any, Outputs, Tensor], tuple[Tensor, ...]], *, traced: bool = True
+    ) -> None:
         self._run = run
         self._traced = traced
         self._passes: dict[Outputs, TowerPass] = {}
 
-    def prepare(self, example: Tensor, sets: Collection[Outputs], graphs: Graphs | None) -> None:
+    def prepare(self, tower: Any, example: Tensor, sets: Collection[Outputs], graphs: Graphs | None) -> None:
         """Make some passes before they are needed.
 
         Args:
+            tower: the one that the passes will be asked for.
             example: [1, 3, H, W] on the tower's device and in its dtype.
             sets: the sets of optional outputs.
             graphs: how to capture them; None: not.
         """
         for outputs in sets:
-            captured = None if graphs is None else _captured(self._run(outputs), example, graphs)
+            captured = None if graphs is None else _captured(self._pass(tower, outputs), example, graphs)
             if captured is not None:
                 self._passes[outputs] = captured
             else:
-                self._make(example, outputs)
+                self._make(tower, example, outputs)
 
-    def __call__(self, pixel_values: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
+    def __call__(self, tower: Any, pixel_values: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
         """Results of the pass, in memory that no later pass writes.
 
         To be called by one thread at a time, in inference mode.
         """
         if outputs not in self._passes:
-            self._make(pixel_values[:1], outputs)
+            self._make(tower, pixel_values[:1], outputs)
         return self._passes[outputs](pixel_values)
 
-    def _make(self, example: Tensor, outputs: Outputs) -> None:
-        run = self._run(outputs)
+    def _pass(self, tower: Any, outputs: Outputs) -> TowerPass:
+        # no `functools.partial`, which has no name for `torch.jit.trace`
+        return lambda pixel_values: self._run(tower, outputs, pixel_values)
+
+    def _make(self, tower: Any, example: Tensor, outputs: Outputs) -> None:
+        run = self._pass(tower, outputs)
         self._passes[outputs] = traced(run, example) if self._traced else run
 
 
@@ -71,7 +78,7 @@ def traced(run: TowerPass, example: Tensor) -> TowerPass:
     """A pass that the interpreter does not run; the one given, where it cannot be traced.
 
     Args:
-        run: as in `TowerPasses`; its weights are never changed again.
+        run: a pass of `TowerPasses`; its tower's weights are never changed again.
         example: [1, 3, H, W].
     """
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_vtprune.kv_drop.hooks.failures import held_by
+from vllm_vtprune.kv_drop.hooks.failures import attach
 
 if TYPE_CHECKING:
     from vllm_vtprune.kv_drop.bands import KVDropBands
@@ -31,11 +31,7 @@ def report_decisions(output: Any, state: KVDropBands) -> None:
         output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
         state: the present step; told once.
     """
-    decisions = state.take_decisions()
-    if not decisions or output is None:
-        return
-    output = held_by(output)
-    setattr(output, _DECISIONS, {output.req_ids[row]: leaves for row, leaves in decisions.items()})
+    attach(output, _DECISIONS, state.take_decisions())
 
 
 def decisions(output: ModelRunnerOutput) -> Mapping[str, bool]:

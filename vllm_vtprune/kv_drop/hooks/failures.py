@@ -8,7 +8,7 @@ They travel as an attribute of `vllm.v1.outputs.ModelRunnerOutput`, which is pic
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.outputs import ModelRunnerOutput
@@ -26,19 +26,22 @@ def report_failures(output: Any, state: KVDropBands) -> None:
         output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
         state: the present step; told once.
     """
-    overrun = state.take_overrun()
-    if not overrun or output is None:
+    attach(output, _ATTRIBUTE, dict.fromkeys(state.take_overrun(), True))
+
+
+def attach(output: Any, name: str, by_row: Mapping[int, Any]) -> None:
+    """Give what travels to the scheduler an attribute that holds the values by request id.
+
+    Args:
+        output: what the model runner's `sample_tokens` returned for the step; None after a failed one.
+        name: of the attribute; it is left out where there is nothing to hold.
+        by_row: by row of the batch.
+    """
+    if not by_row or output is None:
         return
-    output = held_by(output)
-    setattr(output, _ATTRIBUTE, [output.req_ids[row] for row in overrun])
-
-
-def held_by(output: Any) -> ModelRunnerOutput:
-    """The output that travels to the scheduler, of what `sample_tokens` returned."""
-    if isinstance(output, ModelRunnerOutput):
-        return output
-    held: ModelRunnerOutput = getattr(output, "model_runner_output", None) or output._model_runner_output
-    return held
+    if not isinstance(output, ModelRunnerOutput):
+        output = getattr(output, "model_runner_output", None) or output._model_runner_output
+    setattr(output, name, {output.req_ids[row]: value for row, value in by_row.items()})
 
 
 def failed_requests(output: ModelRunnerOutput) -> Collection[str]:
