@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.models import default_model_dir
 from tests.clients.snippets import SNIPPETS, Snippet, balanced_requests, run
 from tests.conftest import REPOSITORY
 from vtprune_eval.__main__ import main
+from vtprune_eval.published import default_python
 from vtprune_eval.tasks import drawn_questions
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
@@ -27,8 +29,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 NEWEST = {"OpenAI": "openai==3.57.0", "Anthropic": "anthropic==2.14.0"}
 #: What a client needs beyond the page's `pip install`: torch for the CPU instead of gigabytes of CUDA.
 BESIDE = {"GuideLLM": ("torch==2.13.0+cpu",)}
-#: Those in an environment of their own: one comes with vLLM, and one is run by
-#: `vtprune eval --tasks`.
+#: Those in an environment of their own: one comes with vLLM, and one has that of `vtprune eval --tasks`.
 TITLES = [title for title in SNIPPETS if title not in ("vllm bench serve", "lmms-eval")]
 
 
@@ -53,6 +54,20 @@ def test_the_page_s_code_prunes(server: str, title: str, tmp_path: Path) -> None
     output = run(snippet, server, tmp_path, python, seconds=900)
     print(output[-2000:])
     assert balanced_requests(server) > before, output[-4000:]
+
+
+def test_lmms_eval_on_the_page_prunes(server: str, tmp_path: Path) -> None:
+    """The page's line with a task of our own, since POPE's pictures lie on the hub."""
+    subprocess.run([sys.executable, REPOSITORY / "tools" / "tasks_env.py"], check=True)
+    local_task(tmp_path / "tasks", 4)
+    snippet = SNIPPETS["lmms-eval"]
+    assert "--tasks pope" in snippet.code
+    # `run` puts `tmp_path` in the place of /tmp
+    code = snippet.code.replace("--tasks pope", "--include_path /tmp/tasks --tasks vtprune_scenes")
+    before = balanced_requests(server)
+    output = run(replace(snippet, code=code), server, tmp_path, str(default_python()), seconds=900)
+    print(output[-2000:])
+    assert balanced_requests(server) == before + 8, output[-4000:]
 
 
 def local_task(folder: Path, scenes: int) -> Path:

@@ -79,6 +79,7 @@ def test_it_stays_below_its_limit_in_16_bits(exported: Path) -> None:
 
 def test_a_few_steps_of_each_phase_run_go_on_and_export(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), "--align-steps", "1", "--validation-scenes", "2", "--threads", "1"]
+    arguments += ["--pictures", "10"]
     train_qwen3_vl.main([*arguments, "--tower-steps", "2", "--steps", "1"])
     train_qwen3_vl.main([*arguments, "--tower-steps", "2", "--steps", "3"])
     lines = (tmp_path / "log.jsonl").read_text()
