@@ -159,7 +159,7 @@ def _runner(options: argparse.Namespace, settings: list[Setting]) -> Runner:
     if options.server:
         return RemoteRunner(
             options.server,
-            _questions(options, BASE_SIZE),
+            _questions(options, options.size or BASE_SIZE),
             model=options.model,
             api_key=options.api_key,
             concurrency=options.concurrency,

@@ -36,6 +36,12 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--scenes", type=count, default=300, help="drawn pictures; default: %(default)s")
     what.add_argument("--domain", choices=DOMAINS, default="scenes", help="of them; default: %(default)s")
     what.add_argument(
+        "--size",
+        type=count,
+        metavar="PIXELS",
+        help="side of drawn pictures, with --server; default: 168. On transformers it is the tower's own",
+    )
+    what.add_argument(
         "--tasks",
         type=lambda text: [name for name in text.split(",") if name],
         default=[],

@@ -14,6 +14,7 @@ from vllm_vtprune import demo_model
 from vllm_vtprune.kv_drop.schedule import resolve
 from vllm_vtprune.selection import DEFAULT_METHOD
 from vllm_vtprune.settings import KVSettings, VisionSettings
+from vtprune_eval.scenes import check_size
 from vtprune_eval.setting import AS_SCHEDULED, Setting
 
 #: What a server's operator decides: flag -> attribute and default.
@@ -41,6 +42,10 @@ def judge(options: argparse.Namespace) -> None:
         raise ValueError("--schedule stands in place of --preset, --prune-layer and --kv-keep.")
     if options.study and (options.out is None or options.server):
         raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
+    if options.size is not None:
+        if not options.server or options.questions is not None:
+            raise ValueError("--size is of drawn pictures and needs --server: a tower here has its own.")
+        check_size(options.size)
     if missing := [str(path) for path in options.draw or () if not path.is_file()]:
         raise ValueError(f"--draw: there is no picture {', '.join(missing)}.")
     if options.tasks:

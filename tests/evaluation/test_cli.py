@@ -13,8 +13,10 @@ from tests.helpers.checkpoints import random_llava
 from vllm_vtprune import demo_model
 from vtprune_eval.__main__ import main
 from vtprune_eval.arguments import make_parser
+from vtprune_eval.backend import RunnerError
+from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.study import choose_prune_layer
-from vtprune_eval.tasks import drawn_questions
+from vtprune_eval.tasks import Questions, drawn_questions
 from vtprune_eval.transformers_backend import LocalModel
 from vtprune_loadtest.command import CANNOT_RUN
 
@@ -115,6 +117,8 @@ def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("--schedule aim --prune-layer 2", "--schedule stands in place of"),
         ("--server http://127.0.0.1:9 --schedule aim", "--schedule: leave that out with --server"),
         ("--questions /nowhere.jsonl", "cannot be read"),
+        ("--size 336", "--size is of drawn pictures and needs --server"),
+        ("--server http://127.0.0.1:9 --size 100", "Image size 100 must be a positive multiple"),
         ("--server http://127.0.0.1:9 --scenes 1", "does not answer"),
     ],
 )
@@ -130,6 +134,19 @@ def test_what_cannot_run_is_one_sentence_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.startswith("vtprune eval: ") and error.count("\n") == 1
+
+
+def test_a_server_is_shown_pictures_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, int]] = []
+
+    def start(_: RemoteRunner, url: str, questions: Questions, **__: object) -> None:
+        shown.extend(picture.size for picture in questions.pictures)
+        raise RunnerError(f"{url} was not asked.")
+
+    monkeypatch.setattr(RemoteRunner, "__init__", start)
+    assert main(["--server", "http://127.0.0.1:9", "--scenes", "2", "--size", "336"]) == CANNOT_RUN
+    assert main(["--server", "http://127.0.0.1:9", "--scenes", "1"]) == CANNOT_RUN
+    assert shown == [(336, 336), (336, 336), (168, 168)]
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
