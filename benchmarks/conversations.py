@@ -21,13 +21,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.arms import parse_arms
@@ -187,7 +188,7 @@ async def measure(conversations: Conversations, talk: Talk, rounds: int) -> dict
     """Rounds of all arms, each round in an order of its own; one before them is thrown away."""
     rng = np.random.default_rng(0)
     held: dict[str, list[Held]] = {arm: [] for arm in ARMS}
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), "rounds", leave=False, disable=None):
         for arm in shuffled(ARMS, rng):
             result = await conversations.hold(arm, talk)
             if number:
@@ -261,18 +262,35 @@ def _run(arguments: list[str], prog: str) -> None:
     model = model_named(options.model, options.model_dir)
     where = machine.describe()
     print(machine.one_line(where), flush=True)
-    found = run(model, talks, options.rounds, options.logs)
-    document = {
-        "command": shlex.join([*prog.split(), *arguments]),
-        "machine": where,
-        "load_average_at_end": machine.describe()["load_average"],
-        "results": found,
-    }
-    write_json(options.json, document)
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        """Written after each part, so that an interrupted run keeps what it has."""
+        document = {
+            "command": shlex.join([*prog.split(), *arguments]),
+            "machine": where,
+            "load_average_at_end": machine.describe()["load_average"],
+            "results": found,
+        }
+        write_json(options.json, document)
+
+    run(model, talks, options.rounds, options.logs, keep)
 
 
-def run(model: BenchModel, talks: Sequence[Talk], rounds: int, logs: Path | None) -> list[dict[str, Any]]:
-    """Hold all conversations on one server, print a table each; gives the results as JSON values.
+def run(
+    model: BenchModel,
+    talks: Sequence[Talk],
+    rounds: int,
+    logs: Path | None,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Hold all conversations on one server and print a table each.
+
+    Args:
+        model: what is served.
+        talks: how conversations go, one after the other.
+        rounds: of each.
+        logs: where the server's log is kept.
+        keep: given the results so far, as JSON values, after each.
 
     Raises:
         LoadTestError: the server did not start, or a request failed.
@@ -289,13 +307,13 @@ def run(model: BenchModel, talks: Sequence[Talk], rounds: int, logs: Path | None
                 held = await measure(conversations, talk, rounds)
                 print(report(talk, held), flush=True)
                 found.append(_as_json(talk, held))
+                keep(found)
 
     with (
         tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,
         running([pruning_kv(model)], model, logs or Path(scratch)) as (server,),
     ):
         asyncio.run(talk_to(server.url))
-    return found
 
 
 def _as_json(talk: Talk, held: Mapping[str, Sequence[Held]]) -> dict[str, Any]:
