@@ -114,15 +114,15 @@ def unit_patches(side: int) -> Tensor:
 
 
 def patch_rows(pixels: Tensor) -> Tensor:
-    """What the exported image processor makes of uint8 pictures [B, S, S, 3]: [B * patches, values].
+    """What the exported image processor makes of uint8 pictures [B, H, W, 3]: [B * patches, values].
 
     Unit by unit, a picture standing for both of a video's frames, as in
     `transformers.models.qwen2_vl.image_processing_qwen2_vl`.
     """
     images = normalise(pixels)
-    batch, channels, size, _ = images.shape
-    units = size // PATCH // MERGE
-    cut = images.view(batch, channels, units, MERGE, PATCH, units, MERGE, PATCH)
+    batch, channels, height, width = images.shape
+    rows, columns = height // PATCH // MERGE, width // PATCH // MERGE
+    cut = images.view(batch, channels, rows, MERGE, PATCH, columns, MERGE, PATCH)
     ordered = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)  # [B * patches, C, P, P]
     return ordered[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
 
@@ -145,28 +145,36 @@ class Seen:
     units: Tensor
     levels: list[Tensor]
 
+    def kept(self, keep: Tensor) -> Seen:
+        """The units in `keep`, [B, K] ascending and -1 behind the shorter ones."""
+
+        def gathered(values: Tensor) -> Tensor:
+            return values.gather(1, keep.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+
+        return Seen(gathered(self.units), [gathered(level) for level in self.levels])
+
 
 @lru_cache
-def _grid(side: int, grid_side: int) -> tuple[Tensor, Tensor, Tensor]:
+def _grid(rows: int, columns: int, table_side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the position table and their weights, [P, 4] each, and rows and columns of patches, [2, P]."""
     with torch.inference_mode(False):  # kept, and used where gradients are wanted
-        grid = torch.tensor([[1, side, side]])
+        grid = torch.tensor([[1, rows, columns]])
         taps, weights = get_vision_interpolation_indices_and_weights(
-            grid, grid_side, align_corners=True, spatial_merge_size=MERGE
+            grid, table_side, align_corners=True, spatial_merge_size=MERGE
         )
         return taps, weights, get_vision_position_ids(grid, MERGE)
 
 
 def look(model: Qwen3VLForConditionalGeneration, pixels: Tensor) -> Looked:
-    """Run the tower's layers over uint8 pictures [B, S, S, 3] of one size.
+    """Run the tower's layers over uint8 pictures [B, H, W, 3] of one size.
 
     What `Qwen3VLVisionModel.forward` computes, for pictures of one size side by side: its convolution is a
     product, positions are looked up once for all pictures, and attention is one call. In training that is
     several times as fast on a CPU.
     """
     visual: Any = model.model.visual
-    batch, side = len(pixels), pixels.shape[1] // PATCH
-    taps, weights, places = _grid(side, visual.num_grid_per_side)
+    batch, height, width, _ = pixels.shape
+    taps, weights, places = _grid(height // PATCH, width // PATCH, visual.num_grid_per_side)
     kernel = visual.patch_embed.proj
     states = F.linear(patch_rows(pixels), kernel.weight.flatten(1), kernel.bias).unflatten(0, (batch, -1))
     states = states + (visual.pos_embed(taps) * weights[..., None]).sum(1)
@@ -197,7 +205,7 @@ def merge(model: Qwen3VLForConditionalGeneration, looked: Looked) -> Seen:
 
 
 def see(model: Qwen3VLForConditionalGeneration, pixels: Tensor) -> Seen:
-    """Tower and mergers over uint8 pictures [B, S, S, 3] of one size."""
+    """Tower and mergers over uint8 pictures [B, H, W, 3] of one size."""
     return merge(model, look(model, pixels))
 
 
@@ -206,36 +214,45 @@ def pack_questions(questions: list[list[SceneQuestion]], keep: Tensor) -> Packed
     return pack(questions, (keep >= 0).sum(1).cpu(), keep.device, PREFIX, (VISION_END,))
 
 
-def positions_of(packed: Packed, keep: Tensor, side: int) -> Tensor:
-    """[3, B, L]: kept units stand where they do in the whole picture of side x side units, text behind it."""
-    first, last = len(PREFIX), len(PREFIX) + keep.shape[1]
+def positions_of(packed: Packed, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[3, B, L]: kept units stand where they do in the whole picture of these rows and columns of units.
+
+    The text goes on behind the picture's longer side, however many of its units stay.
+    """
+    first, last, columns = len(PREFIX), len(PREFIX) + keep.shape[1], grid[1]
     positions = packed.positions.expand(3, -1, -1).clone()
     units = keep.clamp(min=0)
-    positions[:, :, first:last] = first + torch.stack([torch.zeros_like(units), units // side, units % side])
-    # the text goes on behind the picture's longer side, however many of its units stay
-    positions[:, :, last:] += side - (keep >= 0).sum(1)[:, None]
+    places = torch.stack([torch.zeros_like(units), units // columns, units % columns])
+    positions[:, :, first:last] = first + places
+    positions[:, :, last:] += max(grid) - (keep >= 0).sum(1)[:, None]
     return positions
 
 
-def answer_logits(model: Qwen3VLForConditionalGeneration, seen: Seen, keep: Tensor, packed: Packed) -> Tensor:
-    """Logits where an answer is predicted, [asked, vocabulary]."""
-    language, units = model.model.language_model, keep.clamp(min=0)
+def answer_logits(
+    model: Qwen3VLForConditionalGeneration, kept: Seen, keep: Tensor, grid: tuple[int, int], packed: Packed
+) -> Tensor:
+    """Logits where an answer is predicted, [asked, vocabulary].
+
+    Args:
+        model: what answers.
+        kept: the units that are shown, K of each picture.
+        keep: their raster numbers in the whole picture, [B, K] ascending, -1 behind the shorter ones.
+        grid: rows and columns of the whole picture's units.
+        packed: the questions, packed behind `keep`.
+    """
+    language = model.model.language_model
     first, last = len(PREFIX), len(PREFIX) + keep.shape[1]
-
-    def kept(values: Tensor) -> Tensor:
-        return values.gather(1, units[..., None].expand(-1, -1, values.shape[-1]))
-
     prefix = torch.tensor(PREFIX, device=keep.device).expand(len(keep), -1)
     embed = language.embed_tokens
-    inputs = torch.cat([embed(prefix), kept(seen.units), embed(packed.tokens)], 1)
+    inputs = torch.cat([embed(prefix), kept.units, embed(packed.tokens)], 1)
     visual = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=keep.device)
     visual[:, first:last] = True
     states = language(
         inputs_embeds=inputs,
         attention_mask=packed.visible,
-        position_ids=positions_of(packed, keep, round(seen.units.shape[1] ** 0.5)),
+        position_ids=positions_of(packed, keep, grid),
         visual_pos_masks=visual,
-        deepstack_visual_embeds=[kept(level).flatten(0, 1) for level in seen.levels],
+        deepstack_visual_embeds=[level.flatten(0, 1) for level in kept.levels],
         use_cache=False,
     ).last_hidden_state
     logits: Tensor = model.lm_head(states[packed.asking])

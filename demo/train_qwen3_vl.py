@@ -28,6 +28,7 @@ from demo.language import LanguageSettings, keep_some, patch_words, start_on_mat
 from demo.model import IGNORE
 from demo.optim import SAVE_EVERY_S, Log, Optimiser, load, save, schedule
 from demo.qwen3_vl import (
+    MERGE,
     SIDES,
     Looked,
     Shape,
@@ -73,6 +74,12 @@ class Features:
     split: str
     pictures: list[Drawn] = field(default_factory=list)
     looked: list[Looked] = field(default_factory=list)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of units."""
+        units = self.side // PATCH // MERGE
+        return units, units
 
     @torch.inference_mode()
     def grow(self, model: Any, count: int, batch: int = 20) -> None:
@@ -155,7 +162,7 @@ class Trainer:
         questions = [questions_many(one, _LANGUAGE.questions, rng, _LANGUAGE.kinds) for one in pictures]
         ascending = _ascending(keep)
         packed = pack_questions(questions, ascending)
-        logits = answer_logits(self.model, seen, ascending, packed)
+        logits = answer_logits(self.model, seen.kept(ascending), ascending, data.grid, packed)
         answer = F.cross_entropy(logits, packed.targets)
         share = schedule(done - settings.align_steps, settings.steps - settings.align_steps, warmup=40)
         self.language.step(answer + 0.2 * words, share)
@@ -177,7 +184,8 @@ class Trainer:
                     keep = shown[0].nonzero().T
                 questions = questions_each(picture, random.Random(f"0 {number}"))
                 packed = pack_questions([questions], keep)
-                logits = answer_logits(self.model, merge(self.model, looked), keep, packed)
+                kept = merge(self.model, looked).kept(keep)
+                logits = answer_logits(self.model, kept, keep, data.grid, packed)
                 right = logits.argmax(-1) == packed.targets
                 for question, correct in zip(questions, right.view(-1, 2).all(1).tolist(), strict=True):
                     accuracy.count(question.kind, correct)

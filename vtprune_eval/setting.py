@@ -64,7 +64,7 @@ class Setting:
 
     def baseline(self, name: str, draw: int = 0) -> Setting:
         """The same counts and the same stage 2, the tokens chosen by a baseline."""
-        return replace(self, vision=replace(self.vision, method=name), like=self.vision, draw=draw)
+        return replace(self, vision=replace(self.vision, method=name), like=self.counted, draw=draw)
 
     @property
     def counted(self) -> VisionSettings:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from demo import train_qwen3_vl
+from demo import study_qwen3_vl, train_qwen3_vl
 from demo.model import VOCABULARY
 from demo.qwen3_vl import SIDES, Shape, answer_logits, build, export, pack_questions, patch_rows, see
+from demo.qwen3_vl_runner import Qwen3VLRunner
 from tests.helpers.family_processor import placeholder_of, processor_of
 from vllm_vtprune import request_kwargs
 from vtprune_eval.drawn import questions_each
 from vtprune_eval.scenes import make_scene
+from vtprune_eval.setting import Setting
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,9 @@ def test_packed_questions_get_the_logits_they_get_when_asked_alone(
     seen = see(model, torch.from_numpy(scene.pixels.copy())[None])
     keep = torch.arange(seen.units.shape[1])[None]
     packed = pack_questions([questions], keep)
-    together = answer_logits(model, seen, keep, packed).view(len(questions), 2, -1)[:, 0]
+    units = side // 28
+    logits = answer_logits(model, seen.kept(keep), keep, (units, units), packed)
+    together = logits.view(len(questions), 2, -1)[:, 0]
     processor = AutoProcessor.from_pretrained(exported)
     for question, mine in zip(questions, together, strict=True):
         message = [{"type": "image"}, {"type": "text", "text": question.text}]
@@ -96,3 +101,37 @@ def test_the_plugin_prunes_it(exported: Path) -> None:
     result = ours(placeholder_of(ours), items, hf_processor_mm_kwargs=kwargs)
     assert result["vtprune_vision_tokens"] == 144
     assert result["mm_placeholders"]["image"][0].get_num_embeds() == 36
+
+
+def test_the_study_s_replies_are_what_generate_begins_with(model: Any, exported: Path) -> None:
+    """The study's runner beside transformers' own loop, on the whole picture."""
+    runner = Qwen3VLRunner(exported, "test", 2, 168, "scenes", frozenset({"received"}))
+    processor = AutoProcessor.from_pretrained(exported)
+    stored = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32)
+    for question, reply in zip(runner.questions.asked, runner.answer(Setting()), strict=True):
+        message = [{"type": "image"}, {"type": "text", "text": question.text}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True
+        )
+        picture = runner.questions.pictures[question.picture]
+        inputs = processor(text=text, images=picture, add_special_tokens=False, return_tensors="pt")
+        assert reply.prompt_tokens == inputs["input_ids"].shape[1]
+        first = stored.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1:]
+        assert reply.text.removesuffix(" …") == processor.tokenizer.decode(first)
+
+
+def test_the_study_writes_its_tables_and_plots(exported: Path, tmp_path: Path) -> None:
+    arguments = [str(exported), "--out", str(tmp_path), "--pictures", "3", "--validation", "2"]
+    study_qwen3_vl.main([*arguments, "--side", "168", "--threads", "1"])
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert set(result["domains"]) == {"scenes", "documents"}
+    for domain, part in result["domains"].items():
+        rows = part["fixed"]["rows"]
+        by_method = {
+            row["setting"]["method"]: row for row in rows[1:] if row["setting"]["keep_ratio"] == 0.33
+        }
+        assert {"topk", "divprune", "downscale"} <= by_method.keys()
+        assert by_method["topk"]["vision_tokens_kept"] == 12
+        assert by_method["downscale"]["vision_tokens_kept"] == 12, "three rows of four"
+        assert (tmp_path / f"accuracy-{domain}.png").is_file()
+    assert "over downscale" in (tmp_path / "results.md").read_text()

@@ -126,6 +126,9 @@ def test_a_smaller_picture_has_nearly_as_many_tokens(runner: LocalRunner, questi
     ]
     alone = runner.answer(Setting(VisionSettings(method=DOWNSCALE, aggressiveness=0.5)))
     assert [reply.text for reply in alone] == [reply.text for reply in smaller]
+    for name in ("random", "uniform"):  # beside as many tokens of the whole picture
+        beside = runner.answer(Setting(VisionSettings(method=DOWNSCALE, aggressiveness=0.5)).baseline(name))
+        assert [reply.vision_tokens_kept for reply in beside] == kept
 
 
 def test_a_picture_as_small_as_it_is_large_is_the_picture(runner: LocalRunner, questions: Questions) -> None:
