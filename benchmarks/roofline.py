@@ -86,13 +86,13 @@ def report(
         traffic: the requests' fields (`interleaved.TrafficSpec`).
         machine: from `measure_machine`.
     """
-    shape = CostShape.of(model.folder)
     rows = []
     found: dict[str, Any] = {}
     for concurrency, point in results.items():
         arms = point["arms"]
         base_label, base = next(iter(arms.items()))
         images, output = traffic["images"], traffic["output_len"]
+        shape = CostShape.of(model.folder, _unpruned(arms, images))
         text = round(base["median"]["prompt_tokens"] - images * shape.patches)
         full = RequestShape(images, text, shape.patches, output)
         found[concurrency] = {}
@@ -131,6 +131,12 @@ def report(
         sep="\n",
     )
     return found
+
+
+def _unpruned(arms: Mapping[str, Any], images: int) -> int | None:
+    """Vision tokens of a picture, as an arm that drops none was given them; None where there is none."""
+    given = arms.get("off", {}).get("median", {}).get("vision_tokens_kept")
+    return None if given is None else round(given / images)
 
 
 def _request(

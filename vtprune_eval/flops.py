@@ -24,7 +24,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class CostShape:
-    """What of a LLaVA's configuration decides its cost.
+    """What of the configuration of a LLaVA or a Qwen2.5-VL decides its cost.
 
     Attributes:
         patches: vision tokens per image before pruning.
@@ -32,6 +32,11 @@ class CostShape:
         kv_width: key heads times head size.
         q_width: query heads times head size.
         element: bytes per weight and per cached value.
+        unit: patches that the tower sees for each vision token.
+        cls: tokens that the tower sees beside them.
+        mlp_products: matrix products of a tower layer's MLP; three where it is gated.
+        whole_layers: tower layers that attend over the whole picture, the others in windows; None: all.
+        window: patches of a window.
     """
 
     patches: int
@@ -46,45 +51,72 @@ class CostShape:
     kv_width: int
     vocab: int
     element: int
+    unit: int = 1
+    cls: int = 1
+    mlp_products: int = 2
+    whole_layers: int | None = None
+    window: int = 0
 
     @staticmethod
-    def of(folder: Path) -> CostShape:
+    def of(folder: Path, patches: int | None = None) -> CostShape:
         """Read a checkpoint's config.json.
 
+        Args:
+            folder: the checkpoint's.
+            patches: vision tokens of the pictures that were measured, where the model takes any size.
+
         Raises:
-            LoadTestError: it is no LLaVA-1.5's, whose pictures all have one size.
+            LoadTestError: it is neither a LLaVA-1.5's nor a Qwen2.5-VL's of a known number of vision tokens.
         """
-        return CostShape.of_config(json.loads((folder / "config.json").read_text()))
+        return CostShape.of_config(json.loads((folder / "config.json").read_text()), patches)
 
     @staticmethod
-    def of_config(config: Mapping[str, Any]) -> CostShape:
-        """Read a configuration of LLaVA's form.
+    def of_config(config: Mapping[str, Any], patches: int | None = None) -> CostShape:
+        """Read a configuration of LLaVA's or Qwen2.5-VL's form.
 
         Raises:
             LoadTestError: as `of`.
         """
         vision, text = config["vision_config"], config["text_config"]
-        if "image_size" not in vision:
-            raise LoadTestError(
-                f"The work of a {config.get('model_type')} is not counted here: take a LLaVA-1.5's results."
-            )
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or text["hidden_size"] // heads
+        decoder = {
+            "hidden": text["hidden_size"],
+            "intermediate": text["intermediate_size"],
+            "layers": text["num_hidden_layers"],
+            "q_width": heads * head,
+            "kv_width": text.get("num_key_value_heads", heads) * head,
+            "vocab": text["vocab_size"],
+            "element": _BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"],
+        }
+        tower = {"tower_hidden": vision["hidden_size"], "tower_intermediate": vision["intermediate_size"]}
+        side = vision["patch_size"]
+        if config.get("model_type") == "qwen2_5_vl" and patches is not None:
+            unit = vision["spatial_merge_size"] ** 2
+            return CostShape(
+                patches=patches,
+                patch_inputs=3 * vision["temporal_patch_size"] * side**2,
+                **tower,
+                tower_layers=vision["depth"],
+                **decoder,
+                unit=unit,
+                cls=0,
+                mlp_products=3,
+                whole_layers=len(vision["fullatt_block_indexes"]),
+                window=(vision["window_size"] // side) ** 2,
+            )
+        if "image_size" not in vision:
+            raise LoadTestError(
+                f"The work of a {config.get('model_type')} is not counted here: take the results of a "
+                "LLaVA-1.5, or those of a Qwen2.5-VL with the arm `off` among them."
+            )
         layer = config.get("vision_feature_layer", -2)
-        depth = vision["num_hidden_layers"]
         return CostShape(
-            patches=(vision["image_size"] // vision["patch_size"]) ** 2,
-            patch_inputs=3 * vision["patch_size"] ** 2,
-            tower_hidden=vision["hidden_size"],
-            tower_intermediate=vision["intermediate_size"],
-            tower_layers=layer if layer >= 0 else depth + 1 + layer,
-            hidden=text["hidden_size"],
-            intermediate=text["intermediate_size"],
-            layers=text["num_hidden_layers"],
-            q_width=heads * head,
-            kv_width=text.get("num_key_value_heads", heads) * head,
-            vocab=text["vocab_size"],
-            element=_BYTES[config.get("dtype") or config.get("torch_dtype") or "float32"],
+            patches=(vision["image_size"] // side) ** 2,
+            patch_inputs=3 * side**2,
+            **tower,
+            tower_layers=layer if layer >= 0 else vision["num_hidden_layers"] + 1 + layer,
+            **decoder,
         )
 
     @staticmethod
@@ -101,13 +133,17 @@ class CostShape:
     @property
     def tower_weights(self) -> int:
         """Weights of the tower up to the feature layer."""
-        layer = 4 * self.tower_hidden**2 + 2 * self.tower_hidden * self.tower_intermediate
+        mlp = self.mlp_products * self.tower_hidden * self.tower_intermediate
+        layer = 4 * self.tower_hidden**2 + mlp
         return self.tower_layers * layer + self.patch_inputs * self.tower_hidden
 
     @property
     def projector_weights(self) -> int:
-        """Weights of LLaVA's two-layer projector."""
-        return self.tower_hidden * self.hidden + self.hidden**2
+        """Weights of LLaVA's two-layer projector, or of Qwen2.5-VL's merger."""
+        if self.unit == 1:
+            return self.tower_hidden * self.hidden + self.hidden**2
+        merged = self.unit * self.tower_hidden
+        return merged**2 + merged * self.hidden
 
 
 @dataclass(frozen=True)
@@ -170,8 +206,10 @@ def request_work(shape: CostShape, request: RequestShape, batch: int = 1) -> Map
 
 
 def _tower(shape: CostShape, images: int) -> Work:
-    tokens, width = shape.patches + 1, shape.tower_hidden
-    attention = 4 * tokens**2 * width * shape.tower_layers
+    tokens, width = shape.unit * shape.patches + shape.cls, shape.tower_hidden
+    whole = shape.tower_layers if shape.whole_layers is None else shape.whole_layers
+    windowed = (shape.tower_layers - whole) * min(shape.window, tokens)
+    attention = 4 * tokens * (whole * tokens + windowed) * width
     return Work(images * (2 * tokens * shape.tower_weights + attention), shape.tower_weights * shape.element)
 
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from benchmarks import __main__ as short_version
 from benchmarks import compare, interleaved, models, roofline, scaling
 from benchmarks.arms import parse_arms
 from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
+from benchmarks.llava import DecoderShape
+from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from benchmarks.roofline import MachineLimits, bound
 from benchmarks.servers import PLAIN, PRUNING, RunningServer, sum_in
 from tests.benchmarks.conftest import DECODER, TOWER
@@ -96,6 +98,23 @@ def test_operations_are_those_that_torch_counts(tiny: Path) -> None:
     triangle = 4 * shape.q_width * tokens * (tokens + 1) / 2 * DECODER.layers
     square = 4 * shape.q_width * tokens**2 * DECODER.layers
     assert counter.get_total_flops() == prefill.flops - head - triangle + square
+
+
+def test_a_qwen_s_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
+    """64 units of 4 patches, in four whole windows."""
+    decoder = DecoderShape(hidden=64, intermediate=96, layers=2, heads=4, vocab=300, kv_heads=2)
+    tower = WindowTower(hidden=32, intermediate=48, layers=3, heads=2)
+    random_qwen2_5_vl(tmp_path, decoder, tower, vision_tokens=64)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    grid, values = torch.tensor([[1, 16, 16]]), torch.randn(256, 1176)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        features = model.model.get_image_features(values, grid).pooler_output[0]
+    assert features.shape == (64, 64)
+    shape = CostShape.of(tmp_path, 64)
+    work = request_work(shape, RequestShape(images=1, text_tokens=0, kept=64, output=1))
+    assert counter.get_total_flops() == work["tower"].flops + work["projector"].flops
+    with pytest.raises(LoadTestError, match="with the arm `off`"):
+        CostShape.of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["attention", "no_rope", "last_token", "pagerank"])
