@@ -20,8 +20,9 @@ from transformers.masking_utils import sdpa_mask
 #: The attention implementation to build a tower with.
 READABLE = "vtprune_readable"
 _SEEN = "vtprune_seen"
-#: Elements of an attention matrix held at once, over all heads: 256 MB in float32.
-_ELEMENTS = 2**26
+#: Elements of an attention matrix held at once, over all heads: 256 MB in float32 on a device. On a CPU 4 MB,
+#: which stay in a core's cache: three times as fast as what goes through memory.
+_ELEMENTS, _ELEMENTS_ON_CPU = 2**26, 2**20
 
 
 def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -34,10 +35,11 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """
     batch, heads, tokens, _ = query.shape
     received = torch.zeros((batch, tokens), dtype=torch.float32, device=query.device)
-    keys = key.float().transpose(-1, -2)
+    keys = (key.float() * scaling).transpose(-1, -2).contiguous()
     # a large picture's whole matrix would take gigabytes
-    for rows in query.split(max(1, _ELEMENTS // (batch * heads * tokens)), dim=2):
-        received += (rows.float() @ keys * scaling).softmax(-1).sum((1, 2))
+    elements = _ELEMENTS_ON_CPU if query.device.type == "cpu" else _ELEMENTS
+    for rows in query.float().split(max(1, elements // (batch * heads * tokens)), dim=2):
+        received += (rows @ keys).softmax(-1).sum((1, 2))
     return received / (heads * tokens)
 
 
