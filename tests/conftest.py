@@ -61,6 +61,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out files, some of them together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.helpers.scheduling import UnitScheduling
+
+    return UnitScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first where there are workers to wait for them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from tests.helpers.scheduling import longest_first
+
+        longest_first(items)
+
+
 def start_server(
     log: Path, *arguments: str, module: str = "vtprune_server.cli", env: dict[str, str] | None = None
 ) -> LiveServer:

@@ -43,14 +43,18 @@ def install_from_environment() -> None:
     """Have vLLM use the runner that `environment` asked for; nothing where it asked for none."""
     version, _, scheduling = os.environ.get(_VARIABLE, "v1").partition("-")
     if version == "v2":
-        _offer_triton()
+        offer_triton()
     if scheduling == "async":
         _keep_async_scheduling()
 
 
-def _offer_triton() -> None:
+def offer_triton() -> None:
+    """Have vLLM find a Triton, once in a process; TRITON_INTERPRET must be set."""
     from triton import backends
     from triton.runtime import interpreter
+
+    if "cpu" in backends.backends:
+        return
 
     class InterpreterDriver:
         """What vLLM counts as a driver. Never active: torch's inductor would ask it for a target."""
