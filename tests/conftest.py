@@ -37,8 +37,18 @@ MODEL_NAME = "vtprune-demo"
 _START_SECONDS = 600
 #: Lines that fixtures leave for the end of the report, by `tell_at_the_end`.
 _TOLD: list[str] = []
+#: In PYTHONPATH: engines sleep while they wait.
+SITE = REPOSITORY / "tests" / "helpers" / "site"
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of processes that start engines."""
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([*map(str, (SITE, *folders)), *filter(None, [given])])
+
+
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
-_ENVIRONMENT = dict(os.environ)
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
 
 
 def tell_at_the_end(config: pytest.Config, lines: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.conftest import python_path
 from tests.helpers.warm_process import READ_AT_IMPORT, WarmProcess
 
 _ENVIRONMENT = {
@@ -43,7 +44,7 @@ def saved_by(
         AssertionError: it failed; the end of what it printed is in the message.
         TimeoutError: it was killed.
     """
-    environment = {**os.environ, **_ENVIRONMENT, **(env or {})}
+    environment = {**os.environ, "PYTHONPATH": python_path(), **_ENVIRONMENT, **(env or {})}
     log = out.with_suffix(".log")
     idle = _WARM.setdefault(tuple(environment.get(name) for name in READ_AT_IMPORT), [])
     process = idle.pop() if idle else _started(environment)
