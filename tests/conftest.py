@@ -122,6 +122,13 @@ def server(live_server: LiveServer) -> str:
     return live_server.url
 
 
+@pytest.fixture(autouse=True)
+def _root_level() -> None:
+    """The root logger says warnings: where a test has built vLLM's server it is left at ERROR."""
+    root = logging.getLogger()
+    root.setLevel(min(root.level, logging.WARNING))
+
+
 @pytest.fixture
 def withheld() -> Iterator[None]:
     """Records are made without the text of errors, as in a process that serves requests."""

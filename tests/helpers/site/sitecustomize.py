@@ -4,7 +4,7 @@
 A worker, and the engine that waits for its answer, read a queue in shared memory in a loop, and sleep only
 when nothing has come for a second (`vllm.distributed.device_communicators.shm_broadcast.SpinCondition`).
 Where an engine has cores of its own that saves microseconds a step. Here several engines, the vision tower
-and the tests share two: an engine with a request a second would take both. Python imports this when it starts.
+and the tests share two: an engine with a request a second would take both. Python imports this at its start.
 """
 
 import sys
