@@ -12,7 +12,7 @@ def keep_warnings() -> None:
     """Have our warnings said where the root logger's level would lose them.
 
     vLLM's server imports `model_hosting_container_standards`, which sets the root logger to ERROR. Around
-    that, `vllm.entrypoints.serve.sagemaker.api_router` keeps the levels of handlers and not the logger's, from
+    it, `vllm.entrypoints.serve.sagemaker.api_router` keeps the levels of handlers and not the logger's, from
     which ours take theirs. A level that the operator gave ours stays.
     """
     for name in _OURS:
