@@ -4,6 +4,8 @@
 .PHONY: help setup setup-deploy serve test test-fast test-deploy test-images test-clients tasks-env test-next wheel lint format bench lock clean
 
 python := .venv/bin/python
+# tests/helpers/scheduling.py says which worker gets which files
+workers := -n 2 --dist loadfile --no-loadscope-reorder
 PORT ?=
 ARGS ?=
 
@@ -17,7 +19,7 @@ serve: setup  ## serve the demo model (PORT=8000, ARGS="[MODEL] [any vLLM flag]"
 	@exec .venv/bin/vtprune serve $(ARGS) $(if $(PORT),--port $(PORT))
 
 test: lint  ## run the checks and all tests (ARGS="any pytest flag"; -n 0 for one process)
-	@exec $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@exec $(python) -m pytest $(workers) $(ARGS)
 
 test-fast: setup  ## run the tests that start no engine
 	@exec $(python) -m pytest -m "not engine and not browser" $(ARGS)
@@ -38,7 +40,7 @@ setup-deploy: setup  ## make .venv-deploy: .venv and Ray Serve over it
 	@$(python) tools/setup_deploy.py
 
 test-deploy: setup-deploy  ## run the tests of deploy/ (ARGS="any pytest flag"); deploy/README.md has what they use
-	@exec .venv-deploy/bin/python -m pytest tests/deploy $(ARGS)
+	@exec .venv-deploy/bin/python -m pytest tests/deploy $(workers) $(ARGS)
 
 wheel: setup  ## build dist/vtprune-*.whl
 	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

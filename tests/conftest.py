@@ -37,8 +37,18 @@ MODEL_NAME = "vtprune-demo"
 _START_SECONDS = 600
 #: Lines that fixtures leave for the end of the report, by `tell_at_the_end`.
 _TOLD: list[str] = []
+#: In PYTHONPATH: engines sleep while they wait.
+SITE = REPOSITORY / "tests" / "helpers" / "site"
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of processes that start engines."""
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([*map(str, (SITE, *folders)), *filter(None, [given])])
+
+
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
-_ENVIRONMENT = dict(os.environ)
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
 
 
 def tell_at_the_end(config: pytest.Config, lines: list[str]) -> None:
@@ -59,6 +69,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print it."""
     for line in _TOLD:
         terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out files, some of them together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.helpers.scheduling import UnitScheduling
+
+    return UnitScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first where there are workers to wait for them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from tests.helpers.scheduling import longest_first
+
+        longest_first(items)
 
 
 def start_server(
@@ -92,6 +120,13 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer
 def server(live_server: LiveServer) -> str:
     """The live server's base URL."""
     return live_server.url
+
+
+@pytest.fixture(autouse=True)
+def _root_level() -> None:
+    """The root logger says warnings: where a test has built vLLM's server it is left at ERROR."""
+    root = logging.getLogger()
+    root.setLevel(min(root.level, logging.WARNING))
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ class VTPruneEndpointPlugin:
         from vtprune_server.health import attach_health
         from vtprune_server.inspection import attach_inspection_routes
         from vtprune_server.limits import ServerLimits
+        from vtprune_server.log_level import keep_warnings
         from vtprune_server.middleware.auth import EveryRouteAuthentication
         from vtprune_server.middleware.body_limit import BodyLimitMiddleware
         from vtprune_server.middleware.drain import DrainMiddleware, RequestsInFlight
@@ -43,6 +44,7 @@ class VTPruneEndpointPlugin:
         from vtprune_server.routes import attach_prompt_routes
 
         args, limits = app.state.args, ServerLimits.from_environ(os.environ)
+        keep_warnings()
         attach_prompt_routes(app)
         attach_health(app)
         attach_inspection_routes(app)

@@ -236,7 +236,7 @@ def test_a_server_is_calibrated_as_its_checkpoint_is(tmp_path: Path) -> None:
 
     Asked afterwards, the gate decides as it does on transformers, and usage and metrics say so.
     """
-    goal, questions = "--tolerance 0.1 --scenes 2", drawn_questions("test", 2, 168)
+    goal, questions = "--tolerance 0.1 --scenes 2 --candidates 1,3", drawn_questions("test", 2, 168)
     assert main(f"{goal} --out {tmp_path}/local".split()) == 0
     every = ",".join(f"{layer}:vision=1" for layer in range(1, 5))
     runner = LocalRunner(LocalModel(str(DEMO_MODEL)), questions, frozenset())

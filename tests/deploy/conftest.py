@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests share: a Ray cluster, and a server of two engines."""
+"""What the tests share: a Ray cluster, a server of two engines, and whose turn it is."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +15,22 @@ from tests.conftest import LiveServer, start_server, stop_server
 
 if TYPE_CHECKING:
     from tests.deploy.ray_cluster import RayCluster
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout's: waiting is no test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test with the mark `alone` waits until no other worker's test runs, and others wait for it.
+
+    What it looks at, how long a dead replica stays, would say more of a start beside it.
+    """
+    # pytest calls the hooks of a conftest.py for every test, whichever folder it is in
+    if "PYTEST_XDIST_WORKER" not in os.environ or Path(__file__).parent not in item.path.parents:
+        return (yield)
+    # the folder that pytest's workers share
+    turn = Path(item.config._tmp_path_factory.getbasetemp().parent, "turn")  # type: ignore[attr-defined]
+    with turn.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -89,9 +89,8 @@ def machines(wanted: int) -> Iterator[list[Node]]:
             for node in nodes:
                 node.kill()
         return
-    number = (os.getpid() + 97 * next(_LENT)) % 250
+    number = _bridge()
     tag, net = f"vtp{number}", f"10.78.{number}"
-    _ip("link", "add", f"{tag}b", "type", "bridge")
     nodes = []
     try:
         _ip("addr", "add", f"{net}.254/24", "dev", f"{tag}b")
@@ -111,6 +110,16 @@ def machines(wanted: int) -> Iterator[list[Node]]:
             node.kill()
             subprocess.run(["ip", "netns", "del", str(node.namespace)], check=False)
         subprocess.run(["ip", "link", "del", f"{tag}b"], check=False)
+
+
+def _bridge() -> int:
+    """Make a bridge whose number no other test process has, and give that."""
+    for _ in range(250):
+        number = (os.getpid() + 97 * next(_LENT)) % 250
+        with suppress(subprocess.CalledProcessError):
+            _ip("link", "add", f"vtp{number}b", "type", "bridge")
+            return number
+    raise RuntimeError("no bridge can be made: `ip link` shows those that are left over")
 
 
 def namespaces_allowed() -> bool:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, python_path
 from tests.deploy.nodes import Node, machines
 
 FILES = REPOSITORY / "deploy" / "ray"
@@ -69,7 +69,7 @@ class RayCluster:
             "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             # the checkout's packages, wherever the environment's install points
-            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'server'}",
+            "PYTHONPATH": python_path(REPOSITORY, REPOSITORY / "server"),
         }
         if nodes[0].namespace is None:  # one host: the second proxy needs another port
             self.env["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = str(_PORT + 1)

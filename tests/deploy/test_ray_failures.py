@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray Serve under load: kills, a rolling update, and autoscaling down and up.
 
-`make test-deploy ARGS="-s -k failures"` prints the table in deploy/ray/README.md.
+`make test-deploy ARGS="-k failures"` prints the table in deploy/ray/README.md at its end.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import tell_at_the_end
 from tests.deploy.load import Load, Report
 from tests.helpers.client import metric
 
 if TYPE_CHECKING:
     from tests.deploy.ray_cluster import RayCluster
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(1500)]
 
 CLIENTS = 8
 #: The pause of each client while an engine starts, in seconds: two cores have to do for both.
@@ -34,7 +35,13 @@ ALLOWED = (
 
 
 @pytest.fixture
-def loaded(cluster: RayCluster) -> Callable[..., Report]:
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Has a line printed below the report."""
+    return lambda line: tell_at_the_end(request.config, [line])
+
+
+@pytest.fixture
+def loaded(cluster: RayCluster, tell: Callable[[str], None]) -> Callable[..., Report]:
     """Runs an action under load, waits until two replicas run again, and loads on for a while."""
     from tests.deploy.ray_cluster import serve_file, wait_until
 
@@ -54,7 +61,7 @@ def loaded(cluster: RayCluster) -> Callable[..., Report]:
             load.pause = 0
             enough = report.right + 100
             wait_until(lambda: report.right > enough, 120)
-        print(f"\n{report.row(name)}{spans} back after {back:.0f} s")
+        tell(f"{report.row(name)}{spans} back after {back:.0f} s")
         assert report.wrong == []
         return report
 
@@ -110,7 +117,7 @@ def test_a_lost_node_comes_back_into_service(cluster: RayCluster, loaded: Any) -
     only_in_flight_was_lost(report, 15)
 
 
-def test_a_killed_proxy_comes_back(cluster: RayCluster, loaded: Any) -> None:
+def test_a_killed_proxy_comes_back(cluster: RayCluster, loaded: Any, tell: Callable[[str], None]) -> None:
     from tests.deploy.ray_cluster import wait_until
 
     proxy = cluster.proxy_of(1)
@@ -118,7 +125,7 @@ def test_a_killed_proxy_comes_back(cluster: RayCluster, loaded: Any) -> None:
     def kill() -> None:
         proxy.kill()
         back = wait_until(lambda: cluster.proxy_of(1).pid != proxy.pid, 120, every=0.2)
-        print(f"\nthe proxy's port is back after {back:.0f} s")
+        tell(f"the proxy's port is back after {back:.0f} s")
 
     report = loaded("proxy", kill)
     assert all(kind.startswith("connection broken") or kind in ALLOWED for kind in report.kinds), report.kinds
@@ -155,7 +162,9 @@ def test_a_new_version_replaces_the_old_one_and_nothing_is_lost(cluster: RayClus
     assert not old & {replica["replica_id"] for replica in cluster.replicas()}
 
 
-def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(cluster: RayCluster) -> None:
+def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(
+    cluster: RayCluster, tell: Callable[[str], None]
+) -> None:
     from tests.deploy.ray_cluster import wait_until
 
     cluster.serve(scaling_file(2))
@@ -169,6 +178,6 @@ def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(cluster: RayClus
         up = cluster.wait_running(2)
         load.pause = CALM
         down_again = cluster.wait_running(1)
-    print(f"\n{report.row('scaling')} down after {down:.0f} s, up {up:.0f} s, down {down_again:.0f} s")
+    tell(f"{report.row('scaling')} down after {down:.0f} s, up {up:.0f} s, down {down_again:.0f} s")
     assert report.failed == [] and report.wrong == []
     assert metric(cluster.url(0), "vtprune_replica_up") == 1

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract at the front door, the same for every family: `vtprune serve`, a real engine, real HTTP.
 
-Two servers in `make test`; VTPRUNE_TEST_FAMILIES=all, or names in `family_checkpoints.CHECKPOINTS` separated
-by commas, starts one for each.
+One server in `make test`; VTPRUNE_TEST_FAMILIES=all, or names in `family_checkpoints.CHECKPOINTS` separated
+by commas, starts one for each. What of it depends on the family is tested for all of them without a server
+(`test_offers`, `test_explain`, `test_placeholders`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from PIL import Image
 
 from tests.conftest import MODEL_NAME, start_server, stop_server
 from tests.families.conftest import Checkpoint, chosen
+from tests.families.test_offers import tells_what_it_offers
 from tests.helpers.client import answer, chat_body, counts, post, streamed
 from tests.helpers.family_cases import CLIP, LANDSCAPE, PORTRAIT, SMALL
 from tests.helpers.pictures import data_url
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
-from vllm_vtprune.vision.features import servable_methods, servable_scores
+from vllm_vtprune.vision.features import servable_methods
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-#: Tiles without coordinates; three-dimensional positions and deepstack.
-SERVED = chosen(["llava_next", "qwen3_vl"])
+#: Three-dimensional positions, deepstack and videos; LLaVA is the demo model's, in tests/server.
+SERVED = chosen(["qwen3_vl"])
 QUARTER = {"X-VTPrune-Keep-Ratio": "0.25"}
 
 
@@ -214,18 +216,7 @@ def test_it_explains_what_serving_does(served: Served, headers: dict[str, str]) 
 
 
 def test_config_tells_what_the_family_offers(served: Served) -> None:
-    config = httpx.get(f"{served.url}/vtprune/config", timeout=30).json()
-    model, family = config["model"], served.family
-    assert model["architecture"] == family.config.architectures[0]
-    assert model["scores"] == list(servable_scores(family))
-    assert model["default_score"] == family.default_score == config["policy"]["score"]
-    assert model["default_method"] == family.default_method == config["policy"]["default_method"]
-    assert model["presets_calibrated"] is False
-    assert model["modalities"] == list(family.modalities)
-    assert config["methods"] == list(servable_methods(family))
-    grid = family.unpruned_grid()
-    assert model["grid"] == (None if grid is None else list(grid))
-    assert model["vision_tokens_per_image"] == family.places()
+    tells_what_it_offers(httpx.get(f"{served.url}/vtprune/config", timeout=30).json(), served.family)
 
 
 def test_a_method_that_the_tower_cannot_serve_is_a_400_that_names_those_it_can(served: Served) -> None:

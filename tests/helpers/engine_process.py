@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import python_path
+from tests.helpers.warm_process import READ_AT_IMPORT, WarmProcess
 
 _ENVIRONMENT = {
     # so small a model gains nothing from threads, which spin where cores are shared
@@ -22,12 +22,16 @@ _ENVIRONMENT = {
     # where vLLM compiles, it does so with torch's eager backend: traced like any other, without inductor
     "VLLM_CPU_CI_ENV": "1",
 }
+#: Those that wait for an order, by what they were started with.
+_WARM: dict[tuple[str | None, ...], list[WarmProcess]] = {}
 
 
 def saved_by(
     module: str, *arguments: str, out: Path, env: Mapping[str, str] | None = None, timeout: float = 850
 ) -> dict[str, Any]:
     """Run ``python -m MODULE ARGUMENTS``, which `torch.save`s to `out`, and load that.
+
+    The process is forked from one that has imported vLLM (`tests.helpers.warm_process`).
 
     Args:
         module: the module's name.
@@ -37,15 +41,21 @@ def saved_by(
         timeout: seconds until it is killed.
 
     Raises:
-        AssertionError: it failed; the end of its standard error is in the message.
+        AssertionError: it failed; the end of what it printed is in the message.
+        TimeoutError: it was killed.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **_ENVIRONMENT, **(env or {})},
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=timeout,
-    )
-    assert process.returncode == 0, process.stderr.decode(errors="replace")[-4000:]
+    environment = {**os.environ, "PYTHONPATH": python_path(), **_ENVIRONMENT, **(env or {})}
+    log = out.with_suffix(".log")
+    idle = _WARM.setdefault(tuple(environment.get(name) for name in READ_AT_IMPORT), [])
+    process = idle.pop() if idle else _started(environment)
+    status = process.run(module, arguments, env=environment, log=log, timeout=timeout)
+    idle.append(process)
+    assert status == 0, log.read_text(errors="replace")[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=False)
     return found
+
+
+def _started(environment: Mapping[str, str]) -> WarmProcess:
+    process = WarmProcess(environment)
+    atexit.register(process.close)
+    return process

@@ -9,7 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import DEMO_MODEL, MODEL_NAME, REPOSITORY, LiveServer, start_server, stop_server
+from tests.conftest import (
+    DEMO_MODEL,
+    MODEL_NAME,
+    REPOSITORY,
+    LiveServer,
+    python_path,
+    start_server,
+    stop_server,
+)
 from tests.helpers.client import N, answer, chat_body, counts, metric, post
 from tests.helpers.pictures import noise, scene
 from tests.helpers.vllm_with_a_fault import FAULT, FAULTY_SEED
@@ -28,7 +36,11 @@ def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServe
         *("--mm-processor-cache-gb", "0.00016"),
         *("--additional-config", '{"vtprune": {"default_preset": "balanced", "max_aggressiveness": 0.8}}'),
         module="tests.helpers.vllm_with_a_fault",
-        env={"VLLM_PLUGINS": "vtprune", "VTPRUNE_WITHHOLD_ERROR_TEXT": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={
+            "VLLM_PLUGINS": "vtprune",
+            "VTPRUNE_WITHHOLD_ERROR_TEXT": "1",
+            "PYTHONPATH": python_path(REPOSITORY),
+        },
     )
     yield server
     stop_server(server)

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.engine
 
 
 def offline(plugins: str, out: Path, *arguments: str) -> dict[str, Any]:
-    return saved_by("tests.helpers.offline_run", str(out), *arguments, out=out, env={"VLLM_PLUGINS": plugins})
+    # the plugin's engine has processes of its own, as an offline user's; to see vLLM's answers one will do
+    env = {"VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if plugins else "0"}
+    return saved_by("tests.helpers.offline_run", str(out), *arguments, out=out, env=env)
 
 
 @pytest.fixture(scope="module")

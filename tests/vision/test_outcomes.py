@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
 
-from tests.conftest import DEMO_MODEL, REPOSITORY
+from tests.conftest import DEMO_MODEL
+from tests.helpers.engine_process import saved_by
 from tests.helpers.family_processor import processor_of
 from tests.helpers.noisy_tower import ROUNDING, SETTING, forget, other_rounding
 from tests.helpers.pictures import scene
@@ -107,16 +105,7 @@ def test_a_known_picture_runs_no_tower_while_vllms_cache_holds_it(processor: Pru
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("noisy") / "out.pt"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.noisy_tower", str(out)],
-        env={**os.environ, "VLLM_PLUGINS": "vtprune"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=850,
-    )
-    assert run.returncode == 0, run.stderr.decode(errors="replace")[-4000:]
-    found: dict[str, list[dict[str, Any]]] = torch.load(out, weights_only=False)
-    return found
+    return saved_by("tests.helpers.noisy_tower", str(out), out=out, env={"VLLM_PLUGINS": "vtprune"})
 
 
 @pytest.mark.engine
