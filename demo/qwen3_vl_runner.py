@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,9 +66,9 @@ class Qwen3VLRunner:
         pictures = [make(domain, split, number, side) for number in range(count)]
         # as `drawn_questions` asks them
         self._asked = [questions_each(one, random.Random(f"0 {one.index}")) for one in pictures]
-        self._model: Any = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self._model = cast(Any, Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
         self._model.eval().requires_grad_(False)
-        self.layers: int | None = self._model.config.text_config.num_hidden_layers
+        self.layers: int | None = int(self._model.config.get_text_config().num_hidden_layers)
         self._processor: Any = AutoProcessor.from_pretrained(folder)
         encoder = VisionEncoder.load(
             self._model.config, str(folder), device=torch.device("cpu"), dtype=torch.float32
