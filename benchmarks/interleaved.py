@@ -35,7 +35,7 @@ _REQUEST_TIMEOUT_S = 900.0
 _MIN_BLOCK_S = 1.5
 # vLLM's worker polls its queue for a second after its last step (`SpinCondition` in
 # `vllm.distributed.device_communicators.shm_broadcast`) and would take a core from the next block's server.
-_REST_S = 1.2
+REST_S = 1.2
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Comparison:
     async def _block(self, index: int, concurrency: int, requests: int, turn: int) -> Block:
         arm = self.arms[index]
         await self._workload.prepare([requests * (i == index) for i in range(len(self.arms))])
-        await asyncio.sleep(self._last_block + _REST_S - time.monotonic())
+        await asyncio.sleep(self._last_block + REST_S - time.monotonic())
         server = self._servers[arm.server]
         cpu, tower = server.process.cpu_seconds(), await server.tower_seconds()
         result = await self._runners[arm.server].run(

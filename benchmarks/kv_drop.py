@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.commands import bench_parser, write_json
+from benchmarks.interleaved import REST_S
 from benchmarks.models import MODELS, BenchModel, model_named
 from benchmarks.rounds import Rounds, decimal, shuffled
 from vllm_vtprune.kv_drop.schedule import MOST_PRUNE_LAYERS, PruneLayer
@@ -188,6 +189,8 @@ def engines(
         pipes[prune_layers].recv()
 
     def measured(prune_layers: str, keep: float, seed: int) -> EngineSample:
+        # the last engine's worker still polls, on a core of this one's
+        time.sleep(REST_S)
         pipes[prune_layers].send((keep, seed))
         sample: EngineSample = pipes[prune_layers].recv()
         return sample
