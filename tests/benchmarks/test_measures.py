@@ -234,7 +234,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunningServer]]:
 
     They have no workers that poll once they idle, so blocks need not rest, nor be long.
     """
-    monkeypatch.setattr(interleaved, "_REST_S", 0.0)
+    monkeypatch.setattr(interleaved, "REST_S", 0.0)
     monkeypatch.setattr(interleaved, "_MIN_BLOCK_S", 0.3)
     with serve_fake_chat() as slow, serve_fake_chat() as fast:
         slow.prefill_s = slow.token_s = 0.02
