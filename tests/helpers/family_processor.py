@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.model_inspection import inspect_here
+
 
 def processor_of(folder: Path, **options: Any) -> Any:
     """For up to 16 pictures a prompt; `options` are vLLM's engine arguments."""
@@ -14,6 +16,7 @@ def processor_of(folder: Path, **options: Any) -> Any:
     from vllm.plugins import load_general_plugins
     from vllm.tokenizers import get_tokenizer
 
+    inspect_here()
     load_general_plugins()
     given: dict[str, Any] = {
         "dtype": "float32",

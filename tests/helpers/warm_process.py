@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.helpers.model_inspection import inspect_here
 
 #: What an engine imports of others' packages once it is made.
 _OTHERS = ("torch._dynamo", "transformers.models.llava.modeling_llava", "xgrammar")
@@ -115,6 +116,7 @@ def main() -> None:
     import vllm
 
     vllm.LLM  # noqa: B018  # vLLM's names are imported when they are asked for
+    inspect_here()
     for name in _OTHERS:
         importlib.import_module(name)
     gc.collect()
