@@ -222,7 +222,7 @@ class Dying(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer one request of a connection."""
-        request = self.request.recv(65536)
+        request = self._whole()
         if request.startswith((b"GET", b"OPTIONS")):
             self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return
@@ -232,6 +232,17 @@ class Dying(socketserver.BaseRequestHandler):
             head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             self.request.sendall(head + f"{len(event):x}\r\n".encode() + event + b"\r\n")
             time.sleep(0.3)
+
+    def _whole(self) -> bytes:
+        """A request with its body, which may come in pieces."""
+        request = b""
+        while b"\r\n\r\n" not in request and (piece := self.request.recv(65536)):
+            request += piece
+        head, _, body = request.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        while length and len(body) < int(length[1]) and (piece := self.request.recv(65536)):
+            body += piece
+        return head + b"\r\n\r\n" + body
 
 
 @pytest.fixture
