@@ -187,6 +187,13 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
                 "`off`: a server's trained gate does not decide on this request; default `on`",
                 choices=("on", "off"),
             ),
+            ContractField(
+                "kv_reuse",
+                "X-VTPrune-KV-Reuse",
+                "`off`: a later turn does not go on from what the first one kept, on a server where it would; "
+                "default `on`",
+                choices=("on", "off"),
+            ),
         )
     }
 )
