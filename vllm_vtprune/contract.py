@@ -190,7 +190,7 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
             ContractField(
                 "kv_reuse",
                 "X-VTPrune-KV-Reuse",
-                "`off`: a later turn does not go on from what the first one kept, on a server where it would; "
+                "`off`: a later turn does not go on from what the first one kept, where a server offers it; "
                 "default `on`",
                 choices=("on", "off"),
             ),

@@ -3,9 +3,9 @@
 
 Hooks, all of vLLM 0.32: `KVCacheSpecRegistry.register` (made for out-of-tree specs), and of
 `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` the methods `get_num_blocks_to_allocate`,
-`allocate_new_blocks` and `cache_blocks`, which reads of a request no more than `reuse.NamedBlocks` has. All
-specs are full attention to all of vLLM; those of different bands only refuse to merge with each other, so that
-vLLM (`get_kv_cache_groups`) puts each band of the decoder into groups of its own.
+`allocate_new_blocks` and `cache_blocks`, which reads of a request no more than `reuse.NamedBlocks` has.
+All specs are full attention to all of vLLM; those of different bands only refuse to merge with each other, so
+that vLLM (`get_kv_cache_groups`) puts each band of the decoder into groups of its own.
 """
 
 from __future__ import annotations
