@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens of a chat's prompt its first turn's had: those that may leave where later turns go on.
 
-The first turn is the one with the first picture or video, with all that precedes it; in a chat without any, the
-very first. The template is filled in again with the messages before its answer, as it was for that turn, and
-what comes of it is looked for at the beginning of the whole prompt. Media are not looked at again.
+The first turn is the one with the first picture or video, with all that precedes it; in a chat without any,
+the very first. The template is filled in again with the messages before its answer, as it was for that turn,
+and what comes of it is looked for at the beginning of the whole prompt. Media are not looked at again.
 Hook: `vllm.renderers.hf.safe_apply_chat_template` and `BaseRenderer.tokenize_prompt_async` of vLLM 0.32, as
 `OnlineRenderer.preprocess_chat` has them called.
 """
@@ -88,7 +88,7 @@ def first_answer(messages: Sequence[Any]) -> int | None:
     answers = 0
     for message in messages[:-1]:
         asked = asked or has_non_text_content([message])
-        if message.get("role") == "assistant":
+        if isinstance(message, Mapping) and message.get("role") == "assistant":
             if asked:
                 return answers
             answers += 1
