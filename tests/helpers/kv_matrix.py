@@ -22,6 +22,7 @@ from tests.helpers.engine_process import saved_by
 from tests.helpers.kv_cases import (
     BANDS,
     GATE_AT,
+    TURNS,
     alone,
     band_cases,
     band_crowd,
@@ -33,11 +34,11 @@ from tests.helpers.kv_cases import (
     grid,
     replayed,
     resettable,
+    talks,
     texts,
     unpruned,
 )
 from tests.helpers.kv_gate import FILE, write_gate
-from tests.helpers.kv_turns import TURNS, talks
 from tests.helpers.model_runner_v2 import RUNNERS, environment
 from tests.reference import Answer, PruneLayer, Reference, Request
 from vllm_vtprune.kv_drop.schedule import parse

@@ -20,6 +20,8 @@ import torch
 from tests.helpers.kv_cases import (
     BANDS,
     QUESTION,
+    TURNS,
+    TURNS_BLOCK,
     alone,
     band_cases,
     band_crowd,
@@ -45,8 +47,7 @@ from tests.helpers.kv_events import (
     reset_while_running,
 )
 from tests.helpers.kv_gate import FILE
-from tests.helpers.kv_turns import BLOCK as TURNS_BLOCK
-from tests.helpers.kv_turns import TURNS, conversations, otherwise, preempted, reset
+from tests.helpers.kv_turns import conversations, otherwise, preempted, reset
 from tests.helpers.pictures import noise
 from tests.reference import Request
 

@@ -7,30 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tests.helpers.kv_cases import QUESTION, TEXT, TWO
+from tests.helpers.kv_cases import QUESTION, talks
 from tests.helpers.kv_engine import Engine
 from tests.helpers.kv_events import leftovers
-from tests.helpers.pictures import noise, scene
+from tests.helpers.pictures import noise
 from tests.reference import Request
 
-BLOCK = 32
-#: Two prune layers; what the second one rates is what the first one left.
-TURNS: dict[str, str] = {"prune_layers": "2:0.8,4", "relevance": "attention,last_token"}
 _ASKED = ("\nUSER: and what shape is it ? ASSISTANT:", "\nUSER: is that so ? where is it ? ASSISTANT:")
-
-
-def talks() -> list[Request]:
-    """The first turns: drops at both prune layers, at one of them, of text, of visual tokens; and none."""
-    return [
-        Request(QUESTION, (noise(60),), kv_keep=0.5, max_tokens=40),
-        Request(QUESTION, (noise(61),), kv_keep=(0.75, 0.3), kv_scope="vision", max_tokens=40),
-        Request(QUESTION, (noise(62),), kv_keep=(1.0, 0.4), max_tokens=40),
-        Request(QUESTION, (noise(63),), kv_keep=(0.6, 1.0), max_tokens=40),
-        Request(QUESTION, (scene(),), aggressiveness=0.3, kv_keep=0.3, max_tokens=40),
-        Request(TWO, (noise(64), noise(65)), kv_keep=(0.5, 0.2), max_tokens=40),
-        Request(TEXT, kv_keep=0.4, max_tokens=40),
-        Request(QUESTION, (noise(66),), max_tokens=40),
-    ]
 
 
 def asked_on(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.kv_cases import TURNS_BLOCK as BLOCK
+from tests.helpers.kv_cases import talks
 from tests.helpers.kv_matrix import ON, Runs, Verdicts, band_layers
-from tests.helpers.kv_turns import BLOCK, talks
 from tests.reference import Request
 
 pytestmark = [
