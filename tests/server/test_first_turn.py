@@ -130,7 +130,7 @@ async def test_a_first_picture_in_a_later_turn_is_dropped_from(renderer: PrunedO
 async def test_other_later_turns_are_as_without_the_setting(
     renderer: PrunedOnlineRenderer, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused, an exit, nothing dropped, what no pruned prompt can be asked; a cut prompt, an odd template."""
+    """Refused, an exit, nothing dropped, what no pruned prompt can do; a cut prompt, an odd template."""
     found = await render(renderer, SEEN, ANSWER, NEXT, **fields)
     monkeypatch.setattr(renderer, "_as_its_first_turn", lambda *args: None)
     assert found == await render(renderer, SEEN, ANSWER, NEXT, **fields)
