@@ -30,7 +30,7 @@ class Preset:
     Attributes:
         aggressiveness: of the cut; a request's own replaces it, and `max_share` with it.
         kv_keep: applies where the server has a prune layer, at the first turn of a conversation alone
-            unless the operator says otherwise (`policy.PrunePolicy.preset_kv_keep`).
+            unless the operator says otherwise (`policy.PrunePolicy.preset_kv_keep`, `kv_reuse`).
         max_share: of each image no more than this share stays.
     """
 

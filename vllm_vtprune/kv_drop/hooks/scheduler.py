@@ -92,7 +92,7 @@ class _KVDropMixin(Scheduler):
         )
         if not plan.whole:
             self.prompt_plans[request.request_id] = plan
-            turn = first_turn(request, self.kv_drop_config)
+            turn = None if self.passages is None else first_turn(request, self.kv_drop_config)
             if self.passages is not None and turn is not None:
                 self.passages.add(request, plan, *turn)
             else:
