@@ -318,7 +318,7 @@ def test_who_went_on_from_what_was_never_written_fails_too(vllm_config: VllmConf
     """The worker could not serve the first; the second had found its blocks, a step ahead."""
     vllm_config.scheduler_config.async_scheduling = True
     scheduler = make(vllm_config, blocks=61)
-    for one in (turn("bystander", prompt(9, 50)), turn("one", FIRST, output=31)):
+    for one in (turn("bystander", prompt(9, 50), picture="its own"), turn("one", FIRST, output=31)):
         scheduler.add_request(one)
     output = scheduler.schedule()
     while "one" not in output.num_scheduled_tokens:
