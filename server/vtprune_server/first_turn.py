@@ -108,12 +108,15 @@ def beginning(first: Sequence[int], prompt: Sequence[int], placeholders: Sequenc
     """
     first, prompt = list(first), list(prompt)
     for written in range(1, _LONGEST_PLACE + 1):
-        grown = start = 0
+        start = read = 0
         for offset, length in [*placeholders, (len(prompt), 0)]:
-            end = len(first) + grown
+            end = start + len(first) - read
             # the text behind the last of its places
-            if start < end <= offset and end < len(prompt) and prompt[start:end] == first[start - end :]:
+            if start < end <= offset and end < len(prompt) and prompt[start:end] == first[read:]:
                 return end
-            grown += length - written
+            text = prompt[start:offset]
+            if first[read : read + len(text)] != text:
+                break
+            read += len(text) + written
             start = offset + length
     return 0

@@ -22,7 +22,7 @@ from vtprune_server.first_turn import beginning, first_answer
 from vtprune_server.kv_plan import KVPlanner
 from vtprune_server.renderer import PrunedOnlineRenderer
 
-BLOCK = 32
+BLOCK = 16
 SYSTEM = {"role": "system", "content": "be brief ."}
 ANSWER = {"role": "assistant", "content": "red"}
 PLACE = 3
