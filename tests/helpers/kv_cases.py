@@ -26,7 +26,7 @@ BANDS: dict[str, dict[str, str]] = {
     },
 }
 #: Those of the conversations whose later turns go on from the first, and tokens of a block there.
-TURNS: dict[str, str] = {"prune_layers": "2:0.8,4", "relevance": "attention,last_token"}
+TURNS: dict[str, str] = {"prune_layers": "2:0.8,4:0.7", "relevance": "attention,last_token"}
 TURNS_BLOCK = 32
 
 

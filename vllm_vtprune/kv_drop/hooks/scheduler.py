@@ -106,9 +106,9 @@ class _KVDropMixin(Scheduler):
             if plan.unpruned == "streaming_input":
                 _keep_whole(request)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self.passages is None or request.request_id not in self.passages:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         managers: Any = self.kv_cache_manager.coordinator.single_type_managers
         dropped = [manager.dropped(request.request_id) for manager in managers]
         may_read = self.kv_cache_manager.prefix_cache_lookup_enabled(request)
