@@ -64,10 +64,10 @@ def otherwise(engine: Engine, found: dict[str, Any]) -> dict[str, Any]:
 def preempted(engine: Engine, found: dict[str, Any]) -> dict[str, Any]:
     """Second turns that together outgrow the cache; one is aborted midway and asked again."""
     engine.llm.reset_prefix_cache()
-    first = [Request(QUESTION, (noise(80 + i),), kv_keep=0.6, max_tokens=20) for i in range(8)]
+    first = [Request(QUESTION, (noise(80 + i),), kv_keep=0.6, max_tokens=20) for i in range(12)]
     told = engine.run(first)
     asked = [
-        replace(asked_on(engine, r, a, _ASKED[0]), max_tokens=90) for r, a in zip(first, told, strict=True)
+        replace(asked_on(engine, r, a, _ASKED[0]), max_tokens=110) for r, a in zip(first, told, strict=True)
     ]
 
     def abort(step: int) -> None:
