@@ -117,7 +117,7 @@ class Cache:
     def _ranking(self, scheduler: Scheduler, name: str) -> int | None:
         """The ranking of a request that begins at its first token."""
         one = scheduler.requests[name]
-        config = scheduler.kv_drop_config  # type: ignore[attr-defined]
+        config = scheduler.kv_drop_config
         drops = request_drop(one.prompt_token_ids, one.mm_features, one.sampling_params, config)
         if drops is None:
             return None
@@ -156,7 +156,7 @@ class Cache:
 
     def _write(self, scheduler: Scheduler, name: str, start: int, end: int) -> None:
         text, groups = self._text(scheduler, name, end), self._groups(scheduler, name)
-        if start and self.of[name] is None and name in scheduler.prompt_plans:  # type: ignore[attr-defined]
+        if start and self.of[name] is None and name in scheduler.prompt_plans:
             # it went on from what another kept, and finds out of whom
             group, _, ids = groups[-1]
             self.of[name] = self.slots[group, ids[0]][0][2]
@@ -168,7 +168,7 @@ class Cache:
 
     def _look(self, scheduler: Scheduler, name: str, end: int) -> None:
         text, ranking = self._text(scheduler, name, end), self.of[name]
-        assert (ranking is None) is (name not in scheduler.prompt_plans)  # type: ignore[attr-defined]
+        assert (ranking is None) is (name not in scheduler.prompt_plans)
         for group, band, ids in self._groups(scheduler, name):
             places = self._places(ranking, band, end)
             assert len(ids) == -(-len(places) // BLOCK)
@@ -219,7 +219,7 @@ def test_whole_blocks_are_dropped(scheduler: Scheduler) -> None:
     scheduler.add_request(turn("one", FIRST))
     scheduler.schedule()
     # half of the tokens could leave at both prune layers; 59 are a block and 27
-    assert scheduler.prompt_plans["one"].kept_by_layer == (86, 86)  # type: ignore[attr-defined]
+    assert scheduler.prompt_plans["one"].kept_by_layer == (86, 86)
     assert held(scheduler, "one") == [4, 3, 3]
 
 
