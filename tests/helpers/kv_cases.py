@@ -172,12 +172,12 @@ def unpruned() -> list[Request]:
 def talks() -> list[Request]:
     """The first turns: drops at both prune layers, at one of them, of text, of visual tokens; and none."""
     return [
-        Request(QUESTION, (noise(60),), kv_keep=0.5, max_tokens=40),
-        Request(QUESTION, (noise(61),), kv_keep=(0.75, 0.3), kv_scope="vision", max_tokens=40),
-        Request(QUESTION, (noise(62),), kv_keep=(1.0, 0.4), max_tokens=40),
-        Request(QUESTION, (noise(63),), kv_keep=(0.6, 1.0), max_tokens=40),
-        Request(QUESTION, (scene(),), aggressiveness=0.3, kv_keep=0.3, max_tokens=40),
-        Request(TWO, (noise(64), noise(65)), kv_keep=(0.5, 0.2), max_tokens=40),
-        Request(TEXT, kv_keep=0.4, max_tokens=40),
-        Request(QUESTION, (noise(66),), max_tokens=40),
+        Request(QUESTION, (noise(60),), kv_keep=0.5, max_tokens=24),
+        Request(QUESTION, (noise(61),), kv_keep=(0.75, 0.3), kv_scope="vision", max_tokens=24),
+        Request(QUESTION, (noise(62),), kv_keep=(1.0, 0.4), max_tokens=24),
+        Request(QUESTION, (noise(63),), kv_keep=(0.6, 1.0), max_tokens=24),
+        Request(QUESTION, (scene(),), aggressiveness=0.3, kv_keep=0.3, max_tokens=24),
+        Request(TWO, (noise(64), noise(65)), kv_keep=(0.5, 0.2), max_tokens=24),
+        Request(TEXT, kv_keep=0.4, max_tokens=24),
+        Request(QUESTION, (noise(66),), max_tokens=24),
     ]

@@ -96,7 +96,7 @@ COMPARED: dict[str, tuple[str, int]] = {
     "a third turn, twice": ("turns", len(talks())),
     "turns that do not go on": ("turns", 6),
     "turns, reset": ("turns", 6),
-    "turns, preempted and aborted": ("turns", 12),
+    "turns, preempted and aborted": ("turns", 8),
 }
 #: Acted out for the V2 runner.
 _GRAPHS = ("full graphs", "piecewise graphs")

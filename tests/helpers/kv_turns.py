@@ -31,15 +31,23 @@ def asked_on(
 
 
 def conversations(engine: Engine) -> dict[str, Any]:
-    """Three turns each, all of a turn at once; the last two once more when nothing is in the cache."""
-    first = talks()
-    asked = [first]
-    told = [engine.run(first)]
-    for text in _ASKED:
-        asked.append([asked_on(engine, r, a, text) for r, a in zip(asked[-1], told[-1], strict=True)])
-        told.append(engine.run(asked[-1]))
-    engine.llm.reset_prefix_cache()
-    return {"asked": asked, "told": told, "again": engine.run(asked[2]), "at_last": engine.run(asked[2])}
+    """Three turns each, half of them at once; the last turn twice more, when nothing is in the cache and then.
+
+    `asked` and `told` are by turn.
+    """
+    found: dict[str, Any] = {"asked": [[], [], []], "told": [[], [], []], "again": [], "at_last": []}
+    half = len(talks()) // 2
+    for asked in (talks()[:half], talks()[half:]):
+        for turn, text in enumerate((*_ASKED, "")):
+            told = engine.run(asked)
+            found["asked"][turn] += asked
+            found["told"][turn] += told
+            if text:
+                asked = [asked_on(engine, r, a, text) for r, a in zip(asked, told, strict=True)]
+        engine.llm.reset_prefix_cache()
+        found["again"] += engine.run(asked)
+        found["at_last"] += engine.run(asked)
+    return found
 
 
 def otherwise(engine: Engine, found: dict[str, Any]) -> dict[str, Any]:
@@ -64,10 +72,10 @@ def otherwise(engine: Engine, found: dict[str, Any]) -> dict[str, Any]:
 def preempted(engine: Engine, found: dict[str, Any]) -> dict[str, Any]:
     """Second turns that together outgrow the cache; one is aborted midway and asked again."""
     engine.llm.reset_prefix_cache()
-    first = [Request(QUESTION, (noise(80 + i),), kv_keep=0.6, max_tokens=20) for i in range(12)]
+    first = [Request(QUESTION, (noise(80 + i),), kv_keep=0.6, max_tokens=20) for i in range(8)]
     told = engine.run(first)
     asked = [
-        replace(asked_on(engine, r, a, _ASKED[0]), max_tokens=110) for r, a in zip(first, told, strict=True)
+        replace(asked_on(engine, r, a, _ASKED[0]), max_tokens=90) for r, a in zip(first, told, strict=True)
     ]
 
     def abort(step: int) -> None:
