@@ -31,7 +31,7 @@ def asked_on(
 
 
 def conversations(engine: Engine) -> dict[str, Any]:
-    """Three turns each, half of them at once; the last turn twice more, when nothing is in the cache and then.
+    """Three turns each, half of them at once; then the last turn twice, first with nothing in the cache.
 
     `asked` and `told` are by turn.
     """
