@@ -66,16 +66,16 @@ async def first_turn_tokens(
     text = safe_apply_chat_template(
         renderer.model_config,
         engine.get_tokenizer(),
-        list(conversation[: answers[number]]),  # type: ignore[arg-type]
+        list(conversation[: answers[number]]),
         **options,
     )
     tokens = await engine.tokenize_prompt_async(
-        {"prompt": text},  # type: ignore[typeddict-item]
+        {"prompt": text},
         request.build_tok_params(renderer.model_config),
     )
     placeholders = (engine_input.get("mm_placeholders") or {}).values()
     ranges = sorted((one.offset, one.length) for some in placeholders for one in some)
-    return beginning(tokens["prompt_token_ids"], prompt, ranges) or None  # type: ignore[typeddict-item]
+    return beginning(tokens["prompt_token_ids"], prompt, ranges) or None
 
 
 def first_answer(messages: Sequence[Any]) -> int | None:
