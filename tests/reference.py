@@ -69,7 +69,7 @@ class Reference:
 
     `prune_layer` is one layer, whose share is the request's own, or several with their largest shares;
     `relevance` is one name, or one for each. `gate` is the file of a gate that decides at one of them. With
-    `block` as many tokens are dropped as fill blocks of that size.
+    `block` as many tokens are dropped as fill blocks of that size, none behind the last block's edge.
     """
 
     def __init__(
@@ -217,6 +217,7 @@ class Reference:
             ids, embeddings, is_image = ids[:end], embeddings[:end], is_image[:end]
         n = len(ids)
         block = self.block if request.kv_reuse else 1
+        tail = max(self.window, n % block)
         asked = request.kv_keep if isinstance(request.kv_keep, tuple) else (request.kv_keep,)
         shares = []
         for number, (_, most, of) in enumerate(self._prune_layers):
@@ -229,8 +230,7 @@ class Reference:
         vision |= any(s < 1 and of == "vision" for s, of in shares)
         special = set(self.tokenizer.all_special_ids)
         protected = [
-            i == 0 or i >= n - self.window or (not is_image[i] and (vision or ids[i] in special))
-            for i in range(n)
+            i == 0 or i >= n - tail or (not is_image[i] and (vision or ids[i] in special)) for i in range(n)
         ]
         kept = [list(range(n))]
         left, self._left = False, None

@@ -267,12 +267,19 @@ def test_equal_prompts_at_once_go_on_from_one_of_them(scheduler: Scheduler) -> N
 
 def test_prompts_too_short_to_go_on_leave_what_lies_there(scheduler: Scheduler) -> None:
     """No edge of a block lies behind their picture and before their end; a longer turn finds one."""
-    cache, short = Cache(), prompt(5, 90)
+    cache, short = Cache(), prompt(5, 96)
     assert run(scheduler, cache, *(turn(f"answer {i}", short, output=40) for i in range(3))) == [0, 0, 0]
     assert run(scheduler, cache, turn("again", short)) == [0]
     longer = [*short, *[SAID] * 39, 9]
-    assert run(scheduler, cache, turn("two", longer, first_turn=90)) == [128]
+    assert run(scheduler, cache, turn("two", longer, first_turn=96)) == [128]
     assert cache.of["two"] == cache.own["answer 0"]
+
+
+def test_a_turn_goes_on_whatever_was_answered(scheduler: Scheduler) -> None:
+    """Behind the last edge of a block in the first turn every token stays, of a picture too."""
+    cache, first = Cache(), prompt(5, 90)
+    assert run(scheduler, cache, turn("one", first)) == [0]
+    assert run(scheduler, cache, turn("two", [*first, *prompt(6, 12)], first_turn=90)) == [64]
 
 
 def test_a_lost_block_has_the_turn_computed_anew(scheduler: Scheduler) -> None:

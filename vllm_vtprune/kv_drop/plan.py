@@ -156,7 +156,7 @@ def protected_positions(
         placeholders: (offset, length) of each run of visual tokens.
         special_ids: see `KVDropConfig`.
         scope: what competes; see `scope_of`.
-        window: see `KVDropConfig`.
+        window: how many of the last tokens stay; see `tail_of`.
 
     Returns:
         Mask, [n].
@@ -196,6 +196,21 @@ def reuses(settings: KVSettings, config: KVDropConfig) -> bool:
     if not config.reuse_block or not settings.reuse or not settings.drops:
         return False
     return all(share.share > 0 for share in shares_of(settings, config.schedule))
+
+
+def tail_of(tokens: int, settings: KVSettings, config: KVDropConfig) -> int:
+    """How many of the last tokens of a prompt, or of its first turn, stay in any case.
+
+    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on.
+
+    Args:
+        tokens: the prompt's, or its first turn's.
+        settings: the request's.
+        config: the operator's.
+    """
+    if not reuses(settings, config):
+        return config.window
+    return max(config.window, tokens % config.reuse_block)
 
 
 def competing(
@@ -356,7 +371,8 @@ def plan_prompt(
     shares = shares_of(settings, config.schedule)
     asks = gate_asks(n, placeholders, settings, config)
     scope = scope_of(settings, shares, gated=asks)
-    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
+    tail = tail_of(n, settings, config)
+    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, tail)
     visual = sum(length for _, length in placeholders)
     stay = int(protected.sum())
     kept, *above = by_layer = tokens_kept(n, visual, stay, shares)

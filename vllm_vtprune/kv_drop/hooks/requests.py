@@ -22,6 +22,7 @@ from vllm_vtprune.kv_drop.plan import (
     settings_of,
     settled_from,
     shares_of,
+    tail_of,
     text_behind,
 )
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
@@ -147,6 +148,5 @@ def _protected(
     token_ids, placeholders = competing(token_ids, placeholder_ranges(mm_features), settings, config)
     asks = gate_asks(len(token_ids), placeholders, settings, config)
     scope = scope_of(settings, shares_of(settings, config.schedule), gated=asks)
-    return placeholders, protected_positions(
-        token_ids, placeholders, config.special_ids, scope, config.window
-    )
+    tail = tail_of(len(token_ids), settings, config)
+    return placeholders, protected_positions(token_ids, placeholders, config.special_ids, scope, tail)
