@@ -69,7 +69,7 @@ class Reference:
 
     `prune_layer` is one layer, whose share is the request's own, or several with their largest shares;
     `relevance` is one name, or one for each. `gate` is the file of a gate that decides at one of them. With
-    `block` as many tokens are dropped as fill blocks of that size, none behind the last block's edge.
+    `block` as many tokens are dropped as fill blocks of that size, none of text behind the last block's edge.
     """
 
     def __init__(
@@ -169,13 +169,12 @@ class Reference:
         is_image: list[bool] = []
         text = self.tokenizer(request.prompt, add_special_tokens=False).input_ids
         for token in (*text, *request.then):
-            if token == image_id:
-                rows = self._image_tokens(next(images), request)
-            else:
-                rows = self._embed_tokens([token])
+            # an answer may spell the token too
+            image = next(images, None) if token == image_id else None
+            rows = self._embed_tokens([token]) if image is None else self._image_tokens(image, request)
             ids += [token] * len(rows)
             embeddings.append(rows)
-            is_image += [token == image_id] * len(rows)
+            is_image += [image is not None] * len(rows)
         return ids, torch.cat(embeddings), is_image
 
     def _image_tokens(self, image: Image.Image, request: Request) -> Tensor:
@@ -217,7 +216,7 @@ class Reference:
             ids, embeddings, is_image = ids[:end], embeddings[:end], is_image[:end]
         n = len(ids)
         block = self.block if request.kv_reuse else 1
-        tail = max(self.window, n % block)
+        tail = self.window if any(is_image[n - n % block :]) else max(self.window, n % block)
         asked = request.kv_keep if isinstance(request.kv_keep, tuple) else (request.kv_keep,)
         shares = []
         for number, (_, most, of) in enumerate(self._prune_layers):

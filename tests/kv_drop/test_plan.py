@@ -222,8 +222,10 @@ def test_a_later_turn_drops_whole_blocks_of_what_its_first_turn_would(prompt, kv
     end = first if 0 < first < len(ids) else len(ids)
     cut = [(at, min(length, end - at)) for at, length in images if at < end]
     plan = plan_prompt(ids, images, replace(kv, first_turn=first), going_on)
-    # what lies behind the last edge of a block stays, too
-    expected = plan_prompt(ids[:end], cut, kv, replace(alone, window=max(window, end % block)))
+    # text behind the last edge of a block stays, too
+    text = end - max((at + length for at, length in cut), default=0)
+    tail = max(window, end % block) if end % block <= text else window
+    expected = plan_prompt(ids[:end], cut, kv, replace(alone, window=tail))
     if not kv.drops:
         assert plan == PromptPlan(len(ids), len(ids))
         return

@@ -60,6 +60,7 @@ def turn(
     output: int = 4,
     picture: str = "picture",
     reuse: bool = True,
+    scope: Any = "vision",
     **kwargs: Any,
 ) -> Request:
     """A request whose picture begins at its second token."""
@@ -70,7 +71,7 @@ def turn(
         mm_position=PlaceholderRange(offset=1, length=min(PICTURE, (first_turn or len(tokens)) - 12)),
     )
     shares = keep if isinstance(keep, tuple) else (keep,)
-    settings = KVSettings.of(shares, "vision", reuse=reuse, first_turn=first_turn)
+    settings = KVSettings.of(shares, scope, reuse=reuse, first_turn=first_turn)
     params = SamplingParams(max_tokens=output, ignore_eos=True, extra_args=settings.extra_args(), **kwargs)
     hasher = get_request_block_hasher(BLOCK, sha256)
     return Request(request_id, tokens, params, None, mm_features=[item], block_hasher=hasher)
@@ -276,10 +277,11 @@ def test_prompts_too_short_to_go_on_leave_what_lies_there(scheduler: Scheduler) 
 
 
 def test_a_turn_goes_on_whatever_was_answered(scheduler: Scheduler) -> None:
-    """Behind the last edge of a block in the first turn every token stays, of a picture too."""
-    cache, first = Cache(), prompt(5, 90)
-    assert run(scheduler, cache, turn("one", first)) == [0]
-    assert run(scheduler, cache, turn("two", [*first, *prompt(6, 12)], first_turn=90)) == [64]
+    """Text behind the last edge of a block in the first turn stays, where it competes with the picture too."""
+    cache = Cache()
+    assert run(scheduler, cache, turn("one", FIRST, scope="all")) == [0]
+    otherwise = [*FIRST, *prompt(6, 12)]
+    assert run(scheduler, cache, turn("two", otherwise, scope="all", first_turn=118)) == [96]
 
 
 def test_a_lost_block_has_the_turn_computed_anew(scheduler: Scheduler) -> None:

@@ -198,19 +198,26 @@ def reuses(settings: KVSettings, config: KVDropConfig) -> bool:
     return all(share.share > 0 for share in shares_of(settings, config.schedule))
 
 
-def tail_of(tokens: int, settings: KVSettings, config: KVDropConfig) -> int:
+def tail_of(
+    tokens: int, placeholders: Sequence[tuple[int, int]], settings: KVSettings, config: KVDropConfig
+) -> int:
     """How many of the last tokens of a prompt, or of its first turn, stay in any case.
 
-    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on.
+    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on, where
+    that lies in the text behind the pictures.
 
     Args:
         tokens: the prompt's, or its first turn's.
+        placeholders: (offset, length) of each run of visual tokens in them.
         settings: the request's.
         config: the operator's.
     """
     if not reuses(settings, config):
         return config.window
-    return max(config.window, tokens % config.reuse_block)
+    tail = tokens % config.reuse_block
+    if placeholders and tail > text_behind(tokens, placeholders):
+        return config.window
+    return max(config.window, tail)
 
 
 def competing(
@@ -371,7 +378,7 @@ def plan_prompt(
     shares = shares_of(settings, config.schedule)
     asks = gate_asks(n, placeholders, settings, config)
     scope = scope_of(settings, shares, gated=asks)
-    tail = tail_of(n, settings, config)
+    tail = tail_of(n, placeholders, settings, config)
     protected = protected_positions(token_ids, placeholders, config.special_ids, scope, tail)
     visual = sum(length for _, length in placeholders)
     stay = int(protected.sum())

@@ -148,5 +148,5 @@ def _protected(
     token_ids, placeholders = competing(token_ids, placeholder_ranges(mm_features), settings, config)
     asks = gate_asks(len(token_ids), placeholders, settings, config)
     scope = scope_of(settings, shares_of(settings, config.schedule), gated=asks)
-    tail = tail_of(len(token_ids), settings, config)
+    tail = tail_of(len(token_ids), placeholders, settings, config)
     return placeholders, protected_positions(token_ids, placeholders, config.special_ids, scope, tail)
