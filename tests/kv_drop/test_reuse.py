@@ -277,7 +277,7 @@ def test_prompts_too_short_to_go_on_leave_what_lies_there(scheduler: Scheduler) 
 
 
 def test_a_turn_goes_on_whatever_was_answered(scheduler: Scheduler) -> None:
-    """Text behind the last edge of a block in the first turn stays, where it competes with the picture too."""
+    """Text behind the last edge of a block in the first turn stays, even if it competes with the picture."""
     cache = Cache()
     assert run(scheduler, cache, turn("one", FIRST, scope="all")) == [0]
     otherwise = [*FIRST, *prompt(6, 12)]

@@ -203,8 +203,8 @@ def tail_of(
 ) -> int:
     """How many of the last tokens of a prompt, or of its first turn, stay in any case.
 
-    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on, where
-    that lies in the text behind the pictures.
+    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on,
+    where that lies in the text behind the pictures.
 
     Args:
         tokens: the prompt's, or its first turn's.
