@@ -284,6 +284,15 @@ def test_a_turn_goes_on_whatever_was_answered(scheduler: Scheduler) -> None:
     assert run(scheduler, cache, turn("two", otherwise, scope="all", first_turn=118)) == [96]
 
 
+def test_a_worker_is_given_the_pictures_that_it_may_need_again(scheduler: Scheduler) -> None:
+    """It is told of a request once, and a preempted one whose blocks are gone begins at its first token."""
+    run(scheduler, Cache(), turn("one", FIRST, output=31))
+    scheduler.add_request(turn("two", SECOND, first_turn=118))
+    (new,) = scheduler.schedule().scheduled_new_reqs
+    assert new.num_computed_tokens == 128
+    assert [feature.data is not None for feature in new.mm_features] == [True]
+
+
 def test_a_lost_block_has_the_turn_computed_anew(scheduler: Scheduler) -> None:
     """One block of one band is enough; what is left of the old ranking is not mixed with the new one's."""
     for group, block in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]:
