@@ -160,6 +160,11 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
     "vllm_vtprune/kv_drop/hooks/scheduler.py": [
         (_SCHEDULER + "schedule", "order", "what follows when `_reserve_prefill_lookahead` says 0"),
         (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
+        (
+            "vllm.v1.core.sched.output:NewRequestData.mm_features",
+            "replace",
+            "the pictures that `strip_covered_mm_data` leaves out",
+        ),
         (_SCHEDULER + "encoder_cache_mismatch_reqs", "replace", "`update_from_output` fails whom it names"),
         ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
         *(

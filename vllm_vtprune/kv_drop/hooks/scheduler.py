@@ -136,10 +136,11 @@ class _KVDropMixin(Scheduler):
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = most
-        for new in output.scheduled_new_reqs if self.passages is not None else ():
-            if self.passages is not None and new.req_id in self.passages:
-                # vLLM strips the pictures that a hit covers; V1 keeps what it is told first, and a request that
-                # is preempted may have to begin at its first token
+        passages = self.passages or ()
+        for new in output.scheduled_new_reqs:
+            if new.req_id in passages:
+                # vLLM strips the pictures that a hit covers; V1 keeps what it is told first, and a preempted
+                # request may have to begin at its first token
                 new.mm_features = self.requests[new.req_id].mm_features
         tell_held(output, self._held)
         self._held = {}
