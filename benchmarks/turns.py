@@ -6,8 +6,8 @@
 
 A turn that loses nothing in the decoder finds the turns before it in the prefix cache and computes what is
 new; one that does computes its whole prompt, and leaves nothing for the next. `benchmarks.conversations`
-measures the same on a server. The last arm is no such server: it would go on from what the first turn kept.
-It is counted as if every token were found again, to say how much that could save at most.
+measures the same on a server. The last arm is a server with `--vtprune-kv-reuse`: later turns go on from what
+the first one kept, and whole blocks are dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARMS = {
     "stage 1": (0.22, 1.0, Drops.EVERY),
     "both, every turn": (0.22, 0.5, Drops.EVERY),
     "both, first turn": (0.22, 0.5, Drops.FIRST),
-    "both, reused (not built)": (0.22, 0.5, Drops.REUSED),
+    "both, going on": (0.22, 0.5, Drops.REUSED),
 }
 _WIDTH = 110
 
@@ -106,6 +106,8 @@ def conversation(
         drops = keep < 1 and (number == 0 or when is Drops.EVERY)
         if drops:
             lost = prompt - ceil(keep * prompt)
+            if when is Drops.REUSED:
+                lost = lost // block * block
             found.append(Turn(prompt, prompt - lost, 0, 0))
             held = 0
         else:

@@ -27,7 +27,9 @@ class Request:
     """A prompt with one ``<image>`` per picture, and the two stages' settings.
 
     `aggressiveness` and `keep_ratio` are stage 1's, `kv_keep` (one share, or one a prune layer), `kv_scope`
-    and `kv_gate` (whether the gate may decide) stage 2's.
+    and `kv_gate` (whether the gate may decide) stage 2's. `then` are token ids behind the prompt's text,
+    answers and questions of later turns; with `first_turn` the tokens behind so many of the prompt's all
+    stay. Without `kv_reuse` tokens leave from all of the prompt, and counts are not rounded.
     """
 
     prompt: str
@@ -38,6 +40,9 @@ class Request:
     kv_scope: str = "all"
     kv_gate: bool = True
     max_tokens: int = 16
+    then: tuple[int, ...] = ()
+    first_turn: int = 0
+    kv_reuse: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Reference:
     """The method on one checkpoint, in float32.
 
     `prune_layer` is one layer, whose share is the request's own, or several with their largest shares;
-    `relevance` is one name, or one for each. `gate` is the file of a gate that decides at one of them.
+    `relevance` is one name, or one for each. `gate` is the file of a gate that decides at one of them. With
+    `block` as many tokens are dropped as fill blocks of that size, none of text behind the last block's edge.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Reference:
         window: int = 8,
         relevance: str | tuple[str, ...] = "attention",
         gate: Path | None = None,
+        block: int = 1,
     ) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
@@ -83,6 +90,7 @@ class Reference:
         self.window = window
         self.relevance = relevance
         self.gate = gate
+        self.block = block
         self._left: bool | None = None
 
     @torch.inference_mode()
@@ -144,7 +152,7 @@ class Reference:
                 break
         for border, stay in enumerate(kept[1:]):
             if len(stay) < len(kept[border]):
-                relevance = self._relevance(embeddings, kept[: border + 1])
+                relevance = self._relevance(embeddings[: len(kept[0])], kept[: border + 1])
                 left = max(relevance[i] for i in set(kept[border]) - set(stay))
                 if any(abs(relevance[i] - left) < 1e-5 * abs(left) for i in stay):
                     return True
@@ -159,14 +167,14 @@ class Reference:
         ids: list[int] = []
         embeddings: list[Tensor] = []
         is_image: list[bool] = []
-        for token in self.tokenizer(request.prompt, add_special_tokens=False).input_ids:
-            if token == image_id:
-                rows = self._image_tokens(next(images), request)
-            else:
-                rows = self._embed_tokens([token])
+        text = self.tokenizer(request.prompt, add_special_tokens=False).input_ids
+        for token in (*text, *request.then):
+            # an answer may spell the token too
+            image = next(images, None) if token == image_id else None
+            rows = self._embed_tokens([token]) if image is None else self._image_tokens(image, request)
             ids += [token] * len(rows)
             embeddings.append(rows)
-            is_image += [token == image_id] * len(rows)
+            is_image += [image is not None] * len(rows)
         return ids, torch.cat(embeddings), is_image
 
     def _image_tokens(self, image: Image.Image, request: Request) -> Tensor:
@@ -202,8 +210,13 @@ class Reference:
     def _kept_positions(
         self, ids: list[int], embeddings: Tensor, is_image: Sequence[bool], request: Request
     ) -> list[list[int]]:
-        """Prompt positions in each band, in order, from the lowest, which has all."""
+        """Positions of the prompt, or of its first turn, in each band, in order; the lowest has all."""
+        if request.first_turn and request.kv_reuse:
+            end = request.first_turn
+            ids, embeddings, is_image = ids[:end], embeddings[:end], is_image[:end]
         n = len(ids)
+        block = self.block if request.kv_reuse else 1
+        tail = self.window if any(is_image[n - n % block :]) else max(self.window, n % block)
         asked = request.kv_keep if isinstance(request.kv_keep, tuple) else (request.kv_keep,)
         shares = []
         for number, (_, most, of) in enumerate(self._prune_layers):
@@ -216,14 +229,14 @@ class Reference:
         vision |= any(s < 1 and of == "vision" for s, of in shares)
         special = set(self.tokenizer.all_special_ids)
         protected = [
-            i == 0 or i >= n - self.window or (not is_image[i] and (vision or ids[i] in special))
-            for i in range(n)
+            i == 0 or i >= n - tail or (not is_image[i] and (vision or ids[i] in special)) for i in range(n)
         ]
         kept = [list(range(n))]
         left, self._left = False, None
         for (layer, _, _), (share, of) in zip(self._prune_layers, shares, strict=True):
             counted = sum(is_image) if of == "vision" else n
             count = max(n - counted + math.ceil(Decimal(str(share)) * counted), sum(protected))
+            count = n - (n - count) // block * block
             if gate is not None and layer == gate_layer and min(count, len(kept[-1])) > sum(protected):
                 stay, leave = gate(self._text_states(embeddings, is_image, kept, layer))
                 left = self._left = leave > stay

@@ -30,7 +30,7 @@ class Preset:
     Attributes:
         aggressiveness: of the cut; a request's own replaces it, and `max_share` with it.
         kv_keep: applies where the server has a prune layer, at the first turn of a conversation alone
-            unless the operator says otherwise (`policy.PrunePolicy.preset_kv_keep`).
+            unless the operator says otherwise (`policy.PrunePolicy.preset_kv_keep`, `kv_reuse`).
         max_share: of each image no more than this share stays.
     """
 
@@ -185,6 +185,13 @@ FIELDS: Mapping[str, ContractField] = MappingProxyType(
                 "kv_gate",
                 "X-VTPrune-KV-Gate",
                 "`off`: a server's trained gate does not decide on this request; default `on`",
+                choices=("on", "off"),
+            ),
+            ContractField(
+                "kv_reuse",
+                "X-VTPrune-KV-Reuse",
+                "`off`: a later turn does not go on from what the first one kept, where a server offers it; "
+                "default `on`",
                 choices=("on", "off"),
             ),
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm_vtprune.contract import AUTO, KWARG
@@ -29,7 +30,9 @@ def engine_kwargs(**policy: Any) -> dict[str, Any]:
     return {"additional_config": {CONFIG_KEY: settings.to_config()}}
 
 
-def request_kwargs(question: str = "", **controls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def request_kwargs(
+    question: str = "", first_turn: int = 0, **controls: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """One request's settings: `mm_processor_kwargs` of its prompt and `extra_args` of its `SamplingParams`.
 
     Example::
@@ -42,8 +45,10 @@ def request_kwargs(question: str = "", **controls: Any) -> tuple[dict[str, Any],
     Args:
         question: the text of the prompt's last turn, for a method that reads it (`cdpruner`); without it such
             a method goes by the picture alone.
+        first_turn: on an engine with `kv_reuse`, of a later turn of a conversation: how many tokens the
+            prompt of its first turn had, the placeholders of pictures counted as the engine does.
         **controls: `preset`, `aggressiveness`, `keep_ratio`, `method`, `kv_keep`, `kv_scope`,
-            `kv_gate`.
+            `kv_gate`, `kv_reuse`.
 
     Raises:
         vllm_vtprune.settings.SettingsError: an unknown field, a bad value, or two that exclude each other.
@@ -62,4 +67,4 @@ def request_kwargs(question: str = "", **controls: Any) -> tuple[dict[str, Any],
     vision = settings.vision
     if get_method(vision.method).reads_question:
         vision = vision.asking(question)
-    return {KWARG: vision.canonical()}, settings.kv.extra_args()
+    return {KWARG: vision.canonical()}, replace(settings.kv, first_turn=first_turn).extra_args()

@@ -178,6 +178,12 @@ class PrunePolicy(OperatorModel):
         description="at which turns of a conversation a preset's kv_keep holds: first_turn (not in a request "
         "that carries an earlier answer) or every_turn",
     )
+    kv_reuse: bool = Field(
+        default=False,
+        description="whether later turns of a chat go on from what the first turn kept in the KV cache, "
+        "instead of dropping anew; counts are then rounded to whole blocks, and a preset's kv_keep holds at "
+        "every turn",
+    )
     client_controls: bool = Field(default=True, description="whether clients may choose at all")
     # strict=False: JSON and YAML have lists
     methods: Annotated[tuple[str, ...], AfterValidator(_methods)] = Field(
@@ -270,6 +276,17 @@ class PrunePolicy(OperatorModel):
     def _gate_has_a_prune_layer(self) -> PrunePolicy:
         if self.prune_gate.strip() and not self.has_prune_layer:
             raise ValueError("prune_gate needs its prune layer among prune_layers, such as 3:vision=1")
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_has_what_it_needs(self) -> PrunePolicy:
+        if self.kv_reuse and not self.has_prune_layer:
+            raise ValueError("kv_reuse needs a prune layer, such as prune_layer 8: leave it out without one")
+        if self.kv_reuse and self.prune_gate.strip():
+            raise ValueError(
+                "kv_reuse cannot be used with prune_gate, whose decision is not known when blocks are looked "
+                "up: leave one out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -417,7 +434,8 @@ class PrunePolicy(OperatorModel):
             SettingsError: they cannot be read, or are beyond this policy.
         """
         default = self.default_settings.kv
-        kv = KVSettings.from_extra_args(extra_args, default)
+        # what is left whole behind a first turn is beyond no policy
+        kv = replace(KVSettings.from_extra_args(extra_args, default), first_turn=0)
         if kv == default:
             return
         where = f"extra_args.{KWARG}"
@@ -482,6 +500,7 @@ class PrunePolicy(OperatorModel):
         asked = controls.get("kv_keep")
         scope = controls.get("kv_scope", "all")
         gate = controls.get("kv_gate", "on") == "on"
+        reuse = controls.get("kv_reuse", "on") == "on"
         if self.prune_layer is not None:
             if asked is not None and len(asked) > len(self.schedule) > 0:
                 name = controls.name("kv_keep")
@@ -490,7 +509,8 @@ class PrunePolicy(OperatorModel):
                     f"layer{'s' if len(self.schedule) > 1 else ''}: send at most one for each.",
                     name,
                 )
-            return KVSettings.of(asked if asked is not None else (preset_keep,), scope, gate=gate)
+            shares = asked if asked is not None else (preset_keep,)
+            return KVSettings.of(shares, scope, gate=gate, reuse=reuse)
         if asked is not None and min(asked) < 1.0:
             name = controls.name("kv_keep")
             raise SettingsError(

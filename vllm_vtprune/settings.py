@@ -23,6 +23,8 @@ from vllm_vtprune.errors import SettingsError
 AUTO_SCORE = "auto"
 #: Characters of a question that a method is given, the last ones: about four segments of CLIP's text tower.
 LONGEST_QUESTION = 1200
+#: Beside the contract's fields in `SamplingParams.extra_args`: `KVSettings.first_turn`, which no client says.
+FIRST_TURN = "kv_first_turn"
 _FIELD_OF_HEADER = {field.header.lower(): field for field in FIELDS.values()}
 
 
@@ -132,18 +134,31 @@ class KVSettings:
         scope: `all` (visual and text tokens compete) or `vision` (text tokens are protected).
         above: the same for further prune layers; the last share given holds for the rest.
         gate: whether the server's gate may decide that all visual tokens leave.
+        reuse: whether later turns may go on from what the first one kept, on an engine that offers it
+            (`policy.PrunePolicy.kv_reuse`).
+        first_turn: there, tokens of the prompt that its first turn ended with: those behind them all stay. 0
+            for a prompt that is its first turn.
     """
 
     keep: float = 1.0
     scope: KVScope = "all"
     above: tuple[float, ...] = ()
     gate: bool = True
+    reuse: bool = True
+    first_turn: int = 0
 
     @staticmethod
-    def of(shares: Sequence[float], scope: KVScope = "all", *, gate: bool = True) -> KVSettings:
+    def of(
+        shares: Sequence[float],
+        scope: KVScope = "all",
+        *,
+        gate: bool = True,
+        reuse: bool = True,
+        first_turn: int = 0,
+    ) -> KVSettings:
         """From the shares of one or more prune layers."""
         keep, *above = shares
-        return KVSettings(keep, scope, tuple(above), gate)
+        return KVSettings(keep, scope, tuple(above), gate, reuse, first_turn)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -159,7 +174,10 @@ class KVSettings:
         """What `SamplingParams.extra_args` carries to scheduler and worker."""
         keep: float | list[float] = list(map(float, self.shares)) if self.above else float(self.keep)
         refused = {} if self.gate else {"kv_gate": "off"}
-        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope, **refused}}
+        if not self.reuse:
+            refused["kv_reuse"] = "off"
+        turn = {FIRST_TURN: self.first_turn} if self.first_turn else {}
+        return {KWARG: {"kv_keep": keep, "kv_scope": self.scope, **refused, **turn}}
 
     @staticmethod
     def from_extra_args(extra_args: Mapping[str, Any] | None, default: KVSettings) -> KVSettings:
@@ -176,12 +194,19 @@ class KVSettings:
                 f"extra_args['{KWARG}'] must be an object; build it with vllm_vtprune.request_kwargs(...).",
                 f"extra_args.{KWARG}",
             )
-        fields = ("kv_keep", "kv_scope", "kv_gate")
-        controls = Controls.from_mapping(entry, where=f"extra_args.{KWARG}", fields=fields)
+        fields = ("kv_keep", "kv_scope", "kv_gate", "kv_reuse")
+        first_turn = entry.get(FIRST_TURN, 0)
+        if not isinstance(first_turn, int) or isinstance(first_turn, bool) or first_turn < 0:
+            name = f"extra_args.{KWARG}.{FIRST_TURN}"
+            raise SettingsError(f"{name} must be a whole number of tokens, not {kind_of(first_turn)}.", name)
+        said = {key: value for key, value in entry.items() if key != FIRST_TURN}
+        controls = Controls.from_mapping(said, where=f"extra_args.{KWARG}", fields=fields)
         return KVSettings.of(
             controls.get("kv_keep", (1.0,)),
             controls.get("kv_scope", "all"),
             gate=controls.get("kv_gate", "on") == "on",
+            reuse=controls.get("kv_reuse", "on") == "on",
+            first_turn=first_turn,
         )
 
 
@@ -216,6 +241,7 @@ class PruneSettings:
             "kv_keep": list(self.kv.shares) if self.kv.above else self.kv.keep,
             "kv_scope": self.kv.scope,
             **({} if self.kv.gate else {"kv_gate": "off"}),
+            **({} if self.kv.reuse else {"kv_reuse": "off"}),
             **({"level": self.level} if self.level is not None else {}),
         }
 

@@ -58,7 +58,8 @@ class KVPlanner:
     def by_layer(self, plan: PromptPlan) -> tuple[int, ...]:
         """Tokens of a prompt above each prune layer; all of them where it is served whole."""
         layers = len(self.config.schedule)
-        return plan.kept_by_layer if len(plan.kept_by_layer) == layers else (plan.kept,) * layers
+        kept = plan.kept_by_layer if len(plan.kept_by_layer) == layers else (plan.kept,) * layers
+        return tuple(tokens + plan.behind for tokens in kept)
 
     def count(self, plan: PromptPlan) -> None:
         """Count a prompt that was answered."""

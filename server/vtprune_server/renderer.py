@@ -21,12 +21,14 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm_vtprune.context import PluginContext
 from vllm_vtprune.contract import AUTO, KWARG
 from vllm_vtprune.errors import SettingsError
+from vllm_vtprune.kv_drop.plan import reuses
 from vllm_vtprune.settings import Controls, PruneSettings
 from vllm_vtprune.vision.placeholders import FIELDS
 from vllm_vtprune.vision.processor import VISION_TOKENS
 from vtprune_server.auto import AutoLevel
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
+from vtprune_server.first_turn import first_turn_tokens
 from vtprune_server.kv_plan import KVPlanner
 from vtprune_server.question import question_of, with_question
 
@@ -75,6 +77,14 @@ class PrunedOnlineRenderer(OnlineRenderer):
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""
         with self._injected(request, messages) as settings:
             conversation, engine_inputs = await super().preprocess_chat(request, messages, *args, **kwargs)
+        goes_on = self._as_its_first_turn(request, messages, settings)
+        if goes_on is not None:
+            turn = await first_turn_tokens(
+                self, conversation, engine_inputs[0], request, messages, *args, **kwargs
+            )
+            if turn is not None:
+                settings = replace(goes_on, kv=replace(goes_on.kv, first_turn=turn))
+                self._inject_kv(request, settings)
         self._count(engine_inputs, request, settings)
         return conversation, engine_inputs
 
@@ -84,6 +94,22 @@ class PrunedOnlineRenderer(OnlineRenderer):
             engine_inputs = await super().preprocess_cmpl(request, *args, **kwargs)
         self._count(engine_inputs, request, settings)
         return engine_inputs
+
+    def _as_its_first_turn(
+        self, request: Any, messages: Sequence[Any], settings: PruneSettings
+    ) -> PruneSettings | None:
+        """The settings of a later turn that may go on from what its first one kept; None for another request.
+
+        What is dropped is then what would be at the first turn.
+        """
+        if self.kv_planner is None or not self.kv_planner.config.reuse_block:
+            return None
+        if not carries_an_answer(messages) or not _stands_kv_drop(request):
+            return None
+        first = self._resolve(request, settings.level)
+        if not reuses(first.kv, self.kv_planner.config):
+            return None
+        return replace(first, vision=settings.vision)
 
     def resolve(self, request: Any, *, later_turn: bool = False) -> PruneSettings:
         """The settings of a request: headers over body over the model's name over the operator's default.
@@ -95,6 +121,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
         Raises:
             VLLMValidationError: they cannot be served; vLLM answers 400 and names the field.
         """
+        settings = self._resolve(request, self.auto.level, later_turn=later_turn)
+        if (context := current_request.get()) is not None:
+            context.settings = settings
+        return settings
+
+    def _resolve(self, request: Any, level: str | None, *, later_turn: bool = False) -> PruneSettings:
         context = current_request.get() or RequestContext()
         # run_batch bypasses the routes: the body field then comes with the request model
         body = context.body if context.body is not None else getattr(request, KWARG, None)
@@ -105,10 +137,9 @@ class PrunedOnlineRenderer(OnlineRenderer):
                 name = controls.name(next(iter(controls.fields)))
                 raise SettingsError(f"{name} cannot be set: this server's model is not pruned.", name)
             policy = self.vtprune_context.policy
-            context.settings = policy.resolve(controls, self.auto.level, later_turn=later_turn)
+            return policy.resolve(controls, level, later_turn=later_turn)
         except SettingsError as error:
             raise refusal(error) from error
-        return context.settings
 
     def _named_by_model(self, model: str | None) -> Controls:
         preset = self.model_presets.get(model or "")
@@ -129,9 +160,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
         if self.vtprune_context.policy.prune_layer is not None and hasattr(request, "vllm_xargs"):
             _refuse_own_key(request.vllm_xargs, "vllm_xargs")
             settings = _kv_compatible(request, settings)
-            if (context := current_request.get()) is not None:
-                context.settings = settings
-            request.vllm_xargs = {**(request.vllm_xargs or {}), **settings.kv.extra_args()}
+            self._inject_kv(request, settings)
         # the request object belongs to this request alone; what follows must see the client's own value again
         request.mm_processor_kwargs = {**(client_kwargs or {}), KWARG: settings.vision.canonical()}
         try:
@@ -147,6 +176,12 @@ class PrunedOnlineRenderer(OnlineRenderer):
             ) from error
         finally:
             request.mm_processor_kwargs = client_kwargs
+
+    def _inject_kv(self, request: Any, settings: PruneSettings) -> None:
+        if (context := current_request.get()) is not None:
+            context.settings = settings
+        if hasattr(request, "vllm_xargs"):
+            request.vllm_xargs = {**(request.vllm_xargs or {}), **settings.kv.extra_args()}
 
     def _count(self, engine_inputs: list[Any], request: Any, settings: PruneSettings) -> None:
         context = current_request.get()
@@ -166,7 +201,7 @@ class PrunedOnlineRenderer(OnlineRenderer):
             if self.kv_planner is not None:
                 logprobs = getattr(request, "prompt_logprobs", None)
                 plan = self.kv_planner.plan(engine_input, settings.kv, logprobs)
-                counts.kv_tokens_kept = plan.kept
+                counts.kv_tokens_kept = plan.kept + plan.behind
                 counts.kv_tokens_by_layer = self.kv_planner.by_layer(plan)
                 context.plans.append(plan)
             context.add(counts)

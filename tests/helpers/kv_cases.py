@@ -25,6 +25,9 @@ BANDS: dict[str, dict[str, str]] = {
         "relevance": "pagerank,inherited,key_norm",
     },
 }
+#: Those of the conversations whose later turns go on from the first, and tokens of a block there.
+TURNS: dict[str, str] = {"prune_layers": "2:0.8,4:0.7", "relevance": "attention,last_token"}
+TURNS_BLOCK = 32
 
 
 def grid() -> list[Request]:
@@ -164,3 +167,17 @@ def unpruned() -> list[Request]:
     texts = [Request(TEXT.replace("story", word)) for word in ("story", "tale", "poem")]
     images = [Request(QUESTION, (noise(i),)) for i in range(3)]
     return [*texts, *images, Request(TWO, (noise(0), noise(1)))]
+
+
+def talks() -> list[Request]:
+    """The first turns: drops at both prune layers, at one of them, of text, of visual tokens; and none."""
+    return [
+        Request(QUESTION, (noise(60),), kv_keep=0.5, max_tokens=24),
+        Request(QUESTION, (noise(61),), kv_keep=(0.75, 0.3), kv_scope="vision", max_tokens=24),
+        Request(QUESTION, (noise(62),), kv_keep=(1.0, 0.4), max_tokens=24),
+        Request(QUESTION, (noise(63),), kv_keep=(0.6, 1.0), max_tokens=24),
+        Request(QUESTION, (scene(),), aggressiveness=0.3, kv_keep=0.3, max_tokens=24),
+        Request(TWO, (noise(64), noise(65)), kv_keep=(0.5, 0.2), max_tokens=24),
+        Request(TEXT, kv_keep=0.4, max_tokens=24),
+        Request(QUESTION, (noise(66),), max_tokens=24),
+    ]

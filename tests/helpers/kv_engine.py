@@ -40,6 +40,7 @@ class Engine:
         prune_layers: str = "",
         relevance: str = "attention",
         prune_gate: str = "",
+        kv_reuse: bool = False,
         default_preset: str = "off",
         plugin: bool = True,
         **kwargs: Any,
@@ -53,6 +54,7 @@ class Engine:
             "prune_layers": prune_layers,
             "relevance": relevance,
             "prune_gate": prune_gate,
+            "kv_reuse": kv_reuse,
             "default_preset": default_preset,
         }
         self.llm = LLM(
@@ -79,7 +81,7 @@ class Engine:
         from vllm_vtprune import request_kwargs
 
         tokens = self.llm.get_tokenizer()(request.prompt, add_special_tokens=False).input_ids
-        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+        prompt: dict[str, Any] = {"prompt_token_ids": [*tokens, *request.then]}
         if request.images:
             prompt["multi_modal_data"] = {"image": list(request.images)}
             ratio = {"keep_ratio": request.keep_ratio}
@@ -93,8 +95,12 @@ class Engine:
 
         from vllm_vtprune import request_kwargs
 
-        gate = {} if request.kv_gate else {"kv_gate": "off"}
-        extra_args = request_kwargs(kv_keep=request.kv_keep, kv_scope=request.kv_scope, **gate)[1]
+        refused = {} if request.kv_gate else {"kv_gate": "off"}
+        if not request.kv_reuse:
+            refused["kv_reuse"] = "off"
+        extra_args = request_kwargs(
+            kv_keep=request.kv_keep, kv_scope=request.kv_scope, first_turn=request.first_turn, **refused
+        )[1]
         defaults = {
             "temperature": 0,
             "max_tokens": request.max_tokens,

@@ -22,6 +22,7 @@ from tests.helpers.engine_process import saved_by
 from tests.helpers.kv_cases import (
     BANDS,
     GATE_AT,
+    TURNS,
     alone,
     band_cases,
     band_crowd,
@@ -33,6 +34,7 @@ from tests.helpers.kv_cases import (
     grid,
     replayed,
     resettable,
+    talks,
     texts,
     unpruned,
 )
@@ -56,6 +58,7 @@ _IN_CI: dict[str, tuple[str, ...]] = {
     "bands": ("v1", "v2"),
     "bands_preemption": ("v1", "v2-async"),
     "bands_compiled": ("v1", "v2"),
+    "turns": ("v1", "v2-async"),
 }
 #: Scenario -> the checkpoint of `checkpoints` it runs on; `grouped` for the others.
 CHECKPOINT = {"top": "ungrouped", "bands": "qwen3", "bands_preemption": "mistral", "bands_compiled": "qwen2"}
@@ -88,6 +91,12 @@ COMPARED: dict[str, tuple[str, int]] = {
     "a gate, preempted": ("bands_preemption", len(gate_crowd())),
     "a gate, reset": ("bands_preemption", len(gate_crowd())),
     "a gate, compiled": ("bands_compiled", len(gate_cases())),
+    "three turns": ("turns", 3 * len(talks())),
+    "a third turn with an empty cache": ("turns", len(talks())),
+    "a third turn, twice": ("turns", len(talks())),
+    "turns that do not go on": ("turns", 6),
+    "turns, reset": ("turns", 6),
+    "turns, preempted and aborted": ("turns", 8),
 }
 #: Acted out for the V2 runner.
 _GRAPHS = ("full graphs", "piecewise graphs")
@@ -106,8 +115,9 @@ def compared_table() -> str:
 
 def band_layers(scenario: str) -> tuple[tuple[PruneLayer, ...], tuple[str, ...]]:
     """Prune layers and ratings of a scenario with several, as the reference takes them."""
-    prune_layers = tuple((p.layer, p.share, p.of) for p in parse(BANDS[scenario]["prune_layers"]))
-    return prune_layers, tuple(BANDS[scenario]["relevance"].split(","))
+    options = {**BANDS, "turns": TURNS}[scenario]
+    prune_layers = tuple((p.layer, p.share, p.of) for p in parse(options["prune_layers"]))
+    return prune_layers, tuple(options["relevance"].split(","))
 
 
 class Runs:
@@ -169,9 +179,11 @@ class Verdicts:
         relevance: str | tuple[str, ...] = "attention",
         checkpoint: str = "grouped",
         gate: bool = False,
+        block: int = 1,
     ) -> Reference:
         """The reference with this prune layer, or these, and the checkpoint's gate."""
         reference = self._references[checkpoint]
+        reference.block = block
         reference.gate = self._folders[checkpoint] / FILE if gate else None
         reference.prune_layer, reference.relevance = layer, relevance
         return reference
@@ -186,12 +198,13 @@ class Verdicts:
         relevance: str | tuple[str, ...] = "attention",
         checkpoint: str = "grouped",
         gate: bool = False,
+        block: int = 1,
     ) -> None:
         """Same prompt, same greedy tokens, log-probabilities within 1e-4; None is a request that got none.
 
         With a gate, the same decision too.
         """
-        reference = self.reference(layer, relevance, checkpoint, gate)
+        reference = self.reference(layer, relevance, checkpoint, gate, block)
         assert sum(mine is not None for mine in answers) == COMPARED[scenario][1]
         for number, (request, mine) in enumerate(zip(requests, answers, strict=True)):
             if mine is None:

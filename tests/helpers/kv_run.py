@@ -20,6 +20,8 @@ import torch
 from tests.helpers.kv_cases import (
     BANDS,
     QUESTION,
+    TURNS,
+    TURNS_BLOCK,
     alone,
     band_cases,
     band_crowd,
@@ -45,6 +47,7 @@ from tests.helpers.kv_events import (
     reset_while_running,
 )
 from tests.helpers.kv_gate import FILE
+from tests.helpers.kv_turns import conversations, otherwise, preempted, reset
 from tests.helpers.pictures import noise
 from tests.reference import Request
 
@@ -282,6 +285,23 @@ def scenario_bands_compiled(checkpoint: str) -> dict[str, Any]:
     return found
 
 
+def scenario_turns(checkpoint: str) -> dict[str, Any]:
+    """Conversations whose later turns go on from what the first one kept, at two prune layers."""
+    # half of the conversations' last turns fit, and the crowd of `preempted` does not
+    cache = {"block_size": TURNS_BLOCK, "num_gpu_blocks_override": 150, "max_num_seqs": 12}
+    engine = Engine(checkpoint, **TURNS, kv_reuse=True, **cache)
+    free = engine.pool.get_num_free_blocks()
+    found = conversations(engine)
+    return {
+        **found,
+        "otherwise": otherwise(engine, found),
+        "reset": reset(engine, found["asked"][1][:6]),
+        "preempted": preempted(engine, found),
+        "blocks_lost": free - engine.pool.get_num_free_blocks(),
+        "runner": {"v2": engine.is_v2, "scheduler": type(engine.scheduler).__name__},
+    }
+
+
 def scenario_text_only(checkpoint: str) -> dict[str, Any]:
     """A server that takes no pictures: vLLM gives the decoder token ids, and it embeds them itself.
 
@@ -365,6 +385,7 @@ SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
     "bands": scenario_bands,
     "bands_preemption": scenario_bands_preemption,
     "bands_compiled": scenario_bands_compiled,
+    "turns": scenario_turns,
     "text_only": scenario_text_only,
     "no_layer": scenario_no_layer,
     "plain": scenario_plain,

@@ -53,6 +53,12 @@ def test_every_process_reads_the_same(checkpoint: Path) -> None:
     assert drop.longest_prompt == 2048 - built.scheduler_config.max_num_seqs + 1
 
 
+def test_later_turns_go_on_in_blocks_of_the_engine(checkpoint: Path) -> None:
+    assert kv_drop_config(config(checkpoint, block_size=64)).reuse_block == 0
+    built = config(checkpoint, policy={"kv_reuse": True}, block_size=64)
+    assert kv_drop_config(built).reuse_block == 64
+
+
 def test_a_small_step_still_takes_half_of_itself(checkpoint: Path) -> None:
     built = config(checkpoint, max_num_batched_tokens=512, max_num_seqs=512)
     assert kv_drop_config(built).longest_prompt == 256
@@ -89,6 +95,22 @@ def test_without_a_layer_vllm_is_as_it_ships(checkpoint: Path) -> None:
         ({"worker_cls": "some.Worker"}, "a worker class of your own"),
         ({"disable_hybrid_kv_cache_manager": True}, "a single KV-cache group"),
         ({"policy": {"window": 1024}}, "a window of 1024"),
+        (
+            {"policy": {"prune_layer": None, "prune_layers": "2:0.5,4:0", "kv_reuse": True}},
+            "kv_reuse cannot be used with an exit, a share of 0, among the prune layers",
+        ),
+        (
+            {"policy": {"kv_reuse": True}, "enable_prefix_caching": False},
+            "kv_reuse cannot be used with the prefix cache off; leave out --no-enable-prefix-caching",
+        ),
+        ({"policy": {"kv_reuse": True}, "prefix_match_unit": 16}, "kv_reuse cannot .* a prefix match unit"),
+        (
+            {
+                "policy": {"kv_reuse": True},
+                "kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"},
+            },
+            "kv_reuse cannot be used with KV-cache events",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(

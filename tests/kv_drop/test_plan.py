@@ -16,8 +16,10 @@ from vllm_vtprune.kv_drop.plan import (
     PromptPlan,
     plan_prompt,
     protected_positions,
+    reuses,
     scope_of,
     settings_of,
+    settled_from,
     shares_of,
     tokens_kept,
 )
@@ -206,3 +208,46 @@ def test_a_share_of_one_drops_nothing_whatever_the_schedule_says():
     assert plan_prompt(ids, [], KVSettings(0.99), config).kept_by_layer == (50, 25)
     assert plan_prompt(ids, [], KVSettings.of((0.4, 1.0)), config).kept_by_layer == (40, 40)
     assert scope_of(KVSettings(0.5), shares_of(KVSettings(0.5), schedule)) == "all"
+
+
+TWO = (PruneLayer(2, 0.9), PruneLayer(4, 0.6, "vision"))
+
+
+@given(prompts(), settings, windows, st.integers(1, 40), st.integers(0, 70))
+def test_a_later_turn_drops_whole_blocks_of_what_its_first_turn_would(prompt, kv, window, block, first):
+    """And nothing behind it, wherever the first turn ends, a picture's midst included."""
+    ids, images = prompt
+    alone = KVDropConfig(TWO, window, 10_000, SPECIAL)
+    going_on = replace(alone, reuse_block=block)
+    end = first if 0 < first < len(ids) else len(ids)
+    cut = [(at, min(length, end - at)) for at, length in images if at < end]
+    plan = plan_prompt(ids, images, replace(kv, first_turn=first), going_on)
+    # text behind the last edge of a block stays, too
+    text = end - max((at + length for at, length in cut), default=0)
+    tail = max(window, end % block) if end % block <= text else window
+    expected = plan_prompt(ids[:end], cut, kv, replace(alone, window=tail))
+    if not kv.drops:
+        assert plan == PromptPlan(len(ids), len(ids))
+        return
+    assert (plan.tokens, plan.behind) == (end, len(ids) - end)
+    lost = [end - kept for kept in expected.kept_by_layer]
+    assert [end - kept for kept in plan.kept_by_layer] == [tokens // block * block for tokens in lost]
+
+
+@given(prompts(), settings, windows, st.integers(1, 40), st.integers(0, 70))
+def test_who_refuses_or_leaves_by_an_exit_gets_the_plan_of_all_tokens(prompt, kv, window, block, first):
+    ids, images = prompt
+    alone = KVDropConfig(TWO, window, 10_000, SPECIAL)
+    going_on = replace(alone, reuse_block=block)
+    for settings in (replace(kv, reuse=False), replace(kv, above=(0.0,))):
+        assert not reuses(settings, going_on)
+        later = plan_prompt(ids, images, replace(settings, first_turn=first), going_on)
+        assert later == plan_prompt(ids, images, settings, alone)
+
+
+@given(prompts(), settings, windows)
+def test_behind_the_settled_position_every_token_stays(prompt, kv, window):
+    ids, images = prompt
+    protected = protected_positions(ids, images, SPECIAL, kv.scope, window)
+    at = settled_from(protected)
+    assert protected[at:].all() and (at == 0 or not protected[at - 1])

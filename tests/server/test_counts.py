@@ -36,6 +36,8 @@ def test_a_prompt_that_is_served_whole_has_all_its_tokens_in_every_band() -> Non
     planner = KVPlanner(KVDropConfig(parse("2:0.5,4:0"), window=4, longest_prompt=100), 16, (1, 1))
     assert planner.by_layer(PromptPlan(30, 30, "too_long")) == (30, 30)
     assert planner.by_layer(PromptPlan(30, 15, kept_above=(5,))) == (15, 5)
+    # what lies behind a first turn that was gone on from is whole
+    assert planner.by_layer(PromptPlan(30, 15, kept_above=(5,), behind=20)) == (35, 25)
 
 
 def test_an_answer_to_be_continued_is_no_earlier_one() -> None:

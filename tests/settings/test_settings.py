@@ -367,7 +367,11 @@ def test_kv_settings_travel_in_extra_args() -> None:
     settings = KVSettings(0.5, "vision")
     assert KVSettings.from_extra_args(settings.extra_args(), KVSettings()) == settings
     assert KVSettings.from_extra_args(None, settings) == settings
-    for bad in ({"vtprune": 1}, {"vtprune": {"kv_keep": 2}}, {"vtprune": {"x": 1}}):
+    going_on = KVSettings(0.5, "vision", reuse=False, first_turn=7)
+    assert going_on.extra_args()["vtprune"].items() >= {"kv_reuse": "off", "kv_first_turn": 7}.items()
+    assert KVSettings.from_extra_args(going_on.extra_args(), KVSettings()) == going_on
+    turns = [{"vtprune": {"kv_first_turn": bad}} for bad in (-1, 2.0, "7", True)]
+    for bad in ({"vtprune": 1}, {"vtprune": {"kv_keep": 2}}, {"vtprune": {"x": 1}}, *turns):
         with pytest.raises(SettingsError):
             KVSettings.from_extra_args(bad, settings)
 
@@ -388,6 +392,11 @@ def test_kv_settings_travel_in_extra_args() -> None:
         ({"default_method": "topk", "methods": ["inflection"]}, "'topk' is not among the methods inflection"),
         ({"default_preset": "balanced", "max_aggressiveness": 0.1}, "default_preset"),
         ({"max_agressiveness": 0.1}, "max_agressiveness"),
+        ({"kv_reuse": True}, "kv_reuse needs a prune layer"),
+        (
+            {"kv_reuse": True, "prune_layers": "3:vision=1", "prune_gate": "x"},
+            "cannot be used with prune_gate",
+        ),
     ],
 )
 def test_a_policy_that_cannot_work_is_refused(fields: dict[str, Any], word: str) -> None:
@@ -422,6 +431,8 @@ def test_offline_helpers_speak_the_contracts_names() -> None:
     mm_kwargs, extra_args = request_kwargs(aggressiveness=0.5, kv_keep=0.5)
     assert mm_kwargs == {"vtprune": by_body(aggressiveness=0.5).vision.canonical()}
     assert extra_args == {"vtprune": {"kv_keep": 0.5, "kv_scope": "all"}}
+    later = request_kwargs(kv_keep=0.5, first_turn=189)[1]
+    assert KVSettings.from_extra_args(later, KVSettings()) == KVSettings(0.5, first_turn=189)
     with pytest.raises(SettingsError):
         request_kwargs(agressiveness=0.5)
     with pytest.raises(PolicyError):

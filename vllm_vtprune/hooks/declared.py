@@ -14,6 +14,8 @@ _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner."
 _BATCH_V1 = "vllm.v1.worker.gpu_input_batch:InputBatch."
 _REQUEST_V1 = "vllm.v1.worker.gpu_input_batch:CachedRequestState."
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch:InputBatch."
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager."
+_POOL = "vllm.v1.core.block_pool:BlockPool."
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _RENDERER = "vllm.renderers.base:BaseRenderer."
 _MULTIMODAL = "vllm.model_executor.models.interfaces:SupportsMultiModal."
@@ -71,6 +73,17 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
     ],
     "vllm_vtprune/kv_drop/hooks/cache.py": [
         ("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered", "read", "registers a spec"),
+        (_MANAGER + "num_cached_block", "read", "blocks of a request that are published"),
+        (
+            _POOL + "cache_full_blocks",
+            "order",
+            "reads no more of a request than `NamedBlocks` has, where there are no KV-cache events",
+        ),
+    ],
+    "vllm_vtprune/kv_drop/hooks/reuse.py": [
+        (_POOL + "get_cached_block", "read", "finds blocks by names of ours"),
+        *((_MANAGER + name, "read", "") for name in ("block_pool", "kv_cache_group_id")),
+        ("vllm.v1.request:Request.block_hashes", "read", "each of all tokens up to a block's end"),
     ],
     "vllm_vtprune/kv_drop/hooks/request_check.py": [
         (
@@ -147,8 +160,17 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
     "vllm_vtprune/kv_drop/hooks/scheduler.py": [
         (_SCHEDULER + "schedule", "order", "what follows when `_reserve_prefill_lookahead` says 0"),
         (_SCHEDULER + "_update_request_as_session", "order", "takes the next chunk's sampling parameters"),
+        (
+            "vllm.v1.core.sched.output:NewRequestData.mm_features",
+            "replace",
+            "the pictures that `strip_covered_mm_data` leaves out",
+        ),
         (_SCHEDULER + "encoder_cache_mismatch_reqs", "replace", "`update_from_output` fails whom it names"),
         ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", "read", ""),
+        *(
+            ("vllm.v1.core.kv_cache_manager:KVCacheManager." + name, "read", "")
+            for name in ("prefix_cache_lookup_enabled", "create_kv_cache_blocks", "evict_blocks")
+        ),
         (
             _SCHEDULER + "update_from_output",
             "order",
@@ -220,6 +242,15 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "order",
             "AssertionError for an image whose place was cut off",
         ),
+    ],
+    "vtprune_server/first_turn.py": [
+        (
+            "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat",
+            "order",
+            "fills in the template with `build_chat_params` and what it is given, and tokenises by "
+            "`build_tok_params`",
+        ),
+        (_RENDERER + "tokenize_prompt_async", "read", ""),
     ],
     "vtprune_server/middleware/drain.py": [
         ("vllm.engine.protocol:EngineClient.shutdown", "replace", "waits for requests in flight"),

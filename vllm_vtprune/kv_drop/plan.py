@@ -50,6 +50,9 @@ class KVDropConfig:
         gate: index of the prune layer at which a trained gate may let a prompt's visual tokens leave; None
             without one.
         gate_file: where it is read from.
+        reuse_block: tokens of a KV-cache block, where later turns go on from what the first one kept: so that
+            the tokens behind them begin at a block's edge in every band or in none, whole blocks are dropped.
+            0 where they do not.
     """
 
     schedule: tuple[PruneLayer, ...]
@@ -60,6 +63,7 @@ class KVDropConfig:
     relevance: tuple[str, ...] = ("attention",)
     gate: int | None = None
     gate_file: str = ""
+    reuse_block: int = 0
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
@@ -76,12 +80,13 @@ class PromptPlan:
     """The verdict on one prompt.
 
     Attributes:
-        tokens: length of the prompt.
+        tokens: length of the prompt; of a later turn that goes on from the first, of the first turn's.
         kept: tokens that stay above the first prune layer; equal to `tokens` when none leave there.
         unpruned: why the prompt is served whole although the request asked for less; None otherwise.
         kept_above: tokens that stay above each further prune layer.
         gate: index of the prune layer at which the gate is still to decide; None where it does not.
         protected: where it is, the tokens that stay from there on if it lets the others leave.
+        behind: tokens of the prompt behind its first turn's, all of which stay; in no other count.
     """
 
     tokens: int
@@ -90,6 +95,7 @@ class PromptPlan:
     kept_above: tuple[int, ...] = ()
     gate: int | None = None
     protected: int = 0
+    behind: int = 0
 
     @property
     def kept_by_layer(self) -> tuple[int, ...]:
@@ -127,8 +133,8 @@ class PromptPlan:
             block_size: tokens of a block.
             groups: KV-cache groups of the band above each prune layer.
         """
-        whole = -(-self.tokens // block_size)
-        kept = self.kept_by_layer
+        whole = -(-(self.tokens + self.behind) // block_size)
+        kept = [tokens + self.behind for tokens in self.kept_by_layer]
         return sum(n * (whole - -(-tokens // block_size)) for n, tokens in zip(groups, kept, strict=False))
 
 
@@ -150,7 +156,7 @@ def protected_positions(
         placeholders: (offset, length) of each run of visual tokens.
         special_ids: see `KVDropConfig`.
         scope: what competes; see `scope_of`.
-        window: see `KVDropConfig`.
+        window: how many of the last tokens stay; see `tail_of`.
 
     Returns:
         Mask, [n].
@@ -166,6 +172,72 @@ def protected_positions(
     protected[:1] = True
     protected[max(0, n - window) :] = True
     return protected
+
+
+def settled_from(protected: NDArray[np.bool_]) -> int:
+    """The first position of a prompt from which on every token stays in any case.
+
+    Args:
+        protected: see `protected_positions`, [n].
+    """
+    competing = np.flatnonzero(~protected)
+    return int(competing[-1]) + 1 if len(competing) else 0
+
+
+def reuses(settings: KVSettings, config: KVDropConfig) -> bool:
+    """Whether a prompt goes on from what its first turn kept, and leaves what it keeps to later turns.
+
+    Not at an exit: what stays there is all protected, and not a token more may stay to fill a block.
+
+    Args:
+        settings: the request's.
+        config: the operator's.
+    """
+    if not config.reuse_block or not settings.reuse or not settings.drops:
+        return False
+    return all(share.share > 0 for share in shares_of(settings, config.schedule))
+
+
+def tail_of(
+    tokens: int, placeholders: Sequence[tuple[int, int]], settings: KVSettings, config: KVDropConfig
+) -> int:
+    """How many of the last tokens of a prompt, or of its first turn, stay in any case.
+
+    The window; for later turns to go on from, whatever was answered, all from the last edge of a block on,
+    where that lies in the text behind the pictures.
+
+    Args:
+        tokens: the prompt's, or its first turn's.
+        placeholders: (offset, length) of each run of visual tokens in them.
+        settings: the request's.
+        config: the operator's.
+    """
+    if not reuses(settings, config):
+        return config.window
+    tail = tokens % config.reuse_block
+    if placeholders and tail > text_behind(tokens, placeholders):
+        return config.window
+    return max(config.window, tail)
+
+
+def competing(
+    token_ids: Sequence[int],
+    placeholders: Sequence[tuple[int, int]],
+    settings: KVSettings,
+    config: KVDropConfig,
+) -> tuple[Sequence[int], list[tuple[int, int]]]:
+    """The tokens of a prompt that may leave, and their visual ones: all, or its first turn's.
+
+    Args:
+        token_ids: the prompt, [n].
+        placeholders: (offset, length) of each run of visual tokens.
+        settings: the request's.
+        config: the operator's.
+    """
+    end = settings.first_turn
+    if not 0 < end < len(token_ids) or not reuses(settings, config):
+        return token_ids, list(placeholders)
+    return token_ids[:end], [(at, min(length, end - at)) for at, length in placeholders if at < end]
 
 
 def shares_of(settings: KVSettings, schedule: Sequence[PruneLayer]) -> tuple[PruneLayer, ...]:
@@ -298,17 +370,23 @@ def plan_prompt(
         return PromptPlan(n, n, "prompt_embeds")
     if streaming_input:
         return PromptPlan(n, n, "streaming_input")
+    whole = n
+    token_ids, placeholders = competing(token_ids, placeholders, settings, config)
+    n = len(token_ids)
     if n > config.longest_prompt:
-        return PromptPlan(n, n, "too_long")
+        return PromptPlan(whole, whole, "too_long")
     shares = shares_of(settings, config.schedule)
     asks = gate_asks(n, placeholders, settings, config)
     scope = scope_of(settings, shares, gated=asks)
-    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
+    tail = tail_of(n, placeholders, settings, config)
+    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, tail)
     visual = sum(length for _, length in placeholders)
     stay = int(protected.sum())
     kept, *above = by_layer = tokens_kept(n, visual, stay, shares)
+    if reuses(settings, config):
+        kept, *above = (n - (n - left) // config.reuse_block * config.reuse_block for left in by_layer)
     if not asks or by_layer[config.gate or 0] == stay:
-        return PromptPlan(n, kept, kept_above=tuple(above))
+        return PromptPlan(n, kept, kept_above=tuple(above), behind=whole - n)
     return PromptPlan(n, kept, kept_above=tuple(above), gate=config.gate, protected=stay)
 
 

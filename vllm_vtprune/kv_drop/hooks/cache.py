@@ -3,9 +3,9 @@
 
 Hooks, all of vLLM 0.32: `KVCacheSpecRegistry.register` (made for out-of-tree specs), and of
 `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` the methods `get_num_blocks_to_allocate`,
-`allocate_new_blocks` and `cache_blocks`. All specs are full attention to all of vLLM; those of different
-bands only refuse to merge with each other, so that vLLM (`get_kv_cache_groups`) puts each band of the decoder
-into groups of its own.
+`allocate_new_blocks` and `cache_blocks`, which reads of a request no more than `reuse.NamedBlocks` has.
+All specs are full attention to all of vLLM; those of different bands only refuse to merge with each other, so
+that vLLM (`get_kv_cache_groups`) puts each band of the decoder into groups of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from vllm_vtprune.kv_drop.hooks.reuse import Passages
 from vllm_vtprune.kv_drop.plan import PromptPlan
 
 
@@ -59,18 +60,31 @@ class AbovePruneLayerSpec(_BandSpec):
 
 
 class PlannedBlocksManager(FullAttentionManager):
-    """Full attention that publishes no blocks of pruned requests.
+    """Full attention that publishes no blocks of pruned requests, or under other names.
 
     Attributes:
         plans: pruned requests by id; `KVDropScheduler` puts its own mapping here.
+        passages: what later turns go on from; `KVDropScheduler` puts its own here, where they do.
     """
 
     plans: Mapping[str, PromptPlan] = MappingProxyType({})
+    passages: Passages | None = None
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish full blocks for prefix caching, except those of a pruned request."""
+        """Publish full blocks for prefix caching; those of a pruned request for its later turns alone."""
         if request.request_id not in self.plans:
             super().cache_blocks(request, num_tokens, *args, **kwargs)
+        elif self.passages is not None and request.request_id in self.passages:
+            lost = self.dropped(request.request_id)
+            slots = num_tokens - lost
+            if slots // self.block_size > self.num_cached_block.get(request.request_id, 0):
+                named: Any = self.passages.names(request, lost)
+                super().cache_blocks(named, slots, *args, **kwargs)
+
+    def dropped(self, request_id: str) -> int:
+        """Tokens of the request that left below this group's layers."""
+        plan, spec = self.plans.get(request_id), cast(_BandSpec, self.kv_cache_spec)
+        return 0 if plan is None or not spec.band else plan.tokens - plan.kept_by_layer[spec.band - 1]
 
     def return_surplus(self, request_id: str, num_tokens: int) -> int:
         """How many blocks the request holds: below a prune layer there is never a surplus."""
@@ -123,9 +137,7 @@ class AbovePruneLayerManager(PlannedBlocksManager):
                 f"Request {request_id} was scheduled for {num_tokens} of its {plan.tokens} prompt tokens, "
                 "but a pruned prompt cannot be split."
             )
-        spec: Any = self.kv_cache_spec
-        kept: int = plan.kept_by_layer[spec.band - 1]
-        return num_tokens - plan.tokens + kept
+        return num_tokens - self.dropped(request_id)
 
 
 def split_specs(specs: Mapping[str, KVCacheSpec], *prune_layers: int) -> dict[str, KVCacheSpec]:

@@ -92,6 +92,9 @@ def install(vllm_config: VllmConfig, policy: PrunePolicy) -> None:
     problem = _problem(vllm_config, policy)
     if problem is not None:
         raise UnsupportedConfigError(f"vtprune: prune_layer cannot be used with {problem}.")
+    problem = _reuse_problem(vllm_config, policy) if policy.kv_reuse else None
+    if problem is not None:
+        raise UnsupportedConfigError(f"vtprune: kv_reuse cannot be used with {problem}.")
     # left unset, vLLM would turn them on by itself (`VllmConfig._maybe_enable_breakable_cudagraph`)
     os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
@@ -155,6 +158,10 @@ def with_schedule(
             name,
             schedule,
             schedule.deviation,
+        )
+    if schedule.gate and "prune_gate" not in own and policy.kv_reuse:
+        raise UnsupportedConfigError(
+            f"vtprune: kv_reuse cannot be used with a gate, and {name} names one: leave kv_reuse out."
         )
     written = PrunePolicy(
         **{**policy.model_dump(), **taken, "prune_layers": str(schedule), "prune_schedule": ""}
@@ -230,6 +237,7 @@ def kv_drop_config(vllm_config: VllmConfig) -> KVDropConfig:
         relevance=policy.relevances,
         gate=None if gate_layer is None else layers.index(gate_layer),
         gate_file=gate_file,
+        reuse_block=vllm_config.cache_config.block_size if policy.kv_reuse else 0,
     )
 
 
@@ -306,6 +314,23 @@ def _problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
         ),
         f"a window of {policy.window}, which no prompt of this model exceeds; choose a smaller window": (
             policy.window >= model.max_model_len
+        ),
+    }
+    return next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None)
+
+
+def _reuse_problem(vllm_config: VllmConfig, policy: PrunePolicy) -> str | None:
+    """The first thing that keeps later turns from going on, as the end of a sentence; None where all fits."""
+    cache, events = vllm_config.cache_config, vllm_config.kv_events_config
+    wrong = {
+        "an exit, a share of 0, among the prune layers: its counts cannot be whole blocks": any(
+            prune_layer.share == 0 for prune_layer in policy.schedule
+        ),
+        "the prefix cache off; leave out --no-enable-prefix-caching": not cache.enable_prefix_caching,
+        "a prefix match unit; leave out --prefix-match-unit": cache.prefix_match_unit is not None,
+        # what is published is not the hash of the tokens that an event would name
+        "KV-cache events; leave out --kv-events-config": (
+            events is not None and events.enable_kv_cache_events
         ),
     }
     return next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None)

@@ -6,16 +6,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllm_vtprune.kv_drop.plan import (
     KVDropConfig,
     PromptPlan,
+    competing,
     gate_asks,
     plan_prompt,
     protected_positions,
     rated_at,
+    reuses,
     scope_of,
     settings_of,
+    settled_from,
     shares_of,
+    tail_of,
     text_behind,
 )
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
@@ -24,6 +31,7 @@ from vllm_vtprune.kv_drop.step import GateQuestion, RequestDrop
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
 
 
 def placeholder_ranges(mm_features: Sequence[MultiModalFeatureSpec]) -> list[tuple[int, int]]:
@@ -88,11 +96,7 @@ def request_drop(
     plan = plan_request(token_ids, mm_features, sampling_params, config)
     if plan.whole or token_ids is None or sampling_params is None:
         return None
-    settings, _ = settings_of(sampling_params.extra_args, config.default)
-    placeholders = placeholder_ranges(mm_features)
-    asks = gate_asks(plan.tokens, placeholders, settings, config)
-    scope = scope_of(settings, shares_of(settings, config.schedule), gated=asks)
-    protected = protected_positions(token_ids, placeholders, config.special_ids, scope, config.window)
+    placeholders, protected = _protected(token_ids, mm_features, sampling_params, config)
     reaching = (plan.tokens, *plan.kept_by_layer[:-1])
     inherits = [RELEVANCE[config.relevance_at(index)].inherits for index in range(len(reaching))]
     rated = rated_at(plan.tokens, plan.kept_by_layer, int(protected.sum()), inherits)
@@ -109,3 +113,40 @@ def request_drop(
             )
         )
     return tuple(drops)
+
+
+def first_turn(request: Request, config: KVDropConfig) -> tuple[int, str] | None:
+    """Of a request that goes on from its first turn, or may be gone on from: what `reuse.Passages` asks.
+
+    Args:
+        request: as the scheduler holds it, of which something is dropped.
+        config: the operator's.
+
+    Returns:
+        Where its first turn's tokens all stay from (`plan.settled_from`), and what decides which of them
+        do; None for another request.
+    """
+    params = request.sampling_params
+    if params is None or request.prompt_token_ids is None:
+        return None
+    settings, _ = settings_of(params.extra_args, config.default)
+    if not reuses(settings, config):
+        return None
+    _, protected = _protected(request.prompt_token_ids, request.mm_features, params, config)
+    shares = shares_of(settings, config.schedule)
+    return settled_from(protected), f"{shares} {scope_of(settings, shares)}"
+
+
+def _protected(
+    token_ids: Sequence[int],
+    mm_features: Sequence[MultiModalFeatureSpec],
+    sampling_params: SamplingParams,
+    config: KVDropConfig,
+) -> tuple[list[tuple[int, int]], NDArray[np.bool_]]:
+    """(offset, length) of the visual tokens, and which tokens stay in any case, of those that may leave."""
+    settings, _ = settings_of(sampling_params.extra_args, config.default)
+    token_ids, placeholders = competing(token_ids, placeholder_ranges(mm_features), settings, config)
+    asks = gate_asks(len(token_ids), placeholders, settings, config)
+    scope = scope_of(settings, shares_of(settings, config.schedule), gated=asks)
+    tail = tail_of(len(token_ids), placeholders, settings, config)
+    return placeholders, protected_positions(token_ids, placeholders, config.special_ids, scope, tail)

@@ -38,7 +38,6 @@ class KVDropModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._config = kv_drop_config(self.vllm_config)
         self._drops: dict[str, tuple[RequestDrop, ...] | None] = {}
         self._preempted: dict[str, tuple[RequestDrop, ...] | None] = {}
         self._leaving: frozenset[str] = frozenset()
@@ -67,7 +66,9 @@ class KVDropModelState(DefaultModelState):
         if new_req_data.req_id in self._preempted:
             self._drops[new_req_data.req_id] = self._preempted.pop(new_req_data.req_id)
             return
-        if new_req_data.num_computed_tokens > 0:
+        # read here, since vLLM fits the block size to the attention backend after the model is loaded
+        config = kv_drop_config(self.vllm_config)
+        if new_req_data.num_computed_tokens > 0 and not config.reuse_block:
             # a pruned prompt starts at its first token: this one read the prefix cache, or it is a
             # streaming-input session's that grew
             self._drops[new_req_data.req_id] = None
@@ -76,7 +77,7 @@ class KVDropModelState(DefaultModelState):
             new_req_data.prompt_token_ids,
             new_req_data.mm_features,
             new_req_data.sampling_params,
-            self._config,
+            config,
         )
 
     def remove_request(self, req_id: str) -> None:

@@ -2,6 +2,7 @@
 """vLLM's scheduler with one more rule: a prompt that will be pruned is taken whole, or not yet.
 
 Hooks, all of `vllm.v1.core.sched.scheduler.Scheduler` in vLLM 0.32: `add_request`, `_free_request`,
+`_get_local_prefix_cache_hit`, where a prompt whose later turns go on from it is looked up,
 `_reserve_prefill_lookahead`, the last word on how many tokens of a request a step takes, where 0 means "not
 yet", and `update_from_output`, which fails the requests of `encoder_cache_mismatch_reqs` and goes on. What
 `_free_request` returns is told with a request's last output (`RequestOutput.kv_transfer_params`).
@@ -20,7 +21,8 @@ from vllm_vtprune.kv_drop.hooks.cache import PlannedBlocksManager
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.hooks.exits import decisions, tell_held
 from vllm_vtprune.kv_drop.hooks.failures import failed_requests
-from vllm_vtprune.kv_drop.hooks.requests import plan_request
+from vllm_vtprune.kv_drop.hooks.requests import first_turn, plan_request
+from vllm_vtprune.kv_drop.hooks.reuse import Passages
 from vllm_vtprune.kv_drop.plan import PromptPlan, gate_report
 from vllm_vtprune.settings import KVSettings
 
@@ -47,6 +49,7 @@ class _KVDropMixin(Scheduler):
         prompt_plans: pruned requests by id, from arrival until they are freed.
         unpruned: how many requests were served whole although they asked for less, by reason.
         gate_reports: by request that the gate decided on, what its answer tells (`gate_report`).
+        passages: what later turns go on from; None where none do.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,12 +60,17 @@ class _KVDropMixin(Scheduler):
         self.gate_reports: dict[str, dict[str, Any]] = {}
         # blocks that requests still hold which returned some since the last step
         self._held: dict[str, list[int]] = {}
+        self.passages: Passages | None = None
+        if self.kv_drop_config.reuse_block:
+            self.passages = Passages(self.kv_drop_config.reuse_block, self.kv_cache_config.num_blocks)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if not isinstance(manager, PlannedBlocksManager):
                 raise RuntimeError(
                     "vtprune: the worker did not split the KV-cache groups at the prune layer."
                 )
-            manager.plans = self.prompt_plans
+            if self.passages is not None and manager.block_size != self.kv_drop_config.reuse_block:
+                raise RuntimeError("vtprune: KV-cache groups have blocks of several sizes.")
+            manager.plans, manager.passages = self.prompt_plans, self.passages
 
     def add_request(self, request: Request) -> None:
         """Plan the request's prompt before it is queued."""
@@ -84,8 +92,12 @@ class _KVDropMixin(Scheduler):
         )
         if not plan.whole:
             self.prompt_plans[request.request_id] = plan
-            # what lies in the cache was computed for whole prompts
-            request.skip_reading_prefix_cache = True
+            turn = None if self.passages is None else first_turn(request, self.kv_drop_config)
+            if self.passages is not None and turn is not None:
+                self.passages.add(request, plan, *turn)
+            else:
+                # what lies in the cache was computed for whole prompts
+                request.skip_reading_prefix_cache = True
         if plan.unpruned is not None:
             first = plan.unpruned not in self.unpruned
             self.unpruned[plan.unpruned] = self.unpruned.get(plan.unpruned, 0) + 1
@@ -93,6 +105,17 @@ class _KVDropMixin(Scheduler):
                 logger.warning("vtprune: served unpruned: %s. Not logged again.", _WHY[plan.unpruned])
             if plan.unpruned == "streaming_input":
                 _keep_whole(request)
+
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.passages is None or request.request_id not in self.passages:
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        managers: Any = self.kv_cache_manager.coordinator.single_type_managers
+        dropped = [manager.dropped(request.request_id) for manager in managers]
+        may_read = self.kv_cache_manager.prefix_cache_lookup_enabled(request)
+        found, tokens = self.passages.find(request, managers, dropped, may_read=may_read)
+        if not tokens:
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        return self.kv_cache_manager.create_kv_cache_blocks(tuple(found)), tokens, 0, False
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -113,6 +136,12 @@ class _KVDropMixin(Scheduler):
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = most
+        passages = self.passages or ()
+        for new in output.scheduled_new_reqs:
+            if new.req_id in passages:
+                # vLLM strips the pictures that a hit covers; V1 keeps what it is told first, and a preempted
+                # request may have to begin at its first token
+                new.mm_features = self.requests[new.req_id].mm_features
         tell_held(output, self._held)
         self._held = {}
         return output
@@ -125,11 +154,23 @@ class _KVDropMixin(Scheduler):
                 "the scheduler gave blocks for. Please report this.",
                 request_id,
             )
-            _withhold(model_runner_output, request_id)
-            self.encoder_cache_mismatch_reqs.add(request_id)
+            for name in self._fail(request_id):
+                _withhold(model_runner_output, name)
+                self.encoder_cache_mismatch_reqs.add(name)
         for request_id, leaves in decisions(model_runner_output).items():
             self._decide(request_id, leaves)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _fail(self, request_id: str) -> list[str]:
+        """The requests that fail with one: those too that may have read what it published and never wrote."""
+        if self.passages is None:
+            return [request_id]
+        names = self.passages.close(request_id)
+        for name in names:
+            self.kv_cache_manager.evict_blocks(
+                {i for ids in self.kv_cache_manager.get_block_ids(name) for i in ids}
+            )
+        return names
 
     def _decide(self, request_id: str, leaves: bool) -> None:
         """Plan anew a prompt that the gate decided on; what it then holds in surplus returns to the pool.
@@ -153,6 +194,8 @@ class _KVDropMixin(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         kv_transfer_params, *others = super()._free_request(request, *args, **kwargs)
         self.prompt_plans.pop(request.request_id, None)
+        if self.passages is not None:
+            self.passages.remove(request.request_id)
         report = self.gate_reports.pop(request.request_id, None)
         if report is not None:
             # the one part of an answer that a scheduler may fill without a connector of vLLM's
@@ -172,7 +215,7 @@ def _keep_whole(request: Request) -> None:
 
 def _withhold(output: ModelRunnerOutput, request_id: str) -> None:
     """Take a request's results out of a step's output."""
-    if output.sampled_token_ids:
+    if output.sampled_token_ids and request_id in output.req_id_to_index:
         output.sampled_token_ids[output.req_id_to_index[request_id]] = []
     output.prompt_logprobs_dict.pop(request_id, None)
     output.prompt_token_id_logprobs_dict.pop(request_id, None)
