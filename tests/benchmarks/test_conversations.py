@@ -74,10 +74,10 @@ def test_dropping_pays_for_the_whole_prompt_and_leaves_the_next_turn_nothing() -
 
 def test_going_on_from_what_was_kept_computes_what_is_new_over_fewer_tokens() -> None:
     turns = conversation((0.25, 0.5, Drops.REUSED), **FIXED)
-    # 50 vision tokens and a question of 20, half of which leave
-    assert turns[0] == Turn(70, 35, 0, 0)
-    assert turns[1] == Turn(120, 85, 96, 61)
-    assert {turn.prompt - turn.above for turn in turns} == {35}
+    # 50 vision tokens and a question of 20, half of which leave, in whole blocks of 16
+    assert turns[0] == Turn(70, 38, 0, 0)
+    assert turns[1] == Turn(120, 88, 96, 64)
+    assert {turn.prompt - turn.above for turn in turns} == {32}
     reused, stage_1 = (counted((0.25, keep, Drops.REUSED)) for keep in (0.5, 1.0))
     assert all(a < b for a, b in zip(reused, stage_1, strict=True))
 
