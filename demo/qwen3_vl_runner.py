@@ -9,7 +9,6 @@ mark behind it where the end would not follow.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +26,8 @@ from vllm_vtprune.vision.encoder import VisionEncoder
 from vllm_vtprune.vision.features import stack
 from vtprune_eval.backend import Reply, RunnerError
 from vtprune_eval.downscale import smaller_grid
-from vtprune_eval.drawn import make, questions_each
 from vtprune_eval.pictures import EncodedPictures
+from vtprune_eval.scene_questions import SceneQuestion
 from vtprune_eval.scenes import PATCH
 from vtprune_eval.setting import BASELINES, Setting
 from vtprune_eval.tasks import Questions, drawn_questions
@@ -63,9 +62,10 @@ class Qwen3VLRunner:
             raise RunnerError(f"A picture's side must be a multiple of {unit} pixels, not {side}.")
         self.name, self.grid = folder.name, (side // unit, side // unit)
         self.questions: Questions = drawn_questions(split, count, side, domain)
-        pictures = [make(domain, split, number, side) for number in range(count)]
-        # as `drawn_questions` asks them
-        self._asked = [questions_each(one, random.Random(f"0 {one.index}")) for one in pictures]
+        self._asked: list[list[SceneQuestion]] = [[] for _ in range(count)]
+        for question in self.questions.asked:
+            asked = SceneQuestion(question.kind, question.text, question.answers[0])
+            self._asked[question.picture].append(asked)
         self._model = cast(Any, Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
         self._model.eval().requires_grad_(False)
         self.layers: int | None = int(self._model.config.get_text_config().num_hidden_layers)

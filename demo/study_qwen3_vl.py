@@ -39,9 +39,9 @@ from vtprune_eval.tables import by_kind, percent
 _SAME = ("inflection", "inflection_temporal")
 
 
+@torch.no_grad()
 def study(folder: Path, domain: str, side: int, pictures: int, validation: int) -> dict[str, Any]:
     """One domain's rows, under fixed shares and under the inflection rule's own counts."""
-    torch.set_grad_enabled(False)
     needs = frozenset({"received"})
     deciding = Qwen3VLRunner(folder, "validation", validation, side, domain, needs)
     family = deciding.pictures.encoder.family

@@ -499,8 +499,7 @@ class PrunePolicy(OperatorModel):
     def _resolve_kv(self, controls: Controls, preset_keep: float) -> KVSettings:
         asked = controls.get("kv_keep")
         scope = controls.get("kv_scope", "all")
-        gate = controls.get("kv_gate", "on") == "on"
-        reuse = controls.get("kv_reuse", "on") == "on"
+        gate, reuse = controls.is_on("kv_gate"), controls.is_on("kv_reuse")
         if self.prune_layer is not None:
             if asked is not None and len(asked) > len(self.schedule) > 0:
                 name = controls.name("kv_keep")

@@ -204,8 +204,8 @@ class KVSettings:
         return KVSettings.of(
             controls.get("kv_keep", (1.0,)),
             controls.get("kv_scope", "all"),
-            gate=controls.get("kv_gate", "on") == "on",
-            reuse=controls.get("kv_reuse", "on") == "on",
+            gate=controls.is_on("kv_gate"),
+            reuse=controls.is_on("kv_reuse"),
             first_turn=first_turn,
         )
 
@@ -314,6 +314,10 @@ class Controls:
     def get(self, field: str, default: Any = None) -> Any:
         """The field's value, or the default when the client did not say."""
         return self.fields[field][0] if field in self.fields else default
+
+    def is_on(self, field: str) -> bool:
+        """Whether a field of `on` and `off` is on, which it is when the client did not say."""
+        return bool(self.get(field, "on") == "on")
 
     def name(self, field: str) -> str:
         """The field as the client wrote it; the contract's name when they did not."""

@@ -33,12 +33,20 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         key: [B, heads, N, head].
         scaling: of their products.
     """
+    query, keys = query.float(), (key.float() * scaling).transpose(-1, -2).contiguous()
+    if query.device.type != "cpu":
+        return _received(query, keys, _ELEMENTS)
+    # one image at a time: parts of a size that company does not change, and so no rounding either
+    alone = zip(query.split(1), keys.split(1), strict=True)
+    return torch.cat([_received(*one, _ELEMENTS_ON_CPU) for one in alone])
+
+
+def _received(query: Tensor, keys: Tensor, elements: int) -> Tensor:
+    """`received_attention`, with scaled keys [B, heads, head, N] and at most so many logits at once."""
     batch, heads, tokens, _ = query.shape
     received = torch.zeros((batch, tokens), dtype=torch.float32, device=query.device)
-    keys = (key.float() * scaling).transpose(-1, -2).contiguous()
     # a large picture's whole matrix would take gigabytes
-    elements = _ELEMENTS_ON_CPU if query.device.type == "cpu" else _ELEMENTS
-    for rows in query.float().split(max(1, elements // (batch * heads * tokens)), dim=2):
+    for rows in query.split(max(1, elements // (batch * heads * tokens)), dim=2):
         received += (rows @ keys).softmax(-1).sum((1, 2))
     return received / (heads * tokens)
 
