@@ -14,4 +14,4 @@ def inspect_here() -> None:
     from vllm.model_executor.models import registry
 
     assert callable(registry._run_in_subprocess)
-    registry._run_in_subprocess = lambda look: look()
+    registry._run_in_subprocess = lambda fn: fn()
