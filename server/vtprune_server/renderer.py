@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Injects the settings into vLLM's shared renderer and counts tokens once a prompt is rendered.
 
-Hook: `vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat` and `.preprocess_cmpl`, through which
-chat, batch, completions, responses, messages, tokenize and `/invocations` all pass. A client's own
-`mm_processor_kwargs` are judged first, under the operator's `--trust-request-mm-kwargs`; only then is our
-entry added, so that flag never needs opening.
+Hooks: `vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat` and `.preprocess_cmpl`, through which
+chat, batch, completions, responses, messages, tokenize and `/invocations` all pass, and `.render_responses`
+before the first of them. A client's own `mm_processor_kwargs` are judged first, under the operator's
+`--trust-request-mm-kwargs`; only then is our entry added, so that flag never needs opening.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vllm_vtprune.vision.processor import VISION_TOKENS
 from vtprune_server.auto import AutoLevel
 from vtprune_server.context import RequestContext, current_request, refusal
 from vtprune_server.counts import TokenCounts
+from vtprune_server.earlier_answers import readable
 from vtprune_server.first_turn import first_turn_tokens
 from vtprune_server.kv_plan import KVPlanner
 from vtprune_server.question import question_of, with_question
@@ -72,6 +73,11 @@ class PrunedOnlineRenderer(OnlineRenderer):
         renderer.model_presets = model_presets
         renderer.auto = auto
         return renderer
+
+    async def render_responses(self, request: Any, **kwargs: Any) -> Any:
+        """`OnlineRenderer.render_responses`, which fails at an earlier answer that begins with no text."""
+        request.input = readable(request.input)
+        return await super().render_responses(request, **kwargs)
 
     async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **kwargs: Any) -> Any:
         """`OnlineRenderer.preprocess_chat`, with the request's settings in place."""

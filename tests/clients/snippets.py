@@ -61,8 +61,9 @@ def run(
         python: the interpreter of the environment that has the client; its scripts are found first.
         seconds: it may take.
     """
-    code = snippet.code.replace("http://localhost:8000", server).replace(".venv/bin/python", python)
-    code = code.replace("/tmp/", f"{folder}/")
+    # the page's folder first: a checkout may lie in one of that name itself
+    code = snippet.code.replace("/tmp/", f"{folder}/")
+    code = code.replace("http://localhost:8000", server).replace(".venv/bin/python", python)
     command = [python, "-c", code] if snippet.language == "python" else ["bash", "-ec", code]
     environment = {
         key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VLLM_PLUGINS")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -77,6 +77,23 @@ def test_responses(client: openai.OpenAI) -> None:
     )
     assert answer.usage is not None and answer.usage.model_extra is not None
     assert answer.usage.model_extra["vtprune"]["vision_tokens_kept"] == 72
+
+
+def test_responses_go_on_from_a_refusal_and_from_an_empty_answer(client: openai.OpenAI) -> None:
+    question = {"role": "user", "content": "what color is the circle ?"}
+    answers: list[list[dict[str, Any]]] = [[{"type": "refusal", "refusal": "no"}], []]
+    for content in answers:
+        before = {
+            "type": "message",
+            "id": "m",
+            "status": "completed",
+            "role": "assistant",
+            "content": content,
+        }
+        answer = client.responses.create(
+            model=MODEL_NAME, input=cast(Any, [question, before, question]), max_output_tokens=4
+        )
+        assert answer.output_text
 
 
 def test_errors_are_its_exceptions(client: openai.OpenAI) -> None:
