@@ -111,7 +111,7 @@ class EncodedPictures:
 
 
 def _rows(features: VisionFeatures, rows: list[int]) -> VisionFeatures:
-    names = ("patches", "cls", "cls_attention", "received", "keys")
+    names = ("patches", "cls", "cls_attention", "received", "received_midway", "keys")
     values = {name: getattr(features, name) for name in names}
     seeds = tuple(features.seeds[row] for row in rows)
     taken: dict[str, Any] = {name: value if value is None else value[rows] for name, value in values.items()}

@@ -17,7 +17,7 @@ GRID = (6, 8)
 TOKENS = GRID[0] * GRID[1]
 
 
-OPTIONAL = ("cls", "cls_attention", "received", "keys")
+OPTIONAL = ("cls", "cls_attention", "received", "received_midway", "keys")
 
 
 # prumerge and prumerge_plus have a count rule of their own under aggressiveness.
@@ -51,13 +51,16 @@ def image(seed: int, grid: tuple[int, int] = GRID, dtype: torch.dtype = torch.fl
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=generator)
 
+    patches, cls = draw(tokens, width) + draw(1, width), draw(width)
+    cls_attention, received = ((2 * draw(layers, tokens)).softmax(-1).to(dtype) for _ in range(2))
     return VisionFeatures(
-        patches=(draw(tokens, width) + draw(1, width)).to(dtype),
-        cls=draw(width).to(dtype),
+        patches=patches.to(dtype),
+        cls=cls.to(dtype),
         grid=grid,
         seeds=(seed * 0x9E3779B97F4A7C15,),
-        cls_attention=(2 * draw(layers, tokens)).softmax(-1).to(dtype),
-        received=(2 * draw(layers, tokens)).softmax(-1).to(dtype),
+        cls_attention=cls_attention,
+        received=received[:, -1:],
+        received_midway=received[:, 1:2],
         keys=draw(tokens, width).to(dtype),
     )
 

@@ -36,14 +36,21 @@ def features(number: int) -> VisionFeatures:
 
     attention = [(2 * draw(8, TOKENS)).softmax(-1) for _ in range(2)]
     return VisionFeatures(
-        draw(TOKENS, 6), draw(6), GRID, (number,), attention[0], attention[1], draw(TOKENS, 5)
+        draw(TOKENS, 6),
+        draw(6),
+        GRID,
+        (number,),
+        cls_attention=attention[0],
+        received=attention[1][:, -1:],
+        received_midway=attention[1][:, 2:3],
+        keys=draw(TOKENS, 5),
     )
 
 
 def field(given: VisionFeatures, name: str) -> Array:
     """The first image's field as float64; of a field per layer, the feature layer."""
     values = getattr(given, name)[0].double().numpy()
-    return np.asarray(values[-1] if name in ("cls_attention", "received") else values)
+    return np.asarray(values[-1] if name == "cls_attention" or name.startswith("received") else values)
 
 
 def select(name: str, given: VisionFeatures, ratio: float) -> Selection:

@@ -156,7 +156,8 @@ def _plain() -> VisionFeatures:
         grid=GRID,
         seeds=(7,),
         cls_attention=torch.full((1, 6, TOKENS), 1 / TOKENS),
-        received=torch.full((1, 6, TOKENS), 1 / TOKENS),
+        received=torch.full((1, 1, TOKENS), 1 / TOKENS),
+        received_midway=torch.full((1, 1, TOKENS), 1 / TOKENS),
         keys=torch.ones(1, TOKENS, 8),
     )
 
@@ -263,7 +264,7 @@ def test_names_are_looked_up_or_listed() -> None:
     for name, method in METHODS.items():
         assert name == method.name
         assert needs_of([name]) == method.needs <= set(OPTIONAL)
-    assert needs_of(["visionzip", "hiprune"]) == {"cls_attention", "keys", "received"}
+    assert needs_of(["visionzip", "hiprune"]) == {"cls_attention", "keys", "received", "received_midway"}
     assert needs_of([]) == frozenset()
 
 
@@ -277,7 +278,8 @@ def test_names_are_looked_up_or_listed() -> None:
         {"cls": torch.zeros(1, 15)},
         {"cls_attention": torch.zeros(1, TOKENS)},
         {"cls_attention": torch.zeros(1, 0, TOKENS)},
-        {"received": torch.zeros(2, 6, TOKENS)},
+        {"received": torch.zeros(2, 1, TOKENS)},
+        {"received_midway": torch.zeros(1, TOKENS)},
         {"keys": torch.zeros(1, TOKENS - 1, 16)},
     ],
     ids=lambda change: next(iter(change)),

@@ -153,16 +153,16 @@ def test_inflection_diverse_takes_one_of_each_kind_before_a_second() -> None:
 @image_numbers
 def test_hiprune_keeps_anchors_then_neighbours_then_registers(number: int, ratio: float) -> None:
     given = features(number)
-    layers = np.asarray(given.received)[0]
+    middle, last = field(given, "received_midway"), field(given, "received")
     count = share_count(ratio, TOKENS)
     height, width = GRID
-    anchors = top(layers[2], -(-count // 50))  # 8 layers: the third is at 9/24 of the depth
+    anchors = top(middle, -(-count // 50))
     buffers = set()
     for row, column in (divmod(anchor, width) for anchor in anchors):
         for near in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
             if 0 <= near[0] < height and 0 <= near[1] < width:
                 buffers.add(near[0] * width + near[1])
-    rank = [(token in anchors, token in buffers, layers[-1][token]) for token in range(TOKENS)]
+    rank = [(token in anchors, token in buffers, last[token]) for token in range(TOKENS)]
     expected = sorted(sorted(range(TOKENS), key=lambda token: rank[token], reverse=True)[:count])
     assert kept(select("hiprune", given, ratio)) == expected
 

@@ -45,7 +45,7 @@ def together(*videos: VisionFeatures) -> VisionFeatures:
     frames = tuple(count for one in videos for count in one.frames)
     parts = {
         name: torch.cat([getattr(one, name) for one in videos])
-        for name in ("patches", "cls", "cls_attention", "received", "keys")
+        for name in ("patches", "cls", "cls_attention", "received", "received_midway", "keys")
     }
     return VisionFeatures(
         grid=GRID, seeds=tuple(s for one in videos for s in one.seeds), frames=frames, **parts

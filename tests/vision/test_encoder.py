@@ -90,9 +90,13 @@ def test_optional_outputs_are_the_towers_attention(checkpoint: Path, encoder: Vi
     tower.set_attn_implementation("sdpa")
     weights = torch.stack(attentions, dim=1)  # [B, L, heads, 1 + N, 1 + N]
     for i, output in enumerate(outputs):
-        assert output.cls_attention is not None and output.received is not None and output.keys is not None
+        assert output.cls_attention is not None and output.keys is not None
+        assert output.received is not None and output.received_midway is not None
         assert torch.allclose(output.cls_attention, weights[i, :, :, 0, 1:].mean(1), atol=1e-6)
-        assert torch.allclose(output.received, weights[i, :, :, :, 1:].mean((1, 2)), atol=1e-6)
+        received = weights[i, :, :, :, 1:].mean((1, 2))  # [L, N]
+        middle = max(round(len(received) * 9 / 24) - 1, 0)
+        assert torch.allclose(output.received, received[-1:], atol=1e-6)
+        assert torch.allclose(output.received_midway, received[middle : middle + 1], atol=1e-6)
         assert output.keys.shape == output.patches.shape
 
 

@@ -17,7 +17,7 @@ from tests.conftest import DEMO_MODEL
 from tests.helpers.kv_config import config
 from tests.helpers.public_configs import PUBLIC, llava_1_5_7b, qwen2_5_vl_7b, qwen3_vl_8b
 from tests.helpers.recorded_passes import Recorder
-from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
+from vllm_vtprune.families.base import OPTIONAL_OUTPUTS, Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.vision.captured import CapturedPass, Graphs
@@ -139,7 +139,7 @@ def test_a_pass_holds_no_more_than_was_computed(make: Callable[[], Any]) -> None
         items = [Item({"pixel_values": torch.randn(512, 6 * side**2), "image_grid_thw": grid}, places=128)]
         shape, batch = TowerShape.of(family, image_pixels=512 * side**2), 0
     computed = shape.pass_bytes(batch, 4)
-    everything_wanted = frozenset({"received", "cls_attention", "keys"}) & family.outputs
+    everything_wanted = OPTIONAL_OUTPUTS & family.outputs
 
     def run() -> None:
         outputs = encoder.encode(items, everything_wanted)
@@ -441,7 +441,7 @@ def test_what_is_alone_in_its_memory_is_not_copied_unless_it_is_lent() -> None:
 def test_an_output_goes_to_the_host_in_one_allocation_and_back_as_it_was() -> None:
     output = TowerOutput(
         patches=torch.randn(5, 3, dtype=torch.float16),
-        received=torch.randn(2, 5),
+        received=torch.randn(1, 5),
         keys=torch.randn(5, 7, dtype=torch.bfloat16),
         places=5,
     )

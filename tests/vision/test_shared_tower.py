@@ -66,14 +66,15 @@ def test_outputs_and_what_is_kept_of_them_arrive_as_they_were() -> None:
         patches=torch.randn(6, 4),
         views=(View((1, 2)), View((2, 2), 2)),
         cls=torch.randn(2, 4),
-        received=torch.randn(3, 6),
+        received=torch.randn(1, 6),
+        received_midway=torch.randn(1, 6),
         on_host={"image_sizes": torch.tensor([3, 4])},
         places=7,
     )
     tensors: list[torch.Tensor] = []
     found = channel.unpack_output(*_over(channel.pack_output(output, tensors), tensors))
     assert found.views == output.views and found.places == 7 and found.keys is None
-    for name in ("patches", "cls", "received"):
+    for name in ("patches", "cls", "received", "received_midway"):
         assert torch.equal(getattr(found, name), getattr(output, name))
     tensors = []
     kept = Kept(output, torch.tensor([1, 4]), output.patches[[1, 4]])

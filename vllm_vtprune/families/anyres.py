@@ -40,6 +40,8 @@ from vllm_vtprune.families.fixed_tower import (
 )
 from vllm_vtprune.vision.captured import Graphs
 
+_ATTENTIONS = frozenset({"cls_attention", "received", "received_midway"})
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -155,7 +157,7 @@ class AnyRes(Family):
         pixels = torch.cat(
             [item.inputs["pixel_values"][:count] for item, count in zip(items, counts, strict=True)]
         )
-        hidden, extra = self._fixed.run(modules["tower"], pixels, outputs & {"cls_attention", "received"})
+        hidden, extra = self._fixed.run(modules["tower"], pixels, outputs & _ATTENTIONS)
         states = hidden.split(counts)
         extras = [
             {name: values.split(counts)[i] for name, values in extra.items()} for i in range(len(items))
@@ -171,15 +173,14 @@ class AnyRes(Family):
         """Of one image, from its tiles' hidden states [tiles, 1 + P, D] and attentions [tiles, L, P]."""
         patches = self.features(modules, hidden[:, self._first :])
         numbers = [0, *(1 + tile for tile, _, _ in layout.bands)]
-        attentions = {
+        attentions: dict[str, Any] = {
             name: self._units(layout, values.transpose(1, 2)).T.contiguous() for name, values in extra.items()
         }
         return TowerOutput(
             patches=self._units(layout, patches),
             views=layout.views,
             cls=hidden[numbers, 0].clone() if "cls" in self.outputs else None,
-            cls_attention=attentions.get("cls_attention"),
-            received=attentions.get("received"),
+            **attentions,
         )
 
     def _units(self, layout: Layout, values: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ class LlavaOnevision(AnyRes):
         patches: list[Tensor] = []
         attentions: dict[str, list[Tensor]] = {}
         for frames in item.inputs["pixel_values_videos"].split(_MOST_FRAMES):
-            hidden, extra = self._fixed.run(modules["tower"], frames, outputs & {"cls_attention", "received"})
+            hidden, extra = self._fixed.run(modules["tower"], frames, outputs & _ATTENTIONS)
             patches.append(self._halved(self.features(modules, hidden[:, self._first :])))
             for name, values in extra.items():  # [frames, L, P]
                 attentions.setdefault(name, []).append(self._halved(values.transpose(1, 2)))

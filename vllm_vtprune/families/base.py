@@ -27,7 +27,7 @@ from vllm_vtprune.selection.scores import SCORE_NEEDS
 from vllm_vtprune.vision.captured import Graphs
 
 #: Optional outputs of a tower (fields of `selection.VisionFeatures`) that cost extra work.
-OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "keys"})
+OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "received_midway", "keys"})
 
 
 #: A crop that is the whole picture.
@@ -78,7 +78,8 @@ class TowerOutput:
         views: the V views, which together hold the N units.
         cls: [V, D] hidden state of CLS in each view; None for a tower without one.
         cls_attention: [L, N] head-mean attention from CLS, the last layer is the feature layer.
-        received: [L, N] attention received, mean over heads and queries.
+        received: [1, N] attention received in the feature layer, mean over heads and queries.
+        received_midway: [1, N] as `received`, in the layer that `vision.attention.read_layers` names.
         keys: [N, Dk] attention keys of the feature layer, heads concatenated.
         on_host: as in `Item`.
         places: as in `Item`.
@@ -90,6 +91,7 @@ class TowerOutput:
     cls: Tensor | None = None
     cls_attention: Tensor | None = None
     received: Tensor | None = None
+    received_midway: Tensor | None = None
     keys: Tensor | None = None
     on_host: Mapping[str, Tensor] = field(default_factory=dict)
     places: int = 0
@@ -103,8 +105,9 @@ class TowerOutput:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        tensors = (self.patches, self.cls, self.cls_attention, self.received, self.keys)
-        return sum(t.nbytes for t in (*tensors, *self.on_host.values()) if t is not None)
+        optional = (getattr(self, name) for name in OPTIONAL_OUTPUTS)
+        tensors = (self.patches, self.cls, *optional, *self.on_host.values())
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ class Family(ABC):
         fewest_frames: sampled pictures that a video has at least.
     """
 
-    outputs: frozenset[str] = frozenset({"received"})
+    outputs: frozenset[str] = frozenset({"received", "received_midway"})
     default_score: str = "received"
     default_method: ClassVar[str] = "inflection"
     prefixes: ClassVar[Mapping[str, str]]

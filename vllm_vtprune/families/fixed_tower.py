@@ -7,7 +7,7 @@ The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.vision.attention import read_layers
 from vllm_vtprune.vision.captured import Graphs
 from vllm_vtprune.vision.tower_pass import TowerPasses
 
@@ -48,7 +49,8 @@ def has_cls(config: Any) -> bool:
 
 def tower_outputs(config: Any) -> frozenset[str]:
     """`Family.outputs` of such a tower."""
-    return frozenset({"received", "keys"} | ({"cls", "cls_attention"} if has_cls(config) else set()))
+    own = {"cls", "cls_attention"} if has_cls(config) else set()
+    return frozenset({"received", "received_midway", "keys"} | own)
 
 
 def patch_grid(config: Any) -> tuple[int, int]:
@@ -150,21 +152,21 @@ class FixedTower:
         rows: dict[str, list[Tensor]] = {name: [] for name in outputs}
         queries: list[Tensor] = []
 
-        def read(module: object, _args: object, keys: Tensor) -> None:
+        def read(names: frozenset[str], keys: Tensor) -> None:
             (query,) = queries
             queries.clear()
-            for name in outputs & {"cls_attention", "received"}:
+            for name in names - {"keys"}:
                 first_only = name == "cls_attention"
                 rows[name].append(_attention(query.float(), keys.float(), self._heads, cls_only=first_only))
-            if "keys" in outputs:
-                rows["keys"] = [keys]
+            if "keys" in names:
+                rows["keys"].append(keys)
 
         handles = []
-        if outputs:
-            for attention in attentions:
-                # transformers projects the queries first
-                handles.append(attention.q_proj.register_forward_hook(lambda _m, _a, q: queries.append(q)))
-                handles.append(attention.k_proj.register_forward_hook(read))
+        for layer, names in self._read_in(outputs, len(attentions)).items():
+            attention = attentions[layer]
+            # transformers projects the queries first
+            handles.append(attention.q_proj.register_forward_hook(lambda _m, _a, q: queries.append(q)))
+            handles.append(attention.k_proj.register_forward_hook(lambda _m, _a, k, n=names: read(n, k)))
         try:
             hidden = tower(pixel_values).last_hidden_state
         finally:
@@ -175,6 +177,22 @@ class FixedTower:
             for name, found in rows.items()
         }
         return (hidden, *(extra[name] for name in sorted(extra)))
+
+    @staticmethod
+    def _read_in(outputs: frozenset[str], depth: int) -> dict[int, frozenset[str]]:
+        """The outputs that are read in each layer."""
+        where: dict[str, Sequence[int]] = {
+            name: [layer] for name, layer in read_layers(outputs, depth).items()
+        }
+        if "cls_attention" in outputs:
+            where["cls_attention"] = range(depth)
+        if "keys" in outputs:
+            where["keys"] = [depth - 1]
+        found: dict[int, set[str]] = {}
+        for name, layers in where.items():
+            for layer in layers:
+                found.setdefault(layer, set()).add(name)
+        return {layer: frozenset(names) for layer, names in sorted(found.items())}
 
 
 def _attention(queries: Tensor, keys: Tensor, heads: int, *, cls_only: bool) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.models.internvl.modeling_internvl import (
 from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.families.llava import with_added
-from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.attention import READABLE, read_layers, reading
 from vllm_vtprune.vision.captured import Graphs
 from vllm_vtprune.vision.tower_pass import TowerPasses
 
@@ -75,22 +75,20 @@ class InternVL(Family):
         self._passes.prepare(modules["tower"], like.new_zeros((1, 3, rows, columns)), sets, graphs)
 
     def _pass(self, tower: Any, outputs: frozenset[str], pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Units [tiles, units, 4 * hidden], and the attention they receive [tiles, units, L] where wanted."""
-        wanted = quarters(len(tower.encoder.layer)) if "received" in outputs else []
-        with reading(tower.encoder.layer[layer].attention for layer in wanted) as seen:
+        """Units [tiles, units, 4 * hidden], and the attentions they receive [tiles, units] by their names."""
+        layers = read_layers(outputs, len(tower.encoder.layer))
+        with reading({name: tower.encoder.layer[layer].attention for name, layer in layers.items()}) as seen:
             hidden = tower(pixel_values).last_hidden_state
-        units = self._shuffled(hidden[:, 1:])
-        if not wanted:
-            return (units,)
-        scores = torch.stack([calls[0][:, 1:] for calls in seen], dim=-1)  # [tiles, P, L]
-        return units, self._shuffled(scores).unflatten(-1, (-1, len(wanted))).mean(-2)
+        scores = [self._shuffled(seen[name][0][:, 1:, None]) for name in sorted(seen)]  # [tiles, units, 4]
+        return (self._shuffled(hidden[:, 1:]), *(score.mean(-1) for score in scores))
 
     def encode(self, modules: Any, items: Sequence[Item], outputs: frozenset[str]) -> list[TowerOutput]:
         """All tiles of all images in one pass."""
         counts = [item.inputs[self.pixels].shape[0] for item in items]
         pixels = torch.cat([item.inputs[self.pixels] for item in items])
-        units, *scores = self._passes(modules["tower"], pixels, outputs & {"received"})
-        received = scores[0] if scores else None
+        wanted = outputs & {"received", "received_midway"}
+        units, *scores = self._passes(modules["tower"], pixels, wanted)
+        received: dict[str, Any] = dict(zip(sorted(wanted), scores, strict=True))
         side, start, found = self._side // self._factor, 0, []
         for count in counts:
             tiles = slice(start, start + count)
@@ -99,7 +97,7 @@ class InternVL(Family):
                 TowerOutput(
                     patches=units[tiles].flatten(0, 1).clone(),
                     views=tuple(View((side, side), tile * side**2) for tile in range(count)),
-                    received=None if received is None else received[tiles].flatten(0, 1).T.contiguous(),
+                    **{name: values[tiles].flatten()[None].clone() for name, values in received.items()},
                 )
             )
         return found

@@ -19,7 +19,7 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 
 from vllm_vtprune.errors import CheckpointError
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
-from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.attention import READABLE, read_layers, reading
 
 
 class Mistral3(Family):
@@ -58,21 +58,22 @@ class Mistral3(Family):
         by_size: dict[tuple[int, int], list[int]] = {}
         for number, item in enumerate(items):
             by_size.setdefault(self._grid(item), []).append(number)
-        layers = quarters(len(tower.transformer.layers)) if "received" in outputs else []
+        blocks = tower.transformer.layers
+        layers = read_layers(outputs, len(blocks))
         for grid, numbers in by_size.items():
             pixels = torch.stack([items[number].inputs["pixel_values"] for number in numbers])
-            with reading(tower.transformer.layers[layer].attention for layer in layers) as seen:
+            with reading({name: blocks[layer].attention for name, layer in layers.items()}) as seen:
                 units = self._units(self._hidden(tower, pixels), grid)
-            received = None
-            if layers:
-                scores = torch.stack([calls[0] for calls in seen], dim=-1)  # [B, patches, L]
-                received = self._units(scores, grid).unflatten(-1, (-1, len(layers))).mean(-2)
+            # of a call [B, patches], then [B, units]
+            received: dict[str, Any] = {
+                name: self._units(calls[0][..., None], grid).mean(-1) for name, calls in seen.items()
+            }
             view = View((grid[0] // self._merge, grid[1] // self._merge))
             for row, number in enumerate(numbers):
                 found[number] = TowerOutput(
                     patches=units[row].clone(),
                     views=(view,),
-                    received=None if received is None else received[row].T.contiguous(),
+                    **{name: values[row : row + 1].clone() for name, values in received.items()},
                 )
         return [found[number] for number in range(len(items))]
 

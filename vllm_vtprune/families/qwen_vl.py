@@ -21,7 +21,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_window_index
 
 from vllm_vtprune.families.base import Family, Item, Kept, Projected, TowerOutput, View
-from vllm_vtprune.vision.attention import READABLE, quarters, reading
+from vllm_vtprune.vision.attention import READABLE, read_layers, reading
 from vllm_vtprune.vision.memory import VIDEO_PATCHES
 
 #: Patches of a video that one pass takes; a pass of pictures holds as many by default (`vision.memory`).
@@ -37,9 +37,9 @@ class QwenVL(Family):
     def check(self) -> None:
         """Every configuration of these classes works."""
 
-    @abstractmethod
-    def scored_layers(self) -> Sequence[int]:
-        """Layers whose received attention is read, the last one's is the score."""
+    def readable_layers(self) -> Sequence[int]:
+        """The layers that attend over the whole picture; none names all of them."""
+        return ()
 
     @abstractmethod
     def units(self, modules: Any, output: Any) -> Tensor:
@@ -67,33 +67,32 @@ class QwenVL(Family):
             if self._is_long(item):
                 parts = [self._run(modules, [part], outputs)[0] for part in self._parts(item)]
                 units = torch.cat([rows for rows, _ in parts])
-                scores = [scores for _, scores in parts if scores is not None]
-                received = torch.cat(scores, dim=1) if scores else None
+                names = parts[0][1]
+                received: dict[str, Any] = {
+                    name: torch.cat([scores[name] for _, scores in parts], dim=1) for name in names
+                }
             else:
                 units, received = next(passes)
-            found.append(TowerOutput(patches=units, views=self._views(item), received=received))
+            found.append(TowerOutput(patches=units, views=self._views(item), **received))
         return found
 
     def _run(
         self, modules: Any, media: Sequence[tuple[Tensor, Tensor]], outputs: frozenset[str]
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Units [N, D] and the attention [L, N] they receive, of each grid [3] with its pixels."""
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Units [N, D] and by name the attention [1, N] they receive, of each grid [3] with its pixels."""
         grid = torch.stack([grid for grid, _ in media])  # [B, 3]
-        layers = self.scored_layers() if "received" in outputs else ()
-        with reading(modules.blocks[layer].attn for layer in layers) as seen:
+        layers = read_layers(outputs, len(modules.blocks), self.readable_layers())
+        with reading({name: modules.blocks[layer].attn for name, layer in layers.items()}) as seen:
             result = modules(torch.cat([pixels for _, pixels in media]), grid_thw=grid)
         order = self.prompt_order(grid)
         sizes = (grid.prod(-1) // self._merge**2).tolist()
         units = self.units(modules, result)[order].split(sizes)
-        received: Sequence[Tensor | None] = [None] * len(media)
-        if layers:
-            # one call a layer and frame: [1, patches]
-            scores = torch.stack([torch.cat([call[0] for call in calls]) for calls in seen])
-            received = scores.view(len(layers), -1, self._merge**2).mean(-1)[:, order].split(sizes, dim=1)
-        return [
-            (rows.clone(), None if attention is None else attention.clone())
-            for rows, attention in zip(units, received, strict=True)
-        ]
+        received: list[dict[str, Any]] = [{} for _ in media]
+        for name, calls in seen.items():  # one call a frame: [1, patches]
+            scores = torch.cat(calls, dim=1).view(1, -1, self._merge**2).mean(-1)[:, order]
+            for of_one, attention in zip(received, scores.split(sizes, dim=1), strict=True):
+                of_one[name] = attention.clone()
+        return [(rows.clone(), of_one) for rows, of_one in zip(units, received, strict=True)]
 
     def _is_long(self, item: Item) -> bool:
         return item.modality == "video" and self.patches(item) > _MOST_PATCHES
@@ -154,8 +153,8 @@ class Qwen2_5VL(QwenVL):
         )
         return tower
 
-    def scored_layers(self) -> Sequence[int]:
-        """The layers that attend over the whole picture."""
+    def readable_layers(self) -> Sequence[int]:
+        """Those without windows."""
         return sorted(self._vision.fullatt_block_indexes)
 
     def units(self, modules: Any, output: Any) -> Tensor:
@@ -200,10 +199,6 @@ class Qwen3VL(QwenVL):
         """The tower with its mergers."""
         tower: nn.Module = Qwen3VLVisionModel._from_config(self._vision, attn_implementation=READABLE)
         return tower
-
-    def scored_layers(self) -> Sequence[int]:
-        """Four, evenly over the depth; all attend over the whole picture."""
-        return quarters(int(self._vision.depth))
 
     def units(self, modules: Any, output: Any) -> Tensor:
         """As `Qwen3VLModel.get_image_features` gives them, side by side."""

@@ -17,7 +17,8 @@ class VisionFeatures:
         seeds: one 64-bit integer per image, derived from its content, so that randomness follows the image.
         cls_attention: [B, L, N] attention the CLS token pays to each patch, mean over heads, for every layer
             up to and including the feature layer, which is the last.
-        received: [B, L, N] attention each patch receives, mean over heads and queries, for the same layers.
+        received: [B, 1, N] attention each patch receives in the feature layer, mean over heads and queries.
+        received_midway: [B, 1, N] the same in a middle layer, at 9/24 of the depth or nearest to it.
         keys: [B, N, Dk] attention keys of the feature layer, heads concatenated.
         relevance: [B, N] how relevant each patch is to the request's question; None where there is none, or
             nothing that rates it.
@@ -34,6 +35,7 @@ class VisionFeatures:
     seeds: tuple[int, ...]
     cls_attention: Tensor | None = None
     received: Tensor | None = None
+    received_midway: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
     frames: tuple[int, ...] = ()
@@ -49,7 +51,7 @@ class VisionFeatures:
             raise ValueError(f"{len(self.seeds)} seeds for {images} images: give one per image")
         if self.cls is not None and self.cls.shape != (images, width):
             raise ValueError(f"cls must be [{images}, {width}], not {list(self.cls.shape)}")
-        for name in ("cls_attention", "received"):
+        for name in ("cls_attention", "received", "received_midway"):
             attention = getattr(self, name)
             if attention is not None and (
                 attention.ndim != 3 or attention.shape[1] == 0 or attention.shape[::2] != (images, tokens)

@@ -7,7 +7,7 @@ after rotary embedding and normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,22 +51,37 @@ def _received(query: Tensor, keys: Tensor, elements: int) -> Tensor:
     return received / (heads * tokens)
 
 
-def quarters(depth: int) -> list[int]:
-    """Four layers, evenly over the depth of a tower; the last one's received attention is the score."""
-    return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+def read_layers(outputs: frozenset[str], depth: int, readable: Sequence[int] = ()) -> dict[str, int]:
+    """In which layer each of the wanted `received` and `received_midway` is read.
+
+    `received` is of the last layer. `received_midway` is of HiPrune's object-centred one, the ninth of CLIP
+    ViT-L's 24 (arXiv 2508.00553), which is 9/24 of another tower's depth.
+
+    Args:
+        outputs: of `families.base.OPTIONAL_OUTPUTS`.
+        depth: layers of the tower.
+        readable: those that attend over the whole picture, ascending; all where none is named.
+    """
+    layers = readable or range(depth)
+    middle = max(round(depth * 9 / 24) - 1, 0)
+    found = {
+        "received": layers[-1],
+        # of two that are as near the deeper one
+        "received_midway": min(layers, key=lambda layer: (abs(layer - middle), -layer)),
+    }
+    return {name: layer for name, layer in found.items() if name in outputs}
 
 
 @contextmanager
-def reading(attentions: Iterable[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Per attention module, what its calls inside the context let each patch receive: [B, N] a call."""
-    modules = list(attentions)
-    seen: list[list[Tensor]] = [[] for _ in modules]
-    for module, calls in zip(modules, seen, strict=True):
+def reading(attentions: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """By name, what each call of its attention module in here lets each patch receive: [B, N]."""
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in attentions.values()}
+    for module, calls in seen.items():
         setattr(module, _SEEN, calls)
     try:
-        yield seen
+        yield {name: seen[module] for name, module in attentions.items()}
     finally:
-        for module in modules:
+        for module in seen:
             delattr(module, _SEEN)
 
 

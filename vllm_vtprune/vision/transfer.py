@@ -20,7 +20,7 @@ from vllm_vtprune.families.base import Item, TowerOutput
 #: Where each tensor begins in a shared buffer: what any dtype's view needs.
 _ALIGNMENT = 16
 #: The tensors of a `TowerOutput` that are on the tower's device.
-_ON_DEVICE = ("patches", "cls", "cls_attention", "received", "keys")
+_ON_DEVICE = ("patches", "cls", "cls_attention", "received", "received_midway", "keys")
 
 
 def to_device(items: Sequence[Item], device: torch.device, dtype: torch.dtype) -> list[Item]:

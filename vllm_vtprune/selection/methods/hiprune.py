@@ -15,9 +15,6 @@ from vllm_vtprune.selection.ops import best_first
 _ALPHA = (1, 10)
 _CROSS = 5
 
-# The object layer as a share of the depth: the paper's ninth of CLIP ViT-L's 24.
-_OBJECT_DEPTH = 9 / 24
-
 
 class HiPrune(SelectionMethod):
     """Keeps anchors, buffers and registers, by the attention patches receive (arXiv 2508.00553).
@@ -27,13 +24,13 @@ class HiPrune(SelectionMethod):
     """
 
     name = "hiprune"
-    needs: ClassVar[frozenset[str]] = frozenset({"received"})
+    needs: ClassVar[frozenset[str]] = frozenset({"received", "received_midway"})
 
     def choose(self, pruning: Pruning, counts: Sequence[int]) -> list[Selection]:
         """Anchors first, then buffers, then registers, up to `counts[b]` tokens; in raster order."""
-        received = required(pruning.features.received)
-        layer = round(received.shape[1] * _OBJECT_DEPTH)
-        middle, last = best_first(received[:, max(layer - 1, 0)]), best_first(received[:, -1])
+        features = pruning.features
+        middle = best_first(required(features.received_midway)[:, -1])
+        last = best_first(required(features.received)[:, -1])
         images = zip(middle, last, counts, strict=True)
         return [_keep(*image, pruning.features.grid) for image in images]
 
