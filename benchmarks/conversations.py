@@ -6,10 +6,11 @@
 
 A prompt that loses tokens in the decoder neither reads nor fills the prefix cache, so each of its turns pays
 for the whole prompt again, where an unpruned turn pays for what is new. Arms take turns on one server with a
-prune layer: nothing pruned, stage 1 alone, stage 2 alone, both, both at the first turn only. In each round
-every arm holds as many conversations at once as the concurrency says, each about a picture of its own; the
-system prompt is the same for all and in the prefix cache beforehand, as a server's is. Answers in the history
-are fixed text, so that all arms are asked the same. Ratios are taken within rounds.
+prune layer: nothing pruned, stage 1 alone, stage 2 alone, both, both at the first turn only, and both where
+later turns go on from what the first one kept (`--vtprune-kv-reuse true`, which the other arms refuse). In
+each round every arm holds as many conversations at once as the concurrency says, each about a picture of its
+own; the system prompt is the same for all and in the prefix cache beforehand, as a server's is. Answers in
+the history are fixed text, so that all arms are asked the same. Ratios are taken within rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from benchmarks.arms import parse_arms
 from benchmarks.commands import bench_parser, write_json
 from benchmarks.models import BenchModel, model_named
 from benchmarks.rounds import shuffled
-from benchmarks.servers import pruning_kv, running
+from benchmarks.servers import ServerSpec, pruning_kv, running
 from vtprune_loadtest.client import ChatClient, Endpoint
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command
@@ -47,7 +48,9 @@ from vtprune_loadtest.spread import Spread
 STAGE_1, STAGE_2, BOTH = "keep0.22", "kv0.5", "keep0.22+kv0.5"
 #: Both at the first turn, stage 1 alone afterwards.
 FIRST = f"{BOTH}, turn 1"
-ARMS = ("off", STAGE_1, STAGE_2, BOTH, FIRST)
+#: Both at every turn, each going on from what the first one kept.
+GOING_ON = f"{BOTH}, going on"
+ARMS = ("off", STAGE_1, STAGE_2, BOTH, FIRST, GOING_ON)
 QUESTIONS = (
     "What is in this picture?",
     "What colour is the largest shape?",
@@ -56,6 +59,7 @@ QUESTIONS = (
     "Which of them lies highest?",
 )
 ANSWER = "There are some shapes."
+_STARTS_OVER = {"X-VTPrune-KV-Reuse": "off"}
 _SYSTEM = "You answer questions about pictures briefly and exactly, and you say so where you cannot see. "
 _SIZE = (640, 480)
 _TIMEOUT_S = 600.0
@@ -222,6 +226,7 @@ def report(talk: Talk, held: Mapping[str, Sequence[Held]]) -> str:
             *columns(["arm", *turns, "in all", "turns/s", "ratio to off"], rows, width=_WIDTH),
             _verdict("stage 2 on top of stage 1", waits[BOTH], waits[STAGE_1]),
             _verdict("stage 2 at the first turn only", waits[FIRST], waits[STAGE_1]),
+            _verdict("stage 2 going on from the first turn", waits[GOING_ON], waits[STAGE_1]),
             _verdict("stage 2 alone", waits[STAGE_2], waits["off"]),
         ]
     )
@@ -250,6 +255,9 @@ def _run(arguments: list[str], prog: str) -> None:
     parser.add_argument("--concurrency", default="1,4", help="conversations at once; default: %(default)s")
     parser.add_argument("--output", type=int, default=16, help="tokens of an answer; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--block-size", type=int, default=32, help="tokens of a block of the KV cache; default: %(default)s"
+    )
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the server's log")
     options = parser.parse_args(arguments)
     talks = [
@@ -273,13 +281,14 @@ def _run(arguments: list[str], prog: str) -> None:
         }
         write_json(options.json, document)
 
-    run(model, talks, options.rounds, options.logs, keep)
+    run(model, talks, options.rounds, options.block_size, options.logs, keep)
 
 
 def run(
     model: BenchModel,
     talks: Sequence[Talk],
     rounds: int,
+    block_size: int,
     logs: Path | None,
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> None:
@@ -289,14 +298,16 @@ def run(
         model: what is served.
         talks: how conversations go, one after the other.
         rounds: of each.
+        block_size: tokens of a block of the KV cache, whole ones of which are dropped where turns go on.
         logs: where the server's log is kept.
         keep: given the results so far, as JSON values, after each.
 
     Raises:
         LoadTestError: the server did not start, or a request failed.
     """
-    spelt = parse_arms(",".join(arm for arm in ARMS if arm != FIRST))
-    headers = {arm.label: dict(arm.headers) for arm in spelt}
+    spelt = parse_arms(",".join(arm for arm in ARMS if arm not in (FIRST, GOING_ON)))
+    headers = {arm.label: dict(arm.headers) | _STARTS_OVER for arm in spelt}
+    headers[GOING_ON] = {name: value for name, value in headers[BOTH].items() if name not in _STARTS_OVER}
     found: list[dict[str, Any]] = []
 
     async def talk_to(url: str) -> None:
@@ -311,9 +322,14 @@ def run(
 
     with (
         tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,
-        running([pruning_kv(model)], model, logs or Path(scratch)) as (server,),
+        running([_reusing(model, block_size)], model, logs or Path(scratch)) as (server,),
     ):
         asyncio.run(talk_to(server.url))
+
+
+def _reusing(model: BenchModel, block_size: int) -> ServerSpec:
+    spec = pruning_kv(model)
+    return replace(spec, flags=(*spec.flags, "--vtprune-kv-reuse", "true", "--block-size", str(block_size)))
 
 
 def _as_json(talk: Talk, held: Mapping[str, Sequence[Held]]) -> dict[str, Any]:

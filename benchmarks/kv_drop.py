@@ -23,10 +23,11 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ from vtprune_loadtest.errors import LoadTestError
 PLAIN = "vllm"
 _WIDTH = 140
 _STEPS = 32
+#: Requests alone in each sample, the median of which counts.
+_ALONE = 3
 #: Of `QUESTION` in the byte tokens of the benchmark's models, the picture aside.
 _TEXT_TOKENS = 67
 QUESTION = "<s>USER: <image>\nWhat is in this picture, and what is it made of? ASSISTANT:"
@@ -57,8 +60,8 @@ class EngineSample:
     """One arm in one round.
 
     Attributes:
-        ttft_s: time to first token of one request alone, seconds.
-        step_s: a decode step of one request alone, seconds.
+        ttft_s: time to first token of a request alone, seconds; the median of three.
+        step_s: a decode step of a request alone, seconds; the median over theirs.
         tokens_per_s: prompt and output tokens per second of the batch.
         kv_mib: KV cache that one request's prompt holds, MiB.
     """
@@ -129,10 +132,14 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
         outputs = llm.generate(asked, params, use_tqdm=False)
         return time.perf_counter() - start, len(outputs[0].prompt_token_ids)
 
-    ttft, prompt_tokens = generate(1, 1)
-    longer, _ = generate(1, 1 + _STEPS)
-    seconds, _ = generate(batch, output)
     engine = llm.llm_engine
+    waits, steps = [], []
+    for number, asked in enumerate(prompts(_ALONE)):
+        params = SamplingParams(temperature=0, max_tokens=1 + _STEPS, ignore_eos=True, extra_args=extra_args)
+        first, *following = _token_times(engine, f"alone-{number}", asked, params)
+        waits.append(first)
+        steps += following
+    seconds, prompt_tokens = generate(batch, output)
     engine.add_request(
         "blocks", prompts(1)[0], SamplingParams(max_tokens=2, ignore_eos=True, extra_args=extra_args)
     )
@@ -147,8 +154,20 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
     while engine.has_unfinished_requests():
         engine.step()
     return EngineSample(
-        ttft, (longer - ttft) / _STEPS, batch * (prompt_tokens + output) / seconds, held * block_mib
+        median(waits), median(steps), batch * (prompt_tokens + output) / seconds, held * block_mib
     )
+
+
+def _token_times(engine: Any, name: str, prompt: Mapping[str, Any], params: Any) -> list[float]:
+    """Seconds from a request to its first token, preprocessing included, and from each token to the next."""
+    before, times = time.perf_counter(), []
+    engine.add_request(name, prompt, params)
+    while engine.has_unfinished_requests():
+        if engine.step():
+            now = time.perf_counter()
+            times.append(now - before)
+            before = now
+    return times
 
 
 def arms(model: BenchModel, shares: Sequence[float]) -> dict[str, tuple[str, float]]:
