@@ -18,7 +18,8 @@ from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError, Uns
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
-from vllm_vtprune.policy import AUTO_METHOD, CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy_fields import AUTO_METHOD
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.checkpoint import check_vision_weights
 from vllm_vtprune.vision.features import check_servable, servable_methods
