@@ -46,9 +46,10 @@ from vllm_vtprune.vision.placeholders import (
     field_configs,
     thinned,
 )
+from vllm_vtprune.vision.placement import vision_service
 from vllm_vtprune.vision.preprocessing import Preprocessing
 from vllm_vtprune.vision.question import QuestionRater, question_rater
-from vllm_vtprune.vision.service import VisionService, vision_service
+from vllm_vtprune.vision.service import VisionService
 
 if TYPE_CHECKING:
     from vllm_vtprune.vision.shared.client import SharedTower

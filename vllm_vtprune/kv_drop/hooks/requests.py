@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.kv_drop.geometry import GateQuestion, RequestDrop
 from vllm_vtprune.kv_drop.plan import (
     KVDropConfig,
     PromptPlan,
@@ -26,7 +27,6 @@ from vllm_vtprune.kv_drop.plan import (
     text_behind,
 )
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
-from vllm_vtprune.kv_drop.step import GateQuestion, RequestDrop
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
