@@ -63,8 +63,8 @@ def _plot(
     setting: Setting,
     path: Path,
 ) -> None:
-    layout: dict[str, Any] = {"figsize": (12, 4), "width_ratios": (1, 1, 1.3)}
-    with plotted(path, 1, 3, dpi=_DPI, **layout) as (_, (left, middle, right)):
+    with plotted(path, 1, 3, _DPI, figsize=(12, 4), width_ratios=(1, 1, 1.3)) as (_, axes):
+        left, middle, right = axes
         left.imshow(seen)
         left.set_title("as the tower sees it")
         rows, columns = kept.shape

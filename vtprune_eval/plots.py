@@ -35,7 +35,7 @@ def plotted(
         dpi: dots per inch.
         how: further arguments of `matplotlib.pyplot.subplots`.
 
-    Returns:
+    Yields:
         The figure and its axes, as `subplots` gives them.
 
     Raises:

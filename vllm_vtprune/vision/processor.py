@@ -39,19 +39,13 @@ from vllm_vtprune.vision.embeddings import blank, embedded
 from vllm_vtprune.vision.features import for_family, needs_of, select
 from vllm_vtprune.vision.keys import MediaKeys
 from vllm_vtprune.vision.outcomes import Decided
-from vllm_vtprune.vision.placeholders import (
-    FIELDS,
-    ThinnedDetails,
-    embed_mask,
-    field_configs,
-    thinned,
-)
+from vllm_vtprune.vision.placeholders import FIELDS, ThinnedDetails, embed_mask, field_configs, thinned
 from vllm_vtprune.vision.placement import vision_service
 from vllm_vtprune.vision.preprocessing import Preprocessing
 from vllm_vtprune.vision.question import QuestionRater, question_rater
-from vllm_vtprune.vision.service import VisionService
 
 if TYPE_CHECKING:
+    from vllm_vtprune.vision.service import VisionService
     from vllm_vtprune.vision.shared.client import SharedTower
 
 #: The images and videos at hand (`Decided`, by modality), handed from hook to hook inside the processor's
@@ -290,6 +284,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         return dataclasses.replace(
             inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KWARG: _DUMMY}
         )
+
+    # --- tower and selection -----------------------------------------------------------------------------
 
     def relevance(self, outputs: Sequence[TowerOutput], settings: VisionSettings) -> list[Tensor | None]:
         """Per image how relevant each unit is to the settings' question; empty where there is none."""
