@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.kv_drop.shares import tokens_kept
 from vtprune_eval.flops import CostShape, RequestShape, request_work
 
 

@@ -31,8 +31,8 @@ from benchmarks.commands import bench_parser, write_json
 from benchmarks.kv_drop import QUESTION
 from benchmarks.models import MODELS, BenchModel, model_named
 from vllm_vtprune.fingerprint import fingerprint
-from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse
+from vllm_vtprune.kv_drop.shares import tokens_kept
 from vtprune_eval.flops import CostShape
 from vtprune_eval.setting import AS_SCHEDULED
 from vtprune_loadtest.columns import columns

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.commands import bench_parser, write_json
 from benchmarks.models import BenchModel, model_named
 from benchmarks.rounds import decimal
-from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import resolve
+from vllm_vtprune.kv_drop.shares import tokens_kept
 from vtprune_eval.flops import CostShape, RequestShape, Work, as_dict, request_work
 from vtprune_loadtest.columns import columns
 from vtprune_loadtest.command import command

@@ -18,13 +18,14 @@ from vllm_vtprune.errors import CheckpointError, PolicyError, SettingsError, Uns
 from vllm_vtprune.families.base import Family
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.kv_drop.hooks.config import install, special_token_ids, with_schedule
-from vllm_vtprune.policy import AUTO_METHOD, CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy import CONFIG_KEY, PrunePolicy
+from vllm_vtprune.policy_fields import AUTO_METHOD
 from vllm_vtprune.settings import AUTO_SCORE
 from vllm_vtprune.vision.checkpoint import check_vision_weights
 from vllm_vtprune.vision.features import check_servable, servable_methods
 from vllm_vtprune.vision.gpu_budget import place_tower
+from vllm_vtprune.vision.placement import check_encoder
 from vllm_vtprune.vision.question import check_text_tower
-from vllm_vtprune.vision.service import check_encoder
 from vllm_vtprune.vision.shared.channel import SUPPORTED
 from vllm_vtprune.vision.shared.client import tower_folder
 from vllm_vtprune.weight_updates import refuse_weight_transfer

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses to exchange the weights of a running engine, whose vision tower would keep the old ones.
 
-The tower runs in the API processes, which load it once (`vision.service`) and cache what it computed; weights
-that reach the engine never reach them. A refusal comes before anything is changed.
+The tower runs in the API processes, which load it once (`vision.placement`) and cache what it computed;
+weights that reach the engine never reach them. A refusal comes before anything is changed.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_eval.calibrate import Calibration
+from vtprune_eval.plots import bare, draw_unpruned, plotted
 from vtprune_eval.tables import Row
 
-_DPI = 130
 _AXES = {"flops": "share of the prefill's FLOPs (%)", "kv_bytes": "share of the KV bytes (%)"}
 _NAMED = ("#c1121f", "#e68613", "#2a9d8f", "#8338ec", "#b08900", "#1d3557")
 
@@ -27,27 +27,17 @@ def plot_costs(
         title: the plot's.
         path: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
-    for axis, (cost, label) in zip(axes, _AXES.items(), strict=True):
-        whole = unpruned["accuracy"]
-        axis.axhspan(100 * whole["low"], 100 * whole["high"], color="black", alpha=0.08, linewidth=0)
-        axis.axhline(100 * whole["value"], color="black", linewidth=1, label="unpruned")
-        _lines(axis, one_border, cost)
-        for row, colour in zip(schedules, _NAMED * len(schedules), strict=False):
-            _point(axis, row, cost, colour)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("questions answered right (%)")
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
+    with plotted(path, 1, 2, figsize=(12, 4.8), sharey=True) as (figure, axes):
+        for axis, (cost, label) in zip(axes, _AXES.items(), strict=True):
+            draw_unpruned(axis, unpruned["accuracy"])
+            _lines(axis, one_border, cost)
+            for row, colour in zip(schedules, _NAMED * len(schedules), strict=False):
+                _point(axis, row, cost, colour)
+            axis.set_xlabel(label)
+            bare(axis)
+        axes[0].set_ylabel("questions answered right (%)")
+        axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.suptitle(title)
     return path
 
 
@@ -87,21 +77,13 @@ def plot_presets(found: Calibration, wanted: Mapping[str, float], name: str, pat
         name: the model's, for the title.
         path: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    axis.plot(list(found.shares), [100 * share for share in found.shares.values()], color="#1d3557")
-    for (preset, share), colour in zip(wanted.items(), _NAMED, strict=False):
-        amount = found.chosen[share]
-        axis.plot(amount, 100 * found.shares[amount], "o", color=colour, label=f"{preset}: {amount:g}")
-    axis.set(xlim=(0, 1), ylim=(0, 100), xlabel="aggressiveness", ylabel="vision tokens kept (%)")
-    axis.set_title(f"{name}: mean share kept", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
+    with plotted(path, figsize=(6.4, 4)) as (_, axis):
+        axis.plot(list(found.shares), [100 * share for share in found.shares.values()], color="#1d3557")
+        for (preset, share), colour in zip(wanted.items(), _NAMED, strict=False):
+            amount = found.chosen[share]
+            axis.plot(amount, 100 * found.shares[amount], "o", color=colour, label=f"{preset}: {amount:g}")
+        axis.set(xlim=(0, 1), ylim=(0, 100), xlabel="aggressiveness", ylabel="vision tokens kept (%)")
+        axis.set_title(f"{name}: mean share kept", fontsize=11)
+        bare(axis)
+        axis.legend(frameon=False)
     return path

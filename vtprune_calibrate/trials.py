@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.kv_drop.shares import tokens_kept
 from vllm_vtprune.settings import KVSettings
 from vtprune_calibrate.journal import Journal
 from vtprune_eval import statistics

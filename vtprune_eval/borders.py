@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2 of a batch of prompts on transformers: what leaves at each prune layer, and which tokens.
 
-Counts and choice are the engine's own (`vllm_vtprune.kv_drop.plan` and `.relevance`).
+Counts and choice are the engine's own (`vllm_vtprune.kv_drop.shares` and `.relevance`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_vtprune.contract import KVScope
-from vllm_vtprune.kv_drop.plan import protected_positions, rated_at, scope_of, shares_of, tokens_kept
 from vllm_vtprune.kv_drop.ratings import Bucket, make_buckets
 from vllm_vtprune.kv_drop.relevance import RELEVANCE, PrunedPrompts, Relevance, keep, rate
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.kv_drop.shares import protected_positions, rated_at, scope_of, shares_of, tokens_kept
 from vllm_vtprune.settings import KVSettings
 
 #: How stage 2 can rate tokens: as the engine can, and at random, the baseline for its choice.
@@ -45,7 +45,7 @@ class Dropping:
     """Stage 2 as one setting asks for it.
 
     Attributes:
-        shares: what stays above each prune layer, the request's wishes included (`plan.shares_of`).
+        shares: what stays above each prune layer, the request's wishes included (`kv_drop.shares.shares_of`).
         scope: what competes.
         window: last prompt tokens that rate the others and stay.
         relevance: names of `RATINGS`, one for each prune layer; the last holds for the rest.

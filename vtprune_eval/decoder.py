@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy answers from a LLaVA's decoder on transformers, many prompts at once, with stage 2 inside.
 
-Counts and choice of stage 2 are the engine's own (`vllm_vtprune.kv_drop.plan` and `.relevance`); the layers
+Counts and choice of stage 2 are the engine's own (`vllm_vtprune.kv_drop.shares` and `.relevance`); the layers
 are transformers'. Prompts are padded on the right and masked, positions are each prompt's own.
 """
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vllm_vtprune.selection import get_score, score_curve
 from vllm_vtprune.vision.features import needs_of
+from vtprune_eval.plots import plotted
 from vtprune_eval.setting import Setting
 from vtprune_eval.tasks import Questions
 from vtprune_eval.transformers_backend import LocalModel
@@ -62,27 +63,19 @@ def _plot(
     setting: Setting,
     path: Path,
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(12, 4), layout="constrained", width_ratios=(1, 1, 1.3)
-    )
-    left.imshow(seen)
-    left.set_title("as the tower sees it")
-    rows, columns = kept.shape
-    height, width = seen.shape[0] // rows, seen.shape[1] // columns
-    shown = np.kron(kept, np.ones((height, width), dtype=bool))[..., None]
-    area = seen[: shown.shape[0], : shown.shape[1]]
-    middle.imshow(np.where(shown, area, 0.85 + 0.1 * area))
-    middle.set_title(f"{count} of {kept.size} tokens stay")
-    for axis in (left, middle):
-        axis.set_axis_off()
-    _curve(right, scores, count, setting)
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
+    with plotted(path, 1, 3, _DPI, figsize=(12, 4), width_ratios=(1, 1, 1.3)) as (_, axes):
+        left, middle, right = axes
+        left.imshow(seen)
+        left.set_title("as the tower sees it")
+        rows, columns = kept.shape
+        height, width = seen.shape[0] // rows, seen.shape[1] // columns
+        shown = np.kron(kept, np.ones((height, width), dtype=bool))[..., None]
+        area = seen[: shown.shape[0], : shown.shape[1]]
+        middle.imshow(np.where(shown, area, 0.85 + 0.1 * area))
+        middle.set_title(f"{count} of {kept.size} tokens stay")
+        for axis in (left, middle):
+            axis.set_axis_off()
+        _curve(right, scores, count, setting)
 
 
 def _curve(axis: Any, scores: NDArray[np.float64], count: int, setting: Setting) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,50 @@ _MARKERS = "osD^vP*Xph<>d"
 
 Row = dict[str, Any]
 Series = dict[str, list[tuple[float, dict[str, float]]]]
+
+
+@contextmanager
+def plotted(
+    path: Path, rows: int = 1, columns: int = 1, dpi: int = _DPI, **how: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A figure to draw into, which is written once it is drawn.
+
+    Args:
+        path: the PNG to write.
+        rows: of axes.
+        columns: of axes.
+        dpi: dots per inch.
+        how: further arguments of `matplotlib.pyplot.subplots`.
+
+    Yields:
+        The figure and its axes, as `subplots` gives them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, layout="constrained", **how)
+    try:
+        yield figure, axes
+        figure.savefig(path, dpi=dpi)
+    finally:
+        pyplot.close(figure)
+
+
+def bare(axis: Any) -> None:
+    """Draw a faint grid, and no frame but the two axes."""
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_unpruned(axis: Any, accuracy: Mapping[str, float]) -> None:
+    """The unpruned model's accuracy as a line with its interval as a band, in per cent."""
+    axis.axhspan(100 * accuracy["low"], 100 * accuracy["high"], color="black", alpha=0.08, linewidth=0)
+    axis.axhline(100 * accuracy["value"], color="black", linewidth=1, label="unpruned")
 
 
 def series_by_method(rows: Sequence[Row], *, baselines: bool = True) -> Series:
@@ -41,42 +86,35 @@ def plot_accuracy(
     series: Series, unpruned: dict[str, float], title: str, path: Path, x: str = "share of vision tokens kept"
 ) -> Path:
     """Accuracy against what is kept, one line per name, the unpruned model as a line with its band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
-    axis.axhspan(100 * unpruned["low"], 100 * unpruned["high"], color="black", alpha=0.08, linewidth=0)
-    axis.axhline(100 * unpruned["value"], color="black", linewidth=1, label="unpruned")
-    others = list(dict.fromkeys(name.removesuffix(ADAPTIVE) for name in series if name not in _MAIN))
-    for name, points in series.items():
-        shares = [100 * share for share, _ in points]
-        values, low, high = ([100 * entry[key] for _, entry in points] for key in ("value", "low", "high"))
-        main = name in _MAIN
-        at = others.index(name.removesuffix(ADAPTIVE)) if not main else 0
-        colour = _MAIN[name] if main else _COLOURS[at % len(_COLOURS)]
-        axis.plot(
-            shares,
-            values,
-            color=colour,
-            marker="o" if main else _MARKERS[at % len(_MARKERS)],
-            markersize=5,
-            linewidth=2.2 if main else 1.1,
-            linestyle="--" if name == "random" else ":" if not main and name.endswith(ADAPTIVE) else "-",
-            zorder=3 if main else 2,
-            label=name,
-        )
-        if main or len(series) <= 4:
-            axis.fill_between(shares, low, high, color=colour, alpha=0.13, linewidth=0)
-    axis.set_xlabel(f"{x} (%)")
-    axis.set_ylabel("questions answered right (%)")
-    axis.set_title(title)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
+    with plotted(path, figsize=(8.5, 5)) as (_, axis):
+        draw_unpruned(axis, unpruned)
+        others = list(dict.fromkeys(name.removesuffix(ADAPTIVE) for name in series if name not in _MAIN))
+        for name, points in series.items():
+            shares = [100 * share for share, _ in points]
+            values, low, high = (
+                [100 * entry[key] for _, entry in points] for key in ("value", "low", "high")
+            )
+            main = name in _MAIN
+            at = others.index(name.removesuffix(ADAPTIVE)) if not main else 0
+            colour = _MAIN[name] if main else _COLOURS[at % len(_COLOURS)]
+            axis.plot(
+                shares,
+                values,
+                color=colour,
+                marker="o" if main else _MARKERS[at % len(_MARKERS)],
+                markersize=5,
+                linewidth=2.2 if main else 1.1,
+                linestyle="--" if name == "random" else ":" if not main and name.endswith(ADAPTIVE) else "-",
+                zorder=3 if main else 2,
+                label=name,
+            )
+            if main or len(series) <= 4:
+                axis.fill_between(shares, low, high, color=colour, alpha=0.13, linewidth=0)
+        axis.set_xlabel(f"{x} (%)")
+        axis.set_ylabel("questions answered right (%)")
+        axis.set_title(title)
+        bare(axis)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return path
 
 
@@ -88,25 +126,27 @@ def plot_curve(curves: dict[str, list[float]], cuts: dict[str, float], path: Pat
         cuts: name to mean share kept.
         path: the PNG to write.
     """
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    from matplotlib import colormaps, pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for at, (name, curve) in enumerate(curves.items()):
-        places = [100 * (k + 1) / len(curve) for k in range(len(curve))]
-        axis.plot(places, curve, color=colormaps["viridis"](0.85 * at / max(1, len(curves) - 1)), label=name)
-    for name, share in cuts.items():
-        axis.axvline(100 * share, color="#c1121f", linestyle="--", linewidth=1)
-        axis.text(
-            100 * share + 0.6, axis.get_ylim()[1], name, rotation=90, va="top", fontsize=8, color="#c1121f"
-        )
-    axis.set_xlabel("patches by falling similarity (%)")
-    axis.set_ylabel("cosine to CLS, mean over pictures")
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
+    with plotted(path, figsize=(7, 4.2)) as (_, axis):
+        for at, (name, curve) in enumerate(curves.items()):
+            places = [100 * (k + 1) / len(curve) for k in range(len(curve))]
+            axis.plot(
+                places, curve, color=colormaps["viridis"](0.85 * at / max(1, len(curves) - 1)), label=name
+            )
+        for name, share in cuts.items():
+            axis.axvline(100 * share, color="#c1121f", linestyle="--", linewidth=1)
+            axis.text(
+                100 * share + 0.6,
+                axis.get_ylim()[1],
+                name,
+                rotation=90,
+                va="top",
+                fontsize=8,
+                color="#c1121f",
+            )
+        axis.set_xlabel("patches by falling similarity (%)")
+        axis.set_ylabel("cosine to CLS, mean over pictures")
+        bare(axis)
+        axis.legend(frameon=False)
     return path

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vtprune_eval.plots import bare, plotted
 from vtprune_eval.published import DOWNSCALE, LMMS_EVAL, OFF, RANDOM
 from vtprune_eval.tables import markdown, percent
 
@@ -48,42 +49,39 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(document: dict[str, Any], path: Path) -> Path:
     """Each task's first metric against the share of the vision tokens kept, a point for each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
-    figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks), 4), layout="constrained", squeeze=False
-    )
-    for axis, task in zip(axes[0], tasks, strict=True):
-        rows = [row for row in document["rows"] if row["task"] == task]
-        metric = next(iter(rows[0]["metrics"]))
-        axis.axhline(rows[0]["metrics"][metric]["value"], color="black", linewidth=1)
-        for row in rows:
-            entry = row["metrics"].get(metric)
-            if entry is None:
-                continue
-            rule = row["arm"].rpartition("-")[2]
-            colour, marker = {RANDOM: ("#555555", "s"), DOWNSCALE: ("#2a9d8f", "^"), OFF: ("black", "D")}.get(
-                rule, ("#c1121f", "o")
-            )
-            axis.errorbar(
-                100 * row["share_kept"], entry["value"], entry["error"], fmt=marker, color=colour, capsize=3
-            )
-            axis.annotate(
-                row["arm"],
-                (100 * row["share_kept"], entry["value"]),
-                fontsize=8,
-                xytext=(5, 4),
-                textcoords="offset points",
-            )
-        axis.set_title(task)
-        axis.set_xlabel("vision tokens kept (%)")
-        axis.set_ylabel(metric)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with plotted(path, 1, len(tasks), figsize=(4.6 * len(tasks), 4), squeeze=False) as (_, axes):
+        for axis, task in zip(axes[0], tasks, strict=True):
+            rows = [row for row in document["rows"] if row["task"] == task]
+            metric = next(iter(rows[0]["metrics"]))
+            axis.axhline(rows[0]["metrics"][metric]["value"], color="black", linewidth=1)
+            for row in rows:
+                entry = row["metrics"].get(metric)
+                if entry is None:
+                    continue
+                rule = row["arm"].rpartition("-")[2]
+                colour, marker = {
+                    RANDOM: ("#555555", "s"),
+                    DOWNSCALE: ("#2a9d8f", "^"),
+                    OFF: ("black", "D"),
+                }.get(rule, ("#c1121f", "o"))
+                axis.errorbar(
+                    100 * row["share_kept"],
+                    entry["value"],
+                    entry["error"],
+                    fmt=marker,
+                    color=colour,
+                    capsize=3,
+                )
+                axis.annotate(
+                    row["arm"],
+                    (100 * row["share_kept"], entry["value"]),
+                    fontsize=8,
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                )
+            axis.set_title(task)
+            axis.set_xlabel("vision tokens kept (%)")
+            axis.set_ylabel(metric)
+            bare(axis)
     return path

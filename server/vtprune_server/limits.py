@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from vllm_vtprune.error_text import WITHHOLD_VARIABLE
-from vllm_vtprune.policy import OperatorModel
+from vllm_vtprune.operator_model import OperatorModel
 from vtprune_server.sources import Source, gather, texts
 
 ENV_PREFIX = "VTPRUNE_"

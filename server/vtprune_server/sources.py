@@ -20,7 +20,7 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 from vllm_vtprune.errors import PolicyError
-from vllm_vtprune.policy import OperatorModel, refusal
+from vllm_vtprune.operator_model import OperatorModel, refusal
 
 Model = TypeVar("Model", bound=OperatorModel)
 

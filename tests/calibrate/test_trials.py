@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_vtprune.kv_drop.plan import tokens_kept
 from vllm_vtprune.kv_drop.schedule import PruneLayer, parse
+from vllm_vtprune.kv_drop.shares import tokens_kept
 from vllm_vtprune.settings import KVSettings
 from vtprune_calibrate.comparison import compare
 from vtprune_calibrate.journal import Journal

@@ -28,6 +28,7 @@ from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import VisionSettings
 from vllm_vtprune.vision.encoder import VisionEncoder
+from vllm_vtprune.vision.explain import tower_output
 from vllm_vtprune.vision.features import everything, for_family, servable_methods
 from vllm_vtprune.vision.outcomes import Decided
 from vllm_vtprune.vision.placeholders import FIELDS
@@ -57,7 +58,7 @@ def test_unpruned_embeddings_are_those_of_transformers(
     ours = processor(name)
     assert isinstance(ours, PrunedProcessor)
     for size, image in zip(SIZES, pictures, strict=True):
-        output, _ = ours.tower_output(image, VisionSettings(score="received"))
+        output, _ = tower_output(ours, image, VisionSettings(score="received"))
         ((embeddings, places),) = ours.vision.encoder.project([everything(output)])
         expected = oracle(name).embeddings(image)
         assert embeddings.shape == expected.shape, size
@@ -71,11 +72,11 @@ def test_a_batch_of_pictures_computes_what_each_alone_does(
 ) -> None:
     ours = processor(name)
     pictures = [picture(size, seed=5) for size in SIZES]
-    batch = ours._encode(
+    batch = ours.encode(
         [Decided(*one) for one in zip("abcde", pictures, strict=True)], frozenset({"received"})
     )
     for key, image, together in zip("fghij", pictures, batch, strict=True):
-        (alone,) = ours._encode([Decided(key, image)], frozenset({"received"}))
+        (alone,) = ours.encode([Decided(key, image)], frozenset({"received"}))
         assert torch.allclose(alone.patches, together.patches, atol=1e-5)
         assert torch.allclose(alone.received, together.received, atol=1e-6)
         assert alone.views == together.views
@@ -87,7 +88,7 @@ def test_the_score_is_the_attention_that_units_receive(
 ) -> None:
     """In float64, in the last layer that compares all units of a view."""
     for size in SIZES:
-        output, _ = processor(name).tower_output(picture(size), VisionSettings(score="received"))
+        output, _ = tower_output(processor(name), picture(size), VisionSettings(score="received"))
         expected = oracle(name).received(picture(size))
         assert [view.grid for view in output.views] == [tuple(grid) for grid, _ in expected]
         for view, (_, scores) in zip(output.views, expected, strict=True):
@@ -216,7 +217,7 @@ def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_question_rates_every_unit_by_its_own_embedding(name: str, processor: Callable[[str], Any]) -> None:
     ours = processor(name)
-    output, _ = ours.tower_output(picture((640, 480)), VisionSettings(score="received"))
+    output, _ = tower_output(ours, picture((640, 480)), VisionSettings(score="received"))
     encoder, units = ours.vision.encoder, output.patches.shape[0]
     ((embeddings, _),) = encoder.project([everything(output)])
     rows = ours.family.of_units(output, embeddings)

@@ -44,7 +44,7 @@ def test_a_captured_tower_gives_what_it_gives_uncaptured(
             record=recorder,
         )
     assert ("without CUDA graphs: its pictures differ in size" in caplog.text) is (name not in CAPTURED)
-    items = ours._preprocessed("image", [picture(size, seed=9) for size in SIZES], {})
+    items = ours.preprocessing.together("image", [picture(size, seed=9) for size in SIZES], {})
     for outputs in (*captured.family.usual_outputs(), OPTIONAL_OUTPUTS & captured.family.outputs):
         first = captured.encode(items[:2], outputs)
         before = recorder.replays

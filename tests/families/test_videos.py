@@ -75,7 +75,7 @@ def process(processor: Any, videos: list[Any], *, vllms: bool = False, **setting
 def keyed(processor: Any, videos: list[Any], kwargs: dict[str, Any] | None = None) -> Any:
     """The videos as the processor hands them on."""
     items = processor.info.parse_mm_data({"video": data(processor, videos)["video"]})
-    return processor._keyed(ProcessorInputs([], items, hf_processor_mm_kwargs=kwargs or {}))["video"]
+    return processor.keys.keyed(ProcessorInputs([], items, hf_processor_mm_kwargs=kwargs or {}))["video"]
 
 
 @torch.inference_mode()
@@ -187,7 +187,7 @@ def test_a_long_video_is_computed_in_parts(
 ) -> None:
     ours = processor(name)
     encoder = ours.vision.encoder
-    items = ours._items(keyed(ours, [clip(10, 112, 84)]))
+    items = ours.preprocessing.items(keyed(ours, [clip(10, 112, 84)]))
 
     def passes() -> tuple[Any, int]:
         """The tower's output, and how often its modules were called for it."""
@@ -247,7 +247,7 @@ def test_videos_with_a_rate_each_are_sampled_by_their_own(processor: Callable[[s
     sampled = (frames, {**told, "do_sample_frames": True})
     media = keyed(ours, [sampled, sampled], {"fps": [1.0, 2.0]})
     assert media[0].key != media[1].key
-    items = ours._items(media)
+    items = ours.preprocessing.items(media)
     assert [int(item.inputs["video_grid_thw"][0]) for item in items] == [2, 4]
 
 

@@ -57,7 +57,7 @@ def main(out: str) -> None:
     from vllm import LLM, SamplingParams
 
     from vllm_vtprune import request_kwargs
-    from vllm_vtprune.vision.service import vision_service
+    from vllm_vtprune.vision.placement import vision_service
 
     llm = LLM(str(DEMO_MODEL), dtype="float32", enforce_eager=True, max_model_len=512, block_size=32)
     service = vision_service(llm.llm_engine.model_config)

@@ -21,17 +21,11 @@ from vllm_vtprune.errors import PolicyError
 from vllm_vtprune.fingerprint import fingerprint
 from vllm_vtprune.kv_drop.bands import KVDropBands
 from vllm_vtprune.kv_drop.gate import Gate, GateFacts, leaves, load, read_facts, save, text_states
+from vllm_vtprune.kv_drop.geometry import GateQuestion, RequestDrop
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
-from vllm_vtprune.kv_drop.plan import (
-    KVDropConfig,
-    PromptPlan,
-    decided_plan,
-    gate_report,
-    plan_prompt,
-    protected_positions,
-)
+from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, decided_plan, gate_report, plan_prompt
 from vllm_vtprune.kv_drop.schedule import ScheduleError, parse
-from vllm_vtprune.kv_drop.step import GateQuestion, RequestDrop
+from vllm_vtprune.kv_drop.shares import protected_positions
 from vllm_vtprune.policy import PrunePolicy
 from vllm_vtprune.settings import KVSettings
 

@@ -11,19 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtprune.kv_drop.plan import (
-    KVDropConfig,
-    PromptPlan,
-    plan_prompt,
-    protected_positions,
-    reuses,
-    scope_of,
-    settings_of,
-    settled_from,
-    shares_of,
-    tokens_kept,
-)
+from vllm_vtprune.kv_drop.plan import KVDropConfig, PromptPlan, plan_prompt, reuses, settings_of, settled_from
 from vllm_vtprune.kv_drop.schedule import PruneLayer
+from vllm_vtprune.kv_drop.shares import protected_positions, scope_of, shares_of, tokens_kept
 from vllm_vtprune.settings import KVSettings
 
 SPECIAL = frozenset({0, 1, 2})

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from vllm_vtprune.kv_drop import step as step_module
 from vllm_vtprune.kv_drop.bands import KVDropBands
+from vllm_vtprune.kv_drop.geometry import RequestDrop, step_geometry
 from vllm_vtprune.kv_drop.relevance import keep, kept_rows
-from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop, step_geometry
+from vllm_vtprune.kv_drop.step import KVDropState
 
 
 @dataclass

@@ -30,7 +30,7 @@ from tests.helpers.pictures import noise, scene
 from vllm_vtprune import request_kwargs
 from vllm_vtprune.errors import SettingsError
 from vllm_vtprune.selection.registry import METHODS
-from vllm_vtprune.vision import processor as module
+from vllm_vtprune.vision import preprocessing as module
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vtprune_server import prefetch as prefetching
 
@@ -191,9 +191,9 @@ def test_a_picture_that_vllms_parser_leaves_as_it_is_goes_past_it(
     processor: PrunedProcessor, make: Any, upright: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert module._upright(make()) is upright
-    (ours,) = processor._preprocessed("image", [make()], {})
+    (ours,) = processor.preprocessing.together("image", [make()], {})
     monkeypatch.setattr(module, "_upright", lambda image: False)
-    (parsed,) = processor._preprocessed("image", [make()], {})
+    (parsed,) = processor.preprocessing.together("image", [make()], {})
     assert ours.places == parsed.places and ours.inputs.keys() == parsed.inputs.keys()
     for name, value in ours.inputs.items():
         assert torch.equal(value, parsed.inputs[name])

@@ -26,6 +26,7 @@ from vllm_vtprune.families.base import TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.settings import LONGEST_QUESTION, VisionSettings
 from vllm_vtprune.vision.checkpoint import EmbeddingRows
+from vllm_vtprune.vision.explain import tower_output
 from vllm_vtprune.vision.processor import PrunedProcessor
 from vllm_vtprune.vision.question import ClipRater, EmbeddingRater, check_text_tower
 
@@ -91,7 +92,7 @@ def test_several_pictures_and_many_requests_at_once_change_no_choice(processor: 
     def choice(number: int) -> torch.Tensor:
         question = (CIRCLE, SQUARE)[number % 2]
         picture = pictures[number % 3]
-        output, _ = processor.tower_output(scene(picture), VisionSettings(keep_ratio=0.5))
+        output, _ = tower_output(processor, scene(picture), VisionSettings(keep_ratio=0.5))
         settings = processor._settings(VisionSettings("cdpruner", None, 0.2).asking(question).canonical())
         (rated,) = processor.relevance([output], settings)
         assert rated is not None
@@ -141,7 +142,7 @@ def test_a_checkpoint_without_embeddings_is_said(tmp_path: Path) -> None:
 def test_the_fallback_is_the_mean_cosine_with_the_questions_embeddings(processor: PrunedProcessor) -> None:
     rater, tokenizer = processor.rater, processor.info.get_tokenizer()
     assert isinstance(rater, EmbeddingRater)
-    output, _ = processor.tower_output(scene(907), VisionSettings())
+    output, _ = tower_output(processor, scene(907), VisionSettings())
     rows = EmbeddingRows.of(str(DEMO_MODEL)).read(tokenizer.encode(CIRCLE, add_special_tokens=False))
     projected = processor.vision.encoder.modules["projector"](output.patches)
     slow = [sum(float(cosine_similarity(z, q, dim=0)) for q in rows) / len(rows) for z in projected]

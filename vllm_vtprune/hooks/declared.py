@@ -200,6 +200,15 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "finds compiled bands among the model's modules",
         ),
     ],
+    "vllm_vtprune/vision/keys.py": [
+        (_PROCESSOR + "_get_mm_hashes", "read", "the key of an item that a trusted id names"),
+        (_PROCESSOR + "_get_cache_missing_processor_kwargs", "read", "which keyword arguments are whose"),
+    ],
+    "vllm_vtprune/vision/preprocessing.py": [
+        (_PROCESSOR + "_apply_hf_processor_main", "read", "preprocesses without a prompt"),
+        (_PROCESSOR + "_get_mm_fields_config", "read", "takes the fields apart by item"),
+        (_PROCESSOR + "_get_prompt_updates", "read", "tells an item's places"),
+    ],
     "vllm_vtprune/vision/processor.py": [
         (_PROCESSOR + "_cached_apply_hf_processor", "order", "uses the cache unless an item passes through"),
         (

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vllm_vtprune.kv_drop.gate import Gate
-from vllm_vtprune.kv_drop.step import KVDropState, RequestDrop
+from vllm_vtprune.kv_drop.geometry import RequestDrop
+from vllm_vtprune.kv_drop.step import KVDropState
 
 _NOBODY: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 

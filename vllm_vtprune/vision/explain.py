@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.selection.base import Selection, SelectionMethod, share_count
@@ -12,10 +12,11 @@ from vllm_vtprune.selection.features import VisionFeatures
 from vllm_vtprune.selection.inflection import inflection_counts, score_curve
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.selection.scores import get_score
-from vllm_vtprune.vision.features import for_family, kept_of, seed_of, stack
+from vllm_vtprune.vision.features import for_family, kept_of, needs_of, seed_of, stack
 from vllm_vtprune.vision.processor import PrunedProcessor
 
 if TYPE_CHECKING:
+    from vllm_vtprune.families.base import TowerOutput
     from vllm_vtprune.settings import VisionSettings
 
 
@@ -84,7 +85,7 @@ def explain(
         ValueError: the image cannot be preprocessed, or its scores are not finite.
     """
     settings = for_family(settings, processor.family)
-    output, key = processor.tower_output(image, settings, media_io_kwargs)
+    output, key = tower_output(processor, image, settings, media_io_kwargs)
     size = picture_size(image)
     crops = processor.family.crops(size, processor.info.get_hf_processor().image_processor, output)
     selections: dict[int, Selection] = {}
@@ -106,6 +107,30 @@ def explain(
         vision_tokens=output.places,
         vision_tokens_kept=projected[1].shape[0],
     )
+
+
+def tower_output(
+    processor: PrunedProcessor,
+    image: Any,
+    settings: VisionSettings,
+    media_io_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[TowerOutput, str]:
+    """What selection is given for one image, and its content key, through the tower and cache of serving.
+
+    Args:
+        processor: the model's.
+        image: a PIL image, alone or as vLLM's media connector wraps it.
+        settings: decide which optional outputs the tower computes.
+        media_io_kwargs: with which the image was decoded; they are part of its key in the cache.
+
+    Raises:
+        ValueError: the image cannot be preprocessed.
+    """
+    keyed = processor.keys.of_image(image, media_io_kwargs)
+    # the score, whatever stays
+    shown = replace(settings, keep_ratio=0.5, aggressiveness=None)
+    (output,) = processor.encode([keyed], needs_of([shown]))
+    return output, keyed.key
 
 
 def _view(

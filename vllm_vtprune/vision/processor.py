@@ -7,9 +7,9 @@ kept tokens must be known. Hooks, all of `vllm.multimodal.processing.BaseMultiMo
 `_apply_hf_processor_main`, `_get_mm_fields_config`, `_get_prompt_updates`, `_maybe_apply_prompt_updates`,
 `apply` and `get_dummy_inputs`.
 
-An image's way, and a video's: content key -> (tower's output, from the cache or by `vision.service`) ->
-selection -> the item's key (`vision.outcomes`) -> embeddings and the mask of the places that stay -> the base
-class's placeholder, thinned.
+An image's way, and a video's: content key (`vision.keys`) -> (tower's output, from the cache or by
+`vision.preprocessing` and `vision.service`) -> selection -> the item's key (`vision.outcomes`) -> embeddings
+and the mask of the places that stay (`vision.embeddings`) -> the base class's placeholder, thinned.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -36,22 +35,17 @@ from vllm_vtprune.families.base import Family, Item, Kept, TowerOutput
 from vllm_vtprune.families.registry import family_of
 from vllm_vtprune.selection.registry import get_method
 from vllm_vtprune.settings import VisionSettings
-from vllm_vtprune.vision.content import check_frames, content, decoded
+from vllm_vtprune.vision.embeddings import blank, embedded
 from vllm_vtprune.vision.features import for_family, needs_of, select
+from vllm_vtprune.vision.keys import MediaKeys
 from vllm_vtprune.vision.outcomes import Decided
-from vllm_vtprune.vision.placeholders import (
-    FIELDS,
-    ThinnedDetails,
-    embed_mask,
-    field_configs,
-    item_fields,
-    thinned,
-)
+from vllm_vtprune.vision.placeholders import FIELDS, ThinnedDetails, embed_mask, field_configs, thinned
+from vllm_vtprune.vision.placement import vision_service
+from vllm_vtprune.vision.preprocessing import Preprocessing
 from vllm_vtprune.vision.question import QuestionRater, question_rater
-from vllm_vtprune.vision.service import VisionService, vision_service
-from vllm_vtprune.vision.transfer import to_host
 
 if TYPE_CHECKING:
+    from vllm_vtprune.vision.service import VisionService
     from vllm_vtprune.vision.shared.client import SharedTower
 
 #: The images and videos at hand (`Decided`, by modality), handed from hook to hook inside the processor's
@@ -103,7 +97,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         policy = plugin_context(self.info.ctx.model_config).policy
         items = self.info.parse_mm_data(mm_data)
         # images named by a trusted id need not be there at all: the processor sorts that out
-        if policy.feature_cache_gb == 0 or policy.trust_image_ids or not self._decoded(items):
+        if policy.feature_cache_gb == 0 or policy.trust_image_ids or not self.keys.decoded(items):
             return 0, 0
         inputs = self._prepared(
             ProcessorInputs(
@@ -122,7 +116,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         needs = needs_of([self._settings(setting)])
         keys = {one.key for one in media}
         hits = self.vision.available(keys, needs)
-        self._encode(media, needs)
+        self.encode(media, needs)
         return hits, len(keys) - hits
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
@@ -143,7 +137,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """
         kwargs: dict[str, Any] = {KWARG: self._default_setting(), **inputs.hf_processor_mm_kwargs}
         setting = kwargs[KWARG]
-        media = {} if setting == _DUMMY else self._keyed(inputs)
+        media = {} if setting == _DUMMY else self.keys.keyed(inputs)
         for one in (one for many in media.values() for one in many):
             one.outcome = self.vision.outcomes.get(one.key, setting)
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={**kwargs, _MEDIA: media})
@@ -160,7 +154,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         undecided: dict[str, Decided] = {}
         for one in media:
             # a trusted id may stand for an image that is not there
-            held = cache is not None and one.outcome and cache.is_cached_item(self._key(one, setting))
+            held = (
+                cache is not None and one.outcome and cache.is_cached_item(self.keys.item_key(one, setting))
+            )
             if not held and one.raw is not None:
                 undecided[one.key] = one
         if not undecided:
@@ -170,17 +166,15 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
             if one.key in kept:
                 self.vision.outcomes.put(one.key, setting, one.decide(kept[one.key]))
 
-    def _decoded(self, items: MultiModalDataItems) -> dict[str, list[Any]]:
-        """The decoded media that are pruned, by modality."""
-        found = {modality: decoded(items, modality) for modality in self.family.modalities}
-        return {modality: media for modality, media in found.items() if media}
-
     # --- keys in vLLM's caches ---------------------------------------------------------------------------
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
         setting, decided, kwargs = _taken(inputs.hf_processor_mm_kwargs)
         items = inputs.mm_data_items
-        ours = {modality: [self._key(one, setting) for one in media] for modality, media in decided.items()}
+        ours = {
+            modality: [self.keys.item_key(one, setting) for one in media]
+            for modality, media in decided.items()
+        }
         others = MultiModalDataItems({m: v for m, v in items.items() if m not in ours})
         if setting == _DUMMY:  # never mistaken for a request's picture of the same content
             kwargs[KWARG] = _DUMMY
@@ -201,54 +195,6 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         base = super()._get_cache_missing_processor_kwargs(stripped, dict(mm_is_cached))
         return {**base, KWARG: setting, _MEDIA: missing}
 
-    def _key(self, image: Decided, setting: str) -> str:
-        """An item's key in vLLM's caches and its identifier in the engine."""
-        outcome = {"outcome": image.outcome} if image.outcome else {}
-        return self._hash(content=image.key, settings=setting, **outcome)
-
-    def _keyed(self, inputs: ProcessorInputs) -> dict[str, list[Decided]]:
-        """Each image and video that is pruned, with a key made from its content and its preprocessing.
-
-        Apart from the settings. A client's `uuid` and an EXIF image id would let a request name another's
-        cached picture; they count only where the operator trusts them.
-        """
-        given = {k: v for k, v in sorted(inputs.hf_processor_mm_kwargs.items()) if k != KWARG}
-        inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=given)
-        found = {}
-        for modality, media in self._decoded(inputs.mm_data_items).items():
-            if modality == "video":
-                for i, video in enumerate(media):
-                    check_frames(video, i, self.family.fewest_frames)
-            kwargs = self._own_kwargs(inputs, modality, len(media))
-            keys = self._content_keys(inputs, modality, kwargs)
-            found[modality] = [Decided(*one, modality) for one in zip(keys, media, kwargs, strict=True)]
-        return found
-
-    def _own_kwargs(self, inputs: ProcessorInputs, modality: str, count: int) -> list[Mapping[str, Any]]:
-        """The preprocessing of each of `count` items: videos may have a rate of frames each."""
-        if modality != "video":
-            return [inputs.hf_processor_mm_kwargs] * count
-        alone = ([i != number for i in range(count)] for number in range(count))
-        ask = super()._get_cache_missing_processor_kwargs
-        return [ask(inputs, {"video": others}) for others in alone]
-
-    def _content_keys(
-        self, inputs: ProcessorInputs, modality: str, kwargs: Sequence[Mapping[str, Any]]
-    ) -> list[str]:
-        items = inputs.mm_data_items
-        if plugin_context(self.info.ctx.model_config).policy.trust_image_ids:
-            return super()._get_mm_hashes(inputs)[modality]
-        media_io = dict(inputs.media_io_kwargs.get(modality, {}))
-        hashed = items[modality].get_all_items_for_hash()
-        return [
-            self._hash(**{modality: content(item, i, modality)}, kwargs=own, media_io=media_io)
-            for i, (item, own) in enumerate(zip(hashed, kwargs, strict=True))
-        ]
-
-    def _hash(self, **factors: object) -> str:
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        return MultiModalHasher.hash_kwargs(algorithm, model_id=self.info.model_id, **factors)
-
     # --- pixels to embeddings ----------------------------------------------------------------------------
 
     def _apply_hf_processor_main(
@@ -256,7 +202,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     ) -> BatchFeature:
         # neither key may reach the Hugging Face processor, which warns about or chokes on unknown ones
         setting, decided, kwargs = _taken(hf_kwargs)
-        ours = self._decoded(mm_items)
+        ours = self.keys.decoded(mm_items)
         if not ours:
             return super()._apply_hf_processor_main(mm_items, kwargs)
         others = {m: items for m, items in mm_items.items() if m not in ours and len(items)}
@@ -265,7 +211,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
             data.update(super()._apply_hf_processor_main(MultiModalDataItems(others), kwargs))
         for modality, media in ours.items():
             if setting == _DUMMY:
-                data.update(self._dummy_fields([Decided("", raw, kwargs, modality) for raw in media]))
+                dummies = [Decided("", raw, kwargs, modality) for raw in media]
+                data.update(self._dummy_fields(modality, dummies))
             else:
                 data.update(self._fields(modality, self._kept(decided[modality], setting)))
         return data
@@ -282,7 +229,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     def _select(self, media: Sequence[Decided], setting: str) -> list[Kept]:
         settings = self._settings(setting)
-        outputs = self._encode(media, needs_of([settings]))
+        outputs = self.encode(media, needs_of([settings]))
         keys = [one.key for one in media]
         return select(outputs, keys, settings, self.relevance(outputs, settings))
 
@@ -338,27 +285,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
             inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KWARG: _DUMMY}
         )
 
-    def tower_output(
-        self, image: Any, settings: VisionSettings, media_io_kwargs: Mapping[str, Any] | None = None
-    ) -> tuple[TowerOutput, str]:
-        """What selection is given for one image, and its content key, through the tower and cache of serving.
-
-        Args:
-            image: a PIL image, alone or as vLLM's media connector wraps it.
-            settings: decide which optional outputs the tower computes.
-            media_io_kwargs: with which the image was decoded; they are part of its key in the cache.
-
-        Raises:
-            ValueError: the image cannot be preprocessed.
-        """
-        items = self.info.parse_mm_data({"image": [image]})
-        inputs = ProcessorInputs([], items, media_io_kwargs=media_io_kwargs or {})
-        media = self._keyed(inputs)["image"]
-        shown = dataclasses.replace(
-            settings, keep_ratio=0.5, aggressiveness=None
-        )  # the score, whatever stays
-        (output,) = self._encode(media, needs_of([shown]))
-        return output, media[0].key
+    # --- tower and selection -----------------------------------------------------------------------------
 
     def relevance(self, outputs: Sequence[TowerOutput], settings: VisionSettings) -> list[Tensor | None]:
         """Per image how relevant each unit is to the settings' question; empty where there is none."""
@@ -376,7 +303,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """
         _ = self.rater
         image = Decided("0", Image.new("RGB", (224, 224), "gray"))
-        self._fields("image", select(self._encode([image], frozenset()), ["0"], VisionSettings()))
+        self._fields("image", select(self.encode([image], frozenset()), ["0"], VisionSettings()))
 
     @cached_property
     def vision(self) -> VisionService | SharedTower:
@@ -405,6 +332,16 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         """The model's adapter."""
         return family_of(self.info.ctx.model_config.hf_config)
 
+    @cached_property
+    def keys(self) -> MediaKeys:
+        """What names the model's images and videos."""
+        return MediaKeys(super(), self.info, self.family)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What the model's own processor makes of them."""
+        return Preprocessing(super(), self.info, self.family)
+
     def _default_setting(self) -> str:
         return plugin_context(self.info.ctx.model_config).policy.default_settings.vision.canonical()
 
@@ -413,79 +350,27 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         return for_family(VisionSettings.from_canonical(setting), self.family, operators)
 
     def _fields(self, modality: str, media: Sequence[Kept]) -> dict[str, Any]:
-        """Fields in vLLM's items of some images, or videos: what computes positions, embeddings and masks."""
-        projected = self.vision.project(media)
-        model_config = self.info.ctx.model_config
-        # torch_shm shares device tensors with the worker; every other transport copies host bytes
-        on_device = model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm"
-        dtype = cast(torch.dtype, model_config.dtype)
-        given = [e for e, _ in projected]
-        # in memory of their own: a view would keep the whole request's for as long as one image is cached
-        cached = [kept.output.patches for kept in media]
-        embeddings = (
-            [e.to(dtype, copy=True) for e in given] if on_device else to_host(given, dtype, lent=cached)
-        )
-        places = to_host([p for _, p in projected])
-        masks = [_mask(kept.output.places, where) for kept, where in zip(media, places, strict=True)]
-        return item_fields(modality, [kept.output.on_host for kept in media], embeddings, masks)
+        return embedded(modality, media, self.vision, self.info.ctx.model_config)
 
-    def _dummy_fields(self, media: Sequence[Decided]) -> dict[str, Any]:
-        items = self._items(media)
+    def _dummy_fields(self, modality: str, media: Sequence[Decided]) -> dict[str, Any]:
         dtype = cast(torch.dtype, self.info.ctx.model_config.dtype)
-        embeddings = [torch.zeros((i.places, self.family.embed_width()), dtype=dtype) for i in items]
-        masks = [torch.ones(item.places, dtype=torch.bool) for item in items]
-        return item_fields(media[0].modality, [item.on_host for item in items], embeddings, masks)
+        return blank(modality, self.preprocessing.items(media), self.family.embed_width(), dtype)
 
-    def _encode(self, media: Sequence[Decided], needs: frozenset[str]) -> list[TowerOutput]:
+    def encode(self, media: Sequence[Decided], needs: frozenset[str]) -> list[TowerOutput]:
+        """The tower's outputs of some images and videos, from its cache or by a pass.
+
+        Args:
+            media: keyed (`MediaKeys.keyed`).
+            needs: the optional outputs wanted (`families.base.OPTIONAL_OUTPUTS`).
+
+        Raises:
+            ValueError: one cannot be preprocessed.
+        """
+
         def prepare(positions: list[int]) -> list[Item]:
-            return self._items([media[i] for i in positions])
+            return self.preprocessing.items([media[i] for i in positions])
 
         return self.vision.encode([one.key for one in media], prepare, needs)
-
-    def _items(self, media: Sequence[Decided]) -> list[Item]:
-        """Per image the fields that the model's own class would be given, and its places."""
-        images = [one for one in media if one.modality == "image"]
-        # images have their keyword arguments in common; videos are preprocessed one by one, as vLLM does
-        raw = [image.raw for image in images]
-        prepared = iter(self._preprocessed("image", raw, images[0].kwargs) if images else ())
-        return [
-            next(prepared)
-            if one.modality == "image"
-            else self._preprocessed(one.modality, [one.raw], one.kwargs)[0]
-            for one in media
-        ]
-
-    def _preprocessed(self, modality: str, media: list[Any], kwargs: Mapping[str, Any]) -> list[Item]:
-        """All of it is the base class's: its preprocessing, its fields and its prompt update."""
-        image_processor = getattr(self.info.get_hf_processor(**kwargs), "image_processor", None)
-        looked_at = [
-            self.family.bounded(one, image_processor) if isinstance(one, Image.Image) else one
-            for one in media
-        ]
-        if modality == "image" and all(map(_upright, looked_at)):
-            # as the parser would give it, less a copy of each picture (`ImageOps.exif_transpose`)
-            mm_items = MultiModalDataItems({"image": ImageProcessorItems(looked_at)})
-        else:
-            mm_items = self.info.parse_mm_data({modality: looked_at}, validate=False)
-        data = super()._apply_hf_processor_main(mm_items, kwargs)
-        fields = super()._get_mm_fields_config(data, kwargs)  # type: ignore[safe-super]
-        base = MultiModalKwargsItems.from_hf_inputs(data, fields)
-        places = self.family.places() if modality == "image" else None
-        if places is None:
-            updates = super()._get_prompt_updates(mm_items, kwargs, base)  # type: ignore[safe-super]
-            (update,) = (u for u in updates if u.modality == modality)
-        items = []
-        for i, item in enumerate(base[modality]):
-            inputs = {name: _tensor(value) for name, value in item.get_data().items()}
-            on_host = {name: value for name, value in inputs.items() if item[name].field.keep_on_cpu}
-            if places is not None:
-                items.append(Item(inputs, on_host, places, modality))
-                continue
-            embed = embed_mask(update._resolve_content(i))
-            if self.info.ctx.model_config.uses_mrope and not bool(embed.all()):
-                on_host[FIELDS[modality].layout] = embed
-            items.append(Item(inputs, on_host, int(embed.sum()), modality))
-        return items
 
 
 @lru_cache
@@ -498,24 +383,3 @@ def _taken(kwargs: Mapping[str, object]) -> tuple[str, dict[str, list[Decided]],
     """Setting, the media at hand, and the keyword arguments without them."""
     rest: dict[str, Any] = dict(kwargs)
     return str(rest.pop(KWARG, "off")), rest.pop(_MEDIA, {}), rest
-
-
-def _tensor(value: Any) -> Tensor:
-    # seconds are rounded to a digit for the prompt, and in float32 some go the other way
-    exact = torch.float64 if isinstance(value, list) and any(isinstance(v, float) for v in value) else None
-    return torch.as_tensor(value, dtype=exact)
-
-
-def _upright(image: Any) -> bool:
-    """Whether vLLM's parser (`MultiModalDataParser._parse_image_data`) leaves its pixels as they are."""
-    return (
-        isinstance(image, Image.Image)
-        and image.mode == "RGB"
-        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    )
-
-
-def _mask(places: int, kept: Tensor) -> Tensor:
-    mask = torch.zeros(places, dtype=torch.bool)
-    mask[kept] = True
-    return mask

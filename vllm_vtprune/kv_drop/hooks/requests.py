@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.kv_drop.geometry import GateQuestion, RequestDrop
 from vllm_vtprune.kv_drop.plan import (
     KVDropConfig,
     PromptPlan,
     competing,
     gate_asks,
     plan_prompt,
-    protected_positions,
-    rated_at,
     reuses,
-    scope_of,
     settings_of,
     settled_from,
-    shares_of,
     tail_of,
     text_behind,
 )
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
-from vllm_vtprune.kv_drop.step import GateQuestion, RequestDrop
+from vllm_vtprune.kv_drop.shares import protected_positions, rated_at, scope_of, shares_of
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_vtprune.kv_drop.bands import KVDropBands
+from vllm_vtprune.kv_drop.geometry import RequestDrop
 from vllm_vtprune.kv_drop.hooks.cache import groups_above
 from vllm_vtprune.kv_drop.hooks.config import kv_drop_config
 from vllm_vtprune.kv_drop.hooks.exits import told_held
 from vllm_vtprune.kv_drop.hooks.requests import request_drop
-from vllm_vtprune.kv_drop.step import RequestDrop
 
 if TYPE_CHECKING:
     from torch import Tensor
