@@ -14,7 +14,7 @@ import asyncio
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,14 @@ def _run(arguments: list[str], prog: str) -> None:
     print(machine.one_line(document["machine"]))
     for name in options.model.split(","):
         model = model_named(name.strip(), options.model_dir)
-        document["models"][model.name] = compare(
-            model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs
-        )
-    document["load_average_at_end"] = machine.describe()["load_average"]
-    write_json(options.json, document)
+
+        def keep(results: dict[str, Any], name: str = model.name) -> None:
+            """Written after each load point, so that an interrupted run keeps what it has."""
+            document["models"][name] = results
+            document["load_average_at_end"] = machine.describe()["load_average"]
+            write_json(options.json, document)
+
+        compare(model, arms, seconds, traffic, max_rounds=options.rounds, logs=options.logs, keep=keep)
 
 
 def compare(
@@ -71,6 +74,7 @@ def compare(
     max_rounds: int | None = None,
     only: Mapping[int, Collection[str]] | None = None,
     logs: Path | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure one model at each concurrency, print a table for each.
 
@@ -83,6 +87,7 @@ def compare(
         max_rounds: even if there is time left.
         only: labels of the arms that take part, by concurrency; all where nothing is said.
         logs: folder for the servers' logs; None throws them away.
+        keep: given the results so far after each concurrency.
 
     Returns:
         The results as JSON values, every block of every round included.
@@ -106,6 +111,7 @@ def compare(
                 present = [arm for arm in arms if arm.label in measured.labels]
                 results[str(concurrency)] = as_json(measured, present)
                 print(table(model.name, measured, present), flush=True)
+                keep(results)
 
     with (
         tempfile.TemporaryDirectory(prefix="vtprune-logs-") as scratch,
