@@ -252,6 +252,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str]]] = {
             "AssertionError for an image whose place was cut off",
         ),
     ],
+    "vtprune_server/earlier_answers.py": [
+        (
+            "vllm.entrypoints.openai.responses.utils:_construct_message_from_response_item",
+            "order",
+            "takes the text of an earlier answer's first part",
+        ),
+    ],
     "vtprune_server/first_turn.py": [
         (
             "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat",
