@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from vtprune_eval.plots import bare, draw_unpruned, plotted
 from vtprune_eval.tables import Row
 
 _AXES = {"flops": "share of the prefill's FLOPs (%)", "kv_bytes": "share of the KV bytes (%)"}
-_NAMED = ("#c1121f", "#e68613", "#2a9d8f", "#8338ec", "#b08900", "#1d3557")
+_NAMED = ("#c1121f", "#e68613", "#2a9d8f", "#8338ec", "#7a4a00", "#d63f9c", "#111111", "#7f7f7f")
+_MARKERS = "os^Dv<>p"
+_CHANCE: dict[str, Any] = {"fillstyle": "none", "linestyle": ""}
 
 
 def plot_costs(
@@ -31,8 +34,12 @@ def plot_costs(
         for axis, (cost, label) in zip(axes, _AXES.items(), strict=True):
             draw_unpruned(axis, unpruned["accuracy"])
             _lines(axis, one_border, cost)
-            for row, colour in zip(schedules, _NAMED * len(schedules), strict=False):
-                _point(axis, row, cost, colour)
+            for row, colour, marker in zip(
+                schedules, itertools.cycle(_NAMED), itertools.cycle(_MARKERS), strict=False
+            ):
+                _point(axis, row, cost, colour, marker)
+            if any("random" in row["versus"] for row in schedules):
+                axis.plot([], [], **_CHANCE, color="#555555", marker="o", label="hollow: random, same cost")
             axis.set_xlabel(label)
             bare(axis)
         axes[0].set_ylabel("questions answered right (%)")
@@ -57,15 +64,14 @@ def _lines(axis: Any, rows: Sequence[Row], cost: str) -> None:
         )
 
 
-def _point(axis: Any, row: Row, cost: str, colour: str) -> None:
+def _point(axis: Any, row: Row, cost: str, colour: str, marker: str) -> None:
     found, x = row["accuracy"], 100 * row[cost]
     spread = [[100 * (found["value"] - found["low"])], [100 * (found["high"] - found["value"])]]
-    axis.errorbar(
-        x, 100 * found["value"], yerr=spread, color=colour, marker="o", capsize=3, zorder=3, label=row["name"]
-    )
+    style = {"color": colour, "marker": marker, "linestyle": ""}
+    axis.errorbar(x, 100 * found["value"], yerr=spread, capsize=3, zorder=3, label=row["name"], **style)
     if (chance := row["versus"].get("random")) is not None:
         y = 100 * chance["accuracy"]["value"]
-        axis.plot(x, y, marker="o", color=colour, fillstyle="none", linestyle="", label="  random, same cost")
+        axis.plot(x, y, **_CHANCE, color=colour, marker=marker)
 
 
 def plot_presets(found: Calibration, wanted: Mapping[str, float], name: str, path: Path) -> Path:
