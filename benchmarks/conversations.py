@@ -306,8 +306,8 @@ def run(
         LoadTestError: the server did not start, or a request failed.
     """
     spelt = parse_arms(",".join(arm for arm in ARMS if arm not in (FIRST, GOING_ON)))
-    headers = {arm.label: dict(arm.headers) | _STARTS_OVER for arm in spelt}
-    headers[GOING_ON] = {name: value for name, value in headers[BOTH].items() if name not in _STARTS_OVER}
+    own = {arm.label: dict(arm.headers) for arm in spelt}
+    headers = {label: asked | _STARTS_OVER for label, asked in own.items()} | {GOING_ON: own[BOTH]}
     found: list[dict[str, Any]] = []
 
     async def talk_to(url: str) -> None:

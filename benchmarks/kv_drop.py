@@ -125,24 +125,20 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
         images = [Image.fromarray(p) for p in pixels]
         return [{"prompt_token_ids": tokens, "multi_modal_data": {"image": image}} for image in images]
 
-    def generate(count: int, length: int) -> tuple[float, int]:
-        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra_args)
-        asked = prompts(count)
-        start = time.perf_counter()
-        outputs = llm.generate(asked, params, use_tqdm=False)
-        return time.perf_counter() - start, len(outputs[0].prompt_token_ids)
+    def of_length(length: int) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra_args)
 
     engine = llm.llm_engine
     waits, steps = [], []
     for number, asked in enumerate(prompts(_ALONE)):
-        params = SamplingParams(temperature=0, max_tokens=1 + _STEPS, ignore_eos=True, extra_args=extra_args)
-        first, *following = _token_times(engine, f"alone-{number}", asked, params)
+        first, *following = _token_times(engine, f"alone-{number}", asked, of_length(1 + _STEPS))
         waits.append(first)
         steps += following
-    seconds, prompt_tokens = generate(batch, output)
-    engine.add_request(
-        "blocks", prompts(1)[0], SamplingParams(max_tokens=2, ignore_eos=True, extra_args=extra_args)
-    )
+    together = prompts(batch)
+    start = time.perf_counter()
+    outputs = llm.generate(together, of_length(output), use_tqdm=False)
+    seconds = time.perf_counter() - start
+    engine.add_request("blocks", prompts(1)[0], of_length(2))
     engine.step()
     scheduler = engine.engine_core.engine_core.scheduler
     pool, cache = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
@@ -154,7 +150,10 @@ def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> Engin
     while engine.has_unfinished_requests():
         engine.step()
     return EngineSample(
-        median(waits), median(steps), batch * (prompt_tokens + output) / seconds, held * block_mib
+        ttft_s=median(waits),
+        step_s=median(steps),
+        tokens_per_s=batch * (len(outputs[0].prompt_token_ids) + output) / seconds,
+        kv_mib=held * block_mib,
     )
 
 

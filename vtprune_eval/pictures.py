@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.families.base import OPTIONAL_OUTPUTS, Item, TowerOutput
 from vllm_vtprune.selection import Selection, VisionFeatures, get_method
 from vllm_vtprune.selection.base import Pruning, keep_all
 from vllm_vtprune.vision.encoder import VisionEncoder
@@ -111,7 +111,7 @@ class EncodedPictures:
 
 
 def _rows(features: VisionFeatures, rows: list[int]) -> VisionFeatures:
-    names = ("patches", "cls", "cls_attention", "received", "received_midway", "keys")
+    names = ("patches", "cls", *OPTIONAL_OUTPUTS)
     values = {name: getattr(features, name) for name in names}
     seeds = tuple(features.seeds[row] for row in rows)
     taken: dict[str, Any] = {name: value if value is None else value[rows] for name, value in values.items()}

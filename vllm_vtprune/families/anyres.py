@@ -29,7 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from vllm_vtprune.errors import CheckpointError
-from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
+from vllm_vtprune.families.base import RECEIVED, WHOLE, Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.families.fixed_tower import (
     FixedTower,
     build_tower,
@@ -40,7 +40,7 @@ from vllm_vtprune.families.fixed_tower import (
 )
 from vllm_vtprune.vision.captured import Graphs
 
-_ATTENTIONS = frozenset({"cls_attention", "received", "received_midway"})
+_ATTENTIONS = RECEIVED | {"cls_attention"}
 
 
 @dataclass(frozen=True)

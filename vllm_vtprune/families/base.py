@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from vllm_vtprune.selection.scores import SCORE_NEEDS
 from vllm_vtprune.vision.captured import Graphs
 
+#: Attention received, of the layers that `vision.attention.read_layers` names.
+RECEIVED = frozenset({"received", "received_midway"})
 #: Optional outputs of a tower (fields of `selection.VisionFeatures`) that cost extra work.
-OPTIONAL_OUTPUTS = frozenset({"cls_attention", "received", "received_midway", "keys"})
+OPTIONAL_OUTPUTS = RECEIVED | {"cls_attention", "keys"}
 
 
 #: A crop that is the whole picture.
@@ -152,7 +154,7 @@ class Family(ABC):
         fewest_frames: sampled pictures that a video has at least.
     """
 
-    outputs: frozenset[str] = frozenset({"received", "received_midway"})
+    outputs: frozenset[str] = RECEIVED
     default_score: str = "received"
     default_method: ClassVar[str] = "inflection"
     prefixes: ClassVar[Mapping[str, str]]

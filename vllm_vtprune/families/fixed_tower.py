@@ -7,7 +7,7 @@ The tower runs up to the feature layer only (`vision_feature_layer`), as vLLM's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from vllm_vtprune.errors import CheckpointError
+from vllm_vtprune.families.base import RECEIVED
 from vllm_vtprune.vision.attention import read_layers
 from vllm_vtprune.vision.captured import Graphs
 from vllm_vtprune.vision.tower_pass import TowerPasses
@@ -49,8 +50,7 @@ def has_cls(config: Any) -> bool:
 
 def tower_outputs(config: Any) -> frozenset[str]:
     """`Family.outputs` of such a tower."""
-    own = {"cls", "cls_attention"} if has_cls(config) else set()
-    return frozenset({"received", "received_midway", "keys"} | own)
+    return RECEIVED | {"keys"} | ({"cls", "cls_attention"} if has_cls(config) else set())
 
 
 def patch_grid(config: Any) -> tuple[int, int]:
@@ -180,19 +180,13 @@ class FixedTower:
 
     @staticmethod
     def _read_in(outputs: frozenset[str], depth: int) -> dict[int, frozenset[str]]:
-        """The outputs that are read in each layer."""
-        where: dict[str, Sequence[int]] = {
-            name: [layer] for name, layer in read_layers(outputs, depth).items()
+        """The outputs that are read in each layer where there are any."""
+        once = read_layers(outputs, depth) | {name: depth - 1 for name in outputs & {"keys"}}
+        everywhere = outputs & {"cls_attention"}
+        read = {
+            layer: everywhere | {name for name, at in once.items() if at == layer} for layer in range(depth)
         }
-        if "cls_attention" in outputs:
-            where["cls_attention"] = range(depth)
-        if "keys" in outputs:
-            where["keys"] = [depth - 1]
-        found: dict[int, set[str]] = {}
-        for name, layers in where.items():
-            for layer in layers:
-                found.setdefault(layer, set()).add(name)
-        return {layer: frozenset(names) for layer, names in sorted(found.items())}
+        return {layer: names for layer, names in read.items() if names}
 
 
 def _attention(queries: Tensor, keys: Tensor, heads: int, *, cls_only: bool) -> Tensor:

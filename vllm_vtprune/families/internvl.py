@@ -22,7 +22,7 @@ from transformers.models.internvl.modeling_internvl import (
 )
 
 from vllm_vtprune.errors import CheckpointError
-from vllm_vtprune.families.base import WHOLE, Family, Item, Kept, Projected, TowerOutput, View
+from vllm_vtprune.families.base import RECEIVED, WHOLE, Family, Item, Kept, Projected, TowerOutput, View
 from vllm_vtprune.families.llava import with_added
 from vllm_vtprune.vision.attention import READABLE, read_layers, reading
 from vllm_vtprune.vision.captured import Graphs
@@ -86,7 +86,7 @@ class InternVL(Family):
         """All tiles of all images in one pass."""
         counts = [item.inputs[self.pixels].shape[0] for item in items]
         pixels = torch.cat([item.inputs[self.pixels] for item in items])
-        wanted = outputs & {"received", "received_midway"}
+        wanted = outputs & RECEIVED
         units, *scores = self._passes(modules["tower"], pixels, wanted)
         received: dict[str, Any] = dict(zip(sorted(wanted), scores, strict=True))
         side, start, found = self._side // self._factor, 0, []

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_vtprune.families.base import Item, TowerOutput
+from vllm_vtprune.families.base import OPTIONAL_OUTPUTS, Item, TowerOutput
 
 #: Where each tensor begins in a shared buffer: what any dtype's view needs.
 _ALIGNMENT = 16
 #: The tensors of a `TowerOutput` that are on the tower's device.
-_ON_DEVICE = ("patches", "cls", "cls_attention", "received", "received_midway", "keys")
+_ON_DEVICE = ("patches", "cls", *sorted(OPTIONAL_OUTPUTS))
 
 
 def to_device(items: Sequence[Item], device: torch.device, dtype: torch.dtype) -> list[Item]:
