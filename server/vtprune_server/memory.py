@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from vllm_vtprune.errors import OperatorError
 from vllm_vtprune.families.registry import family_of
@@ -41,10 +46,11 @@ def main(rest: list[str]) -> int:
 def report(args: argparse.Namespace) -> str:
     """The lines that the command prints."""
     folder = Path(args.model)
-    config = AutoConfig.from_pretrained(str(folder.parent if folder.name == "config.json" else folder))
+    folder = folder.parent if folder.name == "config.json" else folder
+    config = _configuration(str(folder), args.trust_remote_code)
     shape = TowerShape.of(family_of(config), args.max_pixels, videos=True)
     width = getattr(torch, args.dtype).itemsize
-    language = (_parameters(config) - shape.parameters) * width
+    language = _language_parameters(config, shape.parameters) * width
     rows: list[tuple[str, ...]] = []
     sums: list[TowerMemory] = []
     for count in args.api_server_count:
@@ -78,11 +84,32 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(text.rjust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
 
 
-def _parameters(config: Any) -> int:
-    """Of the whole model, built without memory."""
+def _configuration(model: str, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise OperatorError(
+            f"{model} brings code of its own for its configuration: read it, then pass --trust-remote-code."
+        ) from error
+    if hasattr(config, "llm_config"):  # as vLLM has it
+        config.text_config = config.llm_config
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings
+    return config
+
+
+def _language_parameters(config: Any, tower: int) -> int:
+    """Of the whole model less the tower's, built without memory.
+
+    Where transformers has no such model (its code comes with the checkpoint): of its language model.
+    """
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            model = AutoModelForImageTextToText.from_config(config)
+        else:
+            model, tower = AutoModelForCausalLM.from_config(config.get_text_config()), 0
+    return sum(parameter.numel() for parameter in model.parameters()) - tower
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device-cache-gb", type=float, default=0.0, help="the feature cache, if it is kept on the device"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a configuration that brings its own"
     )
     parser.add_argument("--shared", action="store_true", help="one tower process for all API processes")
     return parser

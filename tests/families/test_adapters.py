@@ -118,7 +118,7 @@ def test_a_quantised_tower_is_refused_and_a_quantised_language_model_is_not(
     name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = checkpoint(name)
-    hf_config = get_config(str(source), trust_remote_code=False)
+    hf_config = get_config(str(source), trust_remote_code=True)
     family = family_of(hf_config)
 
     def quantised(tower: bool) -> Path:
@@ -191,7 +191,7 @@ def test_embeddings_that_the_caller_gives_pass_as_they_are(
 def test_what_the_tower_cannot_serve_is_refused_of_the_operator_and_of_a_request_alike(
     asked: dict[str, Any], sentence: str, checkpoint: Checkpoint
 ) -> None:
-    family = family_of(get_config(str(checkpoint("qwen3_vl")), trust_remote_code=False))
+    family = family_of(get_config(str(checkpoint("qwen3_vl")), trust_remote_code=True))
     with pytest.raises(PolicyError, match=sentence):
         policy_for(PrunePolicy(**asked), family)
     method = asked.get("default_method") or asked.get("methods", ("inflection",))[-1]
@@ -207,7 +207,7 @@ def test_the_second_stage_is_refused_before_a_hybrid_decoder(checkpoint: Checkpo
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_familys_defaults_are_what_its_tower_can_serve(name: str, checkpoint: Checkpoint) -> None:
-    family = family_of(get_config(str(checkpoint(name)), trust_remote_code=False))
+    family = family_of(get_config(str(checkpoint(name)), trust_remote_code=True))
     policy = policy_for(PrunePolicy(), family)
     assert policy.score == family.default_score and policy.default_method == family.default_method
     assert policy.methods == servable_methods(family) and family.default_method in policy.methods

@@ -52,7 +52,7 @@ def served(
     from vllm.transformers_utils.config import get_config
 
     folder = checkpoint(request.param)
-    config = get_config(str(folder), trust_remote_code=False)
+    config = get_config(str(folder), trust_remote_code=True)
     flags = {
         "--served-model-name": MODEL_NAME,
         "--max-model-len": "1024",
@@ -65,7 +65,7 @@ def served(
     arguments = [part for flag in flags.items() for part in flag]
     server = start_server(
         tmp_path_factory.mktemp(request.param) / "server.log",
-        *(str(folder), "--enforce-eager", *arguments),
+        *(str(folder), "--enforce-eager", "--trust-remote-code", *arguments),
         env={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     )
     yield Served(server.url, family_of(config))

@@ -53,15 +53,15 @@ def internvl(folder: Path, *, published: bool = False) -> Path:
 def internvl_chat(folder: Path, *, published: bool = False) -> Path:
     """The weights of `internvl`, kept in the folder's "hf", under the chat format's names.
 
-    Published ones bring their configuration class along; that of a descendant, Qianfan-OCR, has the same
-    fields and is part of vLLM.
+    As published, it brings its configuration class along: it loads where remote code is trusted.
     """
     source = internvl(folder / "hf", published=published)
     found = json.loads((source / "config.json").read_text())
     vision, text = found["vision_config"], found["text_config"]
     config = {
-        "model_type": "qianfan_ocr",
+        "model_type": "internvl_chat",
         "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
         "vision_config": {
             **{name: vision[name] for name in ("hidden_size", "intermediate_size", "layer_norm_eps")},
             **{name: vision[name] for name in ("num_hidden_layers", "num_attention_heads")},
@@ -70,7 +70,7 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
             "qkv_bias": vision["attention_bias"],
             "qk_normalization": vision["use_qk_norm"],
         },
-        "text_config": text,
+        "llm_config": text,
         # vLLM hands the outer one on to the language model
         "tie_word_embeddings": found["tie_word_embeddings"],
         "downsample_ratio": 0.5,
@@ -80,6 +80,8 @@ def internvl_chat(folder: Path, *, published: bool = False) -> Path:
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    code = Path(__file__).with_name("configuration_internvl_chat.py")
+    (folder / code.name).write_text(code.read_text())
     tensors = load_file(source / "model.safetensors")
     named: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

@@ -481,16 +481,10 @@ class InternVLChat(InternVL):
     token = "<IMG_CONTEXT>"
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
-        from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+        from vllm.transformers_utils.processors.internvl import image_to_pixel_values_internvl
 
-        cut = InternVLImageProcessor(
-            image_size=56,
-            min_dynamic_patch=1,
-            max_dynamic_patch=6,
-            dynamic_image_size=True,
-            use_thumbnail=True,
-        )
-        tiles = [cut([image])["pixel_values_flat"] for image in images]
+        cut = {"min_num": 1, "max_num": 6, "use_thumbnail": True}
+        tiles = [image_to_pixel_values_internvl(image, input_size=56, **cut) for image in images]
         return [{"pixel_values": one} for one in tiles]
 
 

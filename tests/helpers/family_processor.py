@@ -22,6 +22,7 @@ def processor_of(folder: Path, **options: Any) -> Any:
         "dtype": "float32",
         "max_model_len": 2048,
         "limit_mm_per_prompt": {"image": 16},
+        "trust_remote_code": True,  # InternVL's chat format brings its configuration class along
         **options,
     }
     config = EngineArgs(str(folder), **given).create_engine_config()

@@ -41,6 +41,7 @@ def engine(checkpoint: str, **options: Any) -> LLM:
         max_num_seqs=8,
         limit_mm_per_prompt=limits,
         seed=0,
+        trust_remote_code=True,
         **options,
     )
 

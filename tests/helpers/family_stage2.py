@@ -207,6 +207,7 @@ def main() -> None:
         num_gpu_blocks_override=200,
         limit_mm_per_prompt={"image": 4, **dict.fromkeys(family.other_modalities, 2)},
         seed=0,
+        trust_remote_code=True,
         **device_options(),
         **engine_kwargs(prune_layers=written, window=WINDOW),
     )

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from vllm.multimodal import gpu_ipc_memory
 
 from tests.conftest import DEMO_MODEL
+from tests.helpers.checkpoint_tiles import internvl_chat
 from tests.helpers.kv_config import config
 from tests.helpers.public_configs import PUBLIC, llava_1_5_7b, qwen2_5_vl_7b, qwen3_vl_8b
 from tests.helpers.recorded_passes import Recorder
@@ -47,7 +48,7 @@ def test_the_command_counts_a_public_checkpoint_from_its_config_alone(
 ) -> None:
     make, billions = PUBLIC[name]
     make().save_pretrained(tmp_path)
-    assert command._parameters(make()) == pytest.approx(billions * 1e9, rel=0.01)
+    assert command._language_parameters(make(), 0) == pytest.approx(billions * 1e9, rel=0.01)
     assert command.main([str(tmp_path / "config.json"), "--gpu-memory-gb", "24,48,80"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.lstrip().startswith(("24 GiB", "48 GiB", "80 GiB"))]
@@ -58,6 +59,23 @@ def test_the_command_counts_a_public_checkpoint_from_its_config_alone(
         assert budget == pytest.approx(0.92 * card, abs=0.06)
         assert left == pytest.approx(budget - towers - language, abs=0.16)
         assert ("does not fit" in row) is (left <= 0)
+
+
+def test_the_command_counts_what_brings_its_configuration_class_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InternVL's chat format: the same sizes as its twin's in transformers' format, but for the projector."""
+    folder = internvl_chat(tmp_path / "chat")
+    assert command.main([str(folder), "--gpu-memory-gb", "24"]) == 2
+    assert "brings code of its own" in capsys.readouterr().err
+    counts = []
+    for one in (folder, folder / "hf"):
+        config = command._configuration(str(one), True)
+        shape = TowerShape.of(family_of(config), None, videos=True)
+        counts.append(command._language_parameters(config, shape.parameters))
+    assert counts[0] == counts[1]
+    assert command.main([str(folder), "--gpu-memory-gb", "24", "--trust-remote-code"]) == 0
+    assert "24 GiB" in capsys.readouterr().out
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
