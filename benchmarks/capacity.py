@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.commands import bench_parser, write_json
-from benchmarks.kv_drop import QUESTION
+from benchmarks.kv_drop_engine import QUESTION
 from benchmarks.models import MODELS, BenchModel, model_named
 from vllm_vtprune.fingerprint import fingerprint
 from vllm_vtprune.kv_drop.schedule import band_groups, band_sizes, parse

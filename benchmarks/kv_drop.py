@@ -4,6 +4,7 @@
     python -m benchmarks.kv_drop                     # decoder-150m, kv_keep 1, 0.5, 0.25, three rounds
     python -m benchmarks.kv_drop --rounds 5 --keep 1,0.5 --json out.json
     python -m benchmarks.kv_drop --borders 1,2,3 --rounds 6    # as many prune layers, at equal FLOPs
+    python -m benchmarks.kv_drop --against ../before --rounds 8    # beside another checkout's plugin
 
 Engines, one of vLLM without the plugin and others with prune layers, run in processes of their own and are
 measured in each round in an order of its own, so that drift of the machine hits all alike. With `--borders`
@@ -20,15 +21,12 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +34,7 @@ from benchmarks import machine
 from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.commands import bench_parser, write_json
 from benchmarks.interleaved import REST_S
+from benchmarks.kv_drop_engine import EngineSample, serve
 from benchmarks.models import MODELS, BenchModel, model_named
 from benchmarks.rounds import Rounds, decimal, shuffled
 from vllm_vtprune.kv_drop.schedule import MOST_PRUNE_LAYERS, PruneLayer
@@ -46,172 +45,80 @@ from vtprune_loadtest.command import command
 from vtprune_loadtest.errors import LoadTestError
 
 PLAIN = "vllm"
+#: Ends the label of another checkout's arm.
+BEFORE = ", other checkout"
 _WIDTH = 140
-_STEPS = 32
-#: Requests alone in each sample, the median of which counts.
-_ALONE = 3
 #: Of `QUESTION` in the byte tokens of the benchmark's models, the picture aside.
 _TEXT_TOKENS = 67
-QUESTION = "<s>USER: <image>\nWhat is in this picture, and what is it made of? ASSISTANT:"
 
 
 @dataclass(frozen=True)
-class EngineSample:
-    """One arm in one round.
+class Arm:
+    """What is measured: an engine, and how much its requests keep.
 
     Attributes:
-        ttft_s: time to first token of a request alone, seconds; the median of three.
-        step_s: a decode step of a request alone, seconds; the median over theirs.
-        tokens_per_s: prompt and output tokens per second of the batch.
-        kv_mib: KV cache that one request's prompt holds, MiB.
-    """
-
-    ttft_s: float
-    step_s: float
-    tokens_per_s: float
-    kv_mib: float
-
-
-def serve(
-    pipe: Connection, model: BenchModel, prune_layers: str, batch: int, output: int, eager: bool
-) -> None:
-    """The engine's process: answers each received (kv_keep, seed) with a `EngineSample`.
-
-    Args:
-        pipe: to the measuring process.
-        model: what is served.
         prune_layers: as an operator writes them; empty for vLLM without the plugin.
-        batch: requests at once.
-        output: output tokens of each.
-        eager: without torch.compile.
+        keep: `kv_keep` of its requests.
+        checkout: the folder of another checkout whose plugin runs; empty for this one.
     """
-    os.environ["VLLM_PLUGINS"] = "vtprune" if prune_layers else ""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to read the block pool
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(model.kv_cache_gb or 4))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
 
-    from vllm_vtprune import engine_kwargs
-
-    extra = engine_kwargs(prune_layers=prune_layers) if prune_layers else {}
-    llm = LLM(
-        str(model.folder),
-        dtype="float32",
-        enforce_eager=eager,
-        max_num_seqs=batch,
-        max_model_len=1024,
-        max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
-        **extra,
-    )
-    _measure(llm, 1.0, -1, batch, output)  # kernels and the tower are loaded on first use
-    pipe.send("ready")
-    for keep, seed in iter(pipe.recv, None):
-        pipe.send(_measure(llm, keep, seed, batch, output))
+    prune_layers: str
+    keep: float
+    checkout: str = ""
 
 
-def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> EngineSample:
-    from PIL import Image
-    from vllm import SamplingParams
-
-    from vllm_vtprune import request_kwargs
-
-    generator = np.random.default_rng(seed + 1)
-    tokens = llm.get_tokenizer()(QUESTION, add_special_tokens=False).input_ids
-    extra_args = request_kwargs(kv_keep=keep)[1] if keep < 1 else None
-
-    def prompts(count: int) -> list[dict[str, Any]]:
-        pixels = generator.integers(0, 255, (count, 336, 336, 3), dtype=np.uint8)
-        images = [Image.fromarray(p) for p in pixels]
-        return [{"prompt_token_ids": tokens, "multi_modal_data": {"image": image}} for image in images]
-
-    def of_length(length: int) -> SamplingParams:
-        return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra_args)
-
-    engine = llm.llm_engine
-    waits, steps = [], []
-    for number, asked in enumerate(prompts(_ALONE)):
-        first, *following = _token_times(engine, f"alone-{number}", asked, of_length(1 + _STEPS))
-        waits.append(first)
-        steps += following
-    together = prompts(batch)
-    start = time.perf_counter()
-    outputs = llm.generate(together, of_length(output), use_tqdm=False)
-    seconds = time.perf_counter() - start
-    engine.add_request("blocks", prompts(1)[0], of_length(2))
-    engine.step()
-    scheduler = engine.engine_core.engine_core.scheduler
-    pool, cache = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
-    held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is never given out
-    # a block is a page of every layer of a group
-    block_mib = (
-        max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in cache.kv_cache_groups) / 2**20
-    )
-    while engine.has_unfinished_requests():
-        engine.step()
-    return EngineSample(
-        ttft_s=median(waits),
-        step_s=median(steps),
-        tokens_per_s=batch * (len(outputs[0].prompt_token_ids) + output) / seconds,
-        kv_mib=held * block_mib,
-    )
-
-
-def _token_times(engine: Any, name: str, prompt: Mapping[str, Any], params: Any) -> list[float]:
-    """Seconds from a request to its first token, preprocessing included, and from each token to the next."""
-    before, times = time.perf_counter(), []
-    engine.add_request(name, prompt, params)
-    while engine.has_unfinished_requests():
-        if engine.step():
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-    return times
-
-
-def arms(model: BenchModel, shares: Sequence[float]) -> dict[str, tuple[str, float]]:
-    """Label -> (prune layers, kv_keep), at the model's own prune layer."""
+def arms(model: BenchModel, shares: Sequence[float], against: str = "") -> dict[str, Arm]:
+    """By label, at the model's own prune layer; with another checkout's beside each."""
     own = str(model.prune_layer)
-    return {PLAIN: ("", 1.0), **{f"kv_keep {share:g}": (own, share) for share in shares}}
+    compared = {PLAIN: Arm("", 1.0)}
+    for share in shares:
+        compared[f"kv_keep {share:g}"] = Arm(own, share)
+        if against:
+            compared[f"kv_keep {share:g}{BEFORE}"] = Arm(own, share, against)
+    return compared
 
 
-def arms_by_borders(model: BenchModel, numbers: Sequence[int]) -> dict[str, tuple[str, float]]:
-    """Label -> (prune layers, kv_keep): so many prune layers at equal FLOPs, and with nothing dropped."""
+def arms_by_borders(model: BenchModel, numbers: Sequence[int]) -> dict[str, Arm]:
+    """By label: so many prune layers at equal FLOPs, and with nothing dropped."""
     shape = CostShape.of(model.folder)
     text = _TEXT_TOKENS
     half = (PruneLayer(model.prune_layer, 0.5, "vision"),)
     budget = prefill_flops(shape, text, shape.patches, half)
-    compared = {PLAIN: ("", 1.0)}
+    compared = {PLAIN: Arm("", 1.0)}
     for number in numbers:
         layers = ",".join(map(str, equal_cost(shape, text, shape.patches, number, budget)))
-        compared[f"{number}: {layers}"] = layers, AS_SCHEDULED.keep
-        compared[f"{number}: nothing dropped"] = layers, 1.0
+        compared[f"{number}: {layers}"] = Arm(layers, AS_SCHEDULED.keep)
+        compared[f"{number}: nothing dropped"] = Arm(layers, 1.0)
     return compared
 
 
 @contextlib.contextmanager
 def engines(
-    model: BenchModel, schedules: Sequence[str], batch: int, output: int, eager: bool
-) -> Iterator[Callable[[str, float, int], EngineSample]]:
-    """An engine for each schedule, started one by one, as one function of (schedule, kv_keep, seed)."""
+    model: BenchModel, compared: Iterable[Arm], batch: int, output: int, eager: bool
+) -> Iterator[Callable[[Arm, int], EngineSample]]:
+    """An engine for each checkout and schedule, started one by one, as one function of (arm, seed)."""
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
+    pipes: dict[tuple[str, str], Connection] = {}
     processes = []
-    for prune_layers in schedules:
-        pipes[prune_layers], far = context.Pipe()
-        arguments = (far, model, prune_layers, batch, output, eager)
-        process = context.Process(target=serve, args=arguments, daemon=True)
+    for checkout, prune_layers in dict.fromkeys((arm.checkout, arm.prune_layers) for arm in compared):
+        pipe, far = context.Pipe()
+        # what every release of the plugin understands, where it can be said so
+        policy = {"prune_layer": int(prune_layers)} if checkout else {"prune_layers": prune_layers}
+        arguments = (far, str(model.folder), policy if prune_layers else {}, checkout)
+        limits = (model.kv_cache_gb or 4, batch, output, eager)
+        process = context.Process(target=serve, args=(*arguments, *limits), daemon=True)
         process.start()
         far.close()
         processes.append(process)
-        pipes[prune_layers].recv()
+        pipe.recv()
+        pipes[checkout, prune_layers] = pipe
 
-    def measured(prune_layers: str, keep: float, seed: int) -> EngineSample:
+    def measured(arm: Arm, seed: int) -> EngineSample:
         # the last engine's worker still polls, on a core of this one's
         time.sleep(REST_S)
-        pipes[prune_layers].send((keep, seed))
-        sample: EngineSample = pipes[prune_layers].recv()
-        return sample
+        pipe = pipes[arm.checkout, arm.prune_layers]
+        pipe.send((arm.keep, seed))
+        return EngineSample(**pipe.recv())
 
     yield measured
     for pipe in pipes.values():
@@ -224,7 +131,6 @@ def table(rounds: Rounds[EngineSample]) -> str:
     """A line for each arm: medians over rounds, and ratios to vLLM within each round with their interval."""
     rows = []
     for label in rounds.labels:
-        ratios = [rounds.spread(label, name) for name in ("ttft_s", "step_s", "tokens_per_s")]
         rows.append(
             [
                 label,
@@ -232,13 +138,31 @@ def table(rounds: Rounds[EngineSample]) -> str:
                 decimal(rounds.median(label, "ttft_s"), 3),
                 decimal(1000 * (rounds.median(label, "step_s") or math.nan), 2),
                 decimal(rounds.median(label, "tokens_per_s"), 1),
-                *(f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios),
+                *_ratios(rounds, label),
             ]
         )
     interval = rounds.spread(PLAIN, "ttft_s").interval
     header = ["arm", "KV MiB", "TTFT s", "step ms", "tokens/s", f"TTFT ratio ({interval})", "step ratio"]
     header.append("throughput ratio")
     return "\n".join(columns(header, rows, width=_WIDTH))
+
+
+def table_against(rounds: Rounds[EngineSample]) -> str:
+    """This checkout's arms over the other one's, within each round."""
+    rows = []
+    for label in rounds.labels:
+        if label + BEFORE in rounds.labels:
+            pair: Rounds[EngineSample] = Rounds([label + BEFORE, label])
+            pair.blocks = {name: rounds.blocks[name] for name in pair.labels}
+            rows.append([label, *_ratios(pair, label)])
+            interval = pair.spread(label, "ttft_s").interval
+    header = ["to the other checkout", f"TTFT ratio ({interval})", "step ratio", "throughput ratio"]
+    return "\n".join(columns(header, rows, width=_WIDTH))
+
+
+def _ratios(rounds: Rounds[EngineSample], label: str) -> list[str]:
+    ratios = [rounds.spread(label, name) for name in ("ttft_s", "step_s", "tokens_per_s")]
+    return [f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios]
 
 
 def _numbers(text: str) -> list[int]:
@@ -258,29 +182,38 @@ def _run(argv: Sequence[str] | None, prog: str) -> None:
     parser.add_argument("--model", default="decoder-150m", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--keep", default="1,0.5,0.25", help="kv_keep of the arms, separated by commas")
     parser.add_argument("--borders", help="numbers of prune layers to compare at equal FLOPs, such as 1,2,3")
+    parser.add_argument(
+        "--against", type=Path, help="another checkout of this repository: its plugin is measured in turns"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="requests at once")
     parser.add_argument("--output", type=int, default=16, help="output tokens per request")
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager execution")
     options = parser.parse_args(argv)
     model = model_named(options.model, options.model_dir)
+    if options.against and not (options.against / "vllm_vtprune").is_dir():
+        raise LoadTestError(f"--against must be a checkout of vtprune, and {options.against} is none.")
+    if options.borders and options.against:
+        raise LoadTestError("--against compares engines with one prune layer: leave out --borders.")
     if options.borders:
         compared = arms_by_borders(model, _numbers(options.borders))
     else:
-        compared = arms(model, [float(share) for share in options.keep.split(",")])
+        other = str(options.against.resolve()) if options.against else ""
+        compared = arms(model, [float(share) for share in options.keep.split(",")], other)
     where = machine.describe()
     print(machine.one_line(where))
-    schedules = list(dict.fromkeys(prune_layers for prune_layers, _ in compared.values()))
-    print(f"{options.model}, {len(schedules)} engines: {options.batch} requests at once, ", end="")
-    print(f"{options.output} output tokens each")
+    print(f"{options.model}: {options.batch} requests at once, {options.output} output tokens each")
     rounds: Rounds[EngineSample] = Rounds(list(compared))
     rng = np.random.default_rng(0)
-    with engines(model, schedules, options.batch, options.output, not options.compile) as measured:
+    eager = not options.compile
+    with engines(model, compared.values(), options.batch, options.output, eager) as measured:
         for number in range(options.rounds):
             for label in shuffled(list(compared), rng):
-                rounds.blocks[label].append(measured(*compared[label], number))
+                rounds.blocks[label].append(measured(compared[label], number))
             print(f"round {number + 1} of {options.rounds} done", flush=True)
     print(table(rounds))
+    if options.against:
+        print(table_against(rounds))
     samples = [
         {label: asdict(blocks[number]) for label, blocks in rounds.blocks.items()}
         for number in range(len(rounds))

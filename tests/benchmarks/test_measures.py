@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from benchmarks import __main__ as short_version
-from benchmarks import compare, interleaved, models, roofline, scaling
+from benchmarks import compare, interleaved, kv_drop, models, roofline, scaling
 from benchmarks.arms import parse_arms
 from benchmarks.bands import equal_cost, prefill_flops
 from benchmarks.interleaved import Block, LoadRounds, TrafficSpec, connected
+from benchmarks.kv_drop_engine import EngineSample
 from benchmarks.llava import DecoderShape
 from benchmarks.qwen import WindowTower, random_qwen2_5_vl
 from benchmarks.roofline import MachineLimits, bound
+from benchmarks.rounds import Rounds
 from benchmarks.servers import PLAIN, PRUNING, RunningServer, sum_in
 from tests.benchmarks.conftest import DECODER, TOWER
+from tests.conftest import REPOSITORY
 from tests.helpers.fake_chat import serve_fake_chat
 from vllm_vtprune.kv_drop.ratings import ITERATIONS, Bucket
 from vllm_vtprune.kv_drop.relevance import RELEVANCE
@@ -326,3 +330,29 @@ def test_a_failing_request_ends_the_comparison(servers: list[RunningServer]) -> 
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(arguments) == 2
     assert capsys.readouterr().err.startswith("python -m benchmarks.compare: ")
+
+
+def test_another_checkout_is_compared_round_by_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = SimpleNamespace(prune_layer=2)
+    compared = kv_drop.arms(model, [1.0, 0.5], "/before")
+    assert [(arm.keep, arm.checkout) for arm in compared.values()] == [
+        (1.0, ""),
+        *((share, checkout) for share in (1.0, 0.5) for checkout in ("", "/before")),
+    ]
+    rounds: Rounds[EngineSample] = Rounds(list(compared))
+    for drift in (1.0, 2.0, 4.0):  # of the machine, from round to round
+        for label, arm in compared.items():
+            slower = 1.0 if arm.checkout else 1.25
+            rounds.blocks[label].append(EngineSample(drift * slower, drift, 100 / drift / slower, 1.0))
+    lines = kv_drop.table_against(rounds).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["kv_keep", "1"], ["kv_keep", "0.5"]]
+    for line in lines[1:]:
+        assert re.findall(r"(\d\.\d{3}) \(", line) == ["1.250", "1.000", "0.800"]
+    for arguments, sentence in (
+        (["--against", str(tmp_path)], "must be a checkout of vtprune"),
+        (["--against", str(REPOSITORY), "--borders", "1,2"], "leave out --borders"),
+    ):
+        assert kv_drop.main(arguments) != 0
+        assert sentence in capsys.readouterr().err
