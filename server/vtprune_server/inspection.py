@@ -72,7 +72,7 @@ async def show_config(raw_request: Request) -> dict[str, Any]:
         "policy": context.policy.model_dump(mode="json"),
         "model": {
             "id": state.openai_serving_models.model_name(),
-            "demo": model_config.model == str(demo_model.FOLDER),
+            "demo": demo_model.embedded(model_config.model) is not None,
             "architecture": hf_config.architectures[0],
             # null where they depend on the picture
             "vision_tokens_per_image": family.places(),

@@ -54,7 +54,7 @@ def main(rest: list[str]) -> int:
 
     try:
         args = parse(rest)
-        if args.model_tag == str(demo_model.FOLDER) and args.served_model_name:
+        if args.served_model_name and demo_model.embedded(args.model_tag or ""):
             announce_when_ready(args, demo_model.EXAMPLE, demo_model.QUESTION)
         ServeSubcommand().cmd(args)
     except OSError as error:
@@ -97,9 +97,11 @@ def parse(rest: list[str]) -> Namespace:
     )
     add_policy_options(parser)
     args: Namespace = parser.parse_args(rest)
-    _check_folder(args.model_tag)
     if args.model_tag is None and not _given(rest, "--model") and not _given(rest, "--config"):
-        _use_demo_model(args, rest)
+        args.model_tag = "demo"
+    if demo := demo_model.NAMES.get(args.model_tag):
+        _use_demo_model(args, rest, demo)
+    _check_folder(args.model_tag)
     policy, limits = policy_from_options(args, os.environ, args.additional_config)
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy.to_config()}
     limits.export(os.environ)
@@ -117,26 +119,28 @@ def _check_folder(model: str | None) -> None:
         raise FileNotFoundError(f"There is no folder {model}: check the path, or name a Hugging Face id.")
 
 
-def _use_demo_model(args: Any, rest: list[str]) -> None:
-    """The embedded model, with settings that suit it on a machine without an accelerator."""
+def _use_demo_model(args: Any, rest: list[str], demo: demo_model.DemoModel) -> None:
+    """An embedded model, with settings that suit it on a machine without an accelerator."""
     from vllm_vtprune.policy import CONFIG_KEY
 
-    args.model = args.model_tag = str(demo_model.FOLDER)
-    defaults = {
-        "served_model_name": ["vtprune-demo"],
+    args.model = args.model_tag = str(demo.folder)
+    defaults: dict[str, Any] = {
+        "served_model_name": [demo.served_name],
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "dtype": "float32",
         # the model is too small for compiling to pay, and compiling needs a C++ compiler
         "enforce_eager": True,
     }
+    if not demo.videos:
+        defaults["limit_mm_per_prompt"] = {"video": 0}
     for name, value in defaults.items():
         if not _given(rest, "--" + name.replace("_", "-")):
             setattr(args, name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # the weakest source of the policy: flag, environment and file win
     given = (args.additional_config or {}).get(CONFIG_KEY) or {}
-    policy = {"prune_layer": demo_model.PRUNE_LAYER, **given}
+    policy = {"prune_layer": demo.prune_layer, **given}
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: policy}
 
 

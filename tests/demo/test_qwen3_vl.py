@@ -19,10 +19,12 @@ from demo.model import VOCABULARY
 from demo.qwen3_vl import SIDES, Shape, answer_logits, build, export, pack_questions, patch_rows, see
 from demo.qwen3_vl_runner import Qwen3VLRunner
 from tests.helpers.family_processor import placeholder_of, processor_of
-from vllm_vtprune import request_kwargs
+from vllm_vtprune import demo_model, request_kwargs
+from vllm_vtprune.settings import VisionSettings
 from vtprune_eval.drawn import questions_each
 from vtprune_eval.scenes import make_scene
 from vtprune_eval.setting import Setting
+from vtprune_eval.tasks import is_right
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,21 @@ def test_the_study_s_replies_are_what_generate_begins_with(model: Any, exported:
         assert reply.prompt_tokens == inputs["input_ids"].shape[1]
         first = stored.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1:]
         assert reply.text.removesuffix(" …") == processor.tokenizer.decode(first)
+
+
+@pytest.mark.parametrize(("domain", "least"), [("scenes", 0.9), ("documents", 0.65)])
+def test_the_shipped_one_answers_with_a_third_of_the_tokens_too(domain: str, least: float) -> None:
+    folder = demo_model.QWEN3_VL.folder
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12_000_000
+    runner = Qwen3VLRunner(folder, "test", 30, 336, domain, frozenset({"received"}))
+
+    def right(setting: Setting) -> float:
+        replies = runner.answer(setting)
+        return sum(map(is_right, [r.text for r in replies], runner.questions.asked)) / len(replies)
+
+    whole = right(Setting())
+    assert whole > least
+    assert right(Setting(VisionSettings("topk", None, 0.33, score="received"))) > whole - 0.1
 
 
 def test_the_study_writes_its_tables_and_plots(exported: Path, tmp_path: Path) -> None:

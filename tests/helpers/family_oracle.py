@@ -80,7 +80,7 @@ class Oracle:
     @torch.inference_mode()
     def judge(self, request: Request, answer: Sequence[int]) -> Judged:
         """The greedy answer is `answer` exactly if `token_ids` are, by induction over the tokens."""
-        embeddings, positions, visual, levels, after = self.family.prompt(request)
+        embeddings, positions, visual, levels, after, _ = self.family.prompt(request)
         n = embeddings.shape[0]
         new = torch.tensor(answer[:-1], dtype=torch.long)
         embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(new)])
@@ -118,6 +118,8 @@ class Family:
     token: str | None = None
     #: Modalities beside images, which the tests allow none of.
     other_modalities: tuple[str, ...] = ()
+    #: Whether videos are pruned, so that this reference knows them.
+    prunes_videos = False
     #: Tokens of the tests' longest prompt with its answer: the context, and what the KV cache holds.
     room = 352
 
@@ -147,6 +149,7 @@ class Family:
         return mask
 
     def prompt(self, request: Request) -> tuple[Any, ...]:
+        """Of what is left: embeddings, positions, if visual, levels, the next position, if special."""
         inputs = self.inputs(request)
         ids = inputs["input_ids"][0]
         embeddings = self.whole.get_input_embeddings()(ids)
@@ -171,7 +174,12 @@ class Family:
             deep.append(whole)
         levels = list(sum(deep)[visual & stays].split(width, -1)) if deep and deep[0].shape[1] else []
         positions, after = self.positions(inputs, ids, stays)
-        return embeddings[stays], positions, visual[stays], levels, after
+        return embeddings[stays], positions, visual[stays], levels, after, self.special(ids)[stays]
+
+    def special(self, ids: Tensor) -> Tensor:
+        """Which tokens are special, placeholders aside."""
+        placeholders = {self.config.image_token_id, getattr(self.config, "video_token_id", None)}
+        return torch.isin(ids, torch.tensor([*set(self.processor.tokenizer.all_special_ids) - placeholders]))
 
     def inputs(self, request: Request) -> Any:
         text = request.text.format(*[self.placeholder] * len(request.images))
@@ -197,6 +205,7 @@ class Qwen(Family):
 
     placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
     other_modalities = ("video",)
+    prunes_videos = True
 
     def embeddings(self, inputs: Any) -> list[Tensor]:
         return self.features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -326,7 +335,7 @@ class Llava(Family):
         self.side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         self.tiled = hasattr(self.config, "image_grid_pinpoints")
         if self.config.model_type == "llava_onevision":
-            self.other_modalities, self.room = ("video",), 512
+            self.other_modalities, self.prunes_videos, self.room = ("video",), True, 512
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[Any]:
         return [self.processor.image_processor([image], return_tensors="pt") for image in images]
@@ -403,9 +412,9 @@ class Llava(Family):
             [p for p in range(total) if p not in set(taken.tolist())], dtype=torch.long
         )
 
-    def around(self, rows: Tensor) -> Tensor:
-        """The image's embeddings and whatever text stands around them."""
-        return rows
+    def around(self, image: list[int]) -> list[int]:
+        """The tokens of an image with whatever text stands around them."""
+        return image
 
     def video(self, inputs: Any, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """OneVision's: each frame a picture of one tile, shrunk by half; a newline behind the last."""
@@ -427,18 +436,21 @@ class Llava(Family):
         videos = [self.video(request.videos, i) for i in range(len(request.videos))]
         newline = torch.ones(1, dtype=torch.bool)
         frames = [r[torch.cat((frames_stay(u, s, request), newline))] for u, s, r in videos]
-        given = {self.config.image_token_id: iter(kept)}
-        if frames:
-            given[self.config.video_token_id] = iter(frames)
-        parts = [
-            self.around(next(given[i]))
-            if i in given
-            else self.whole.get_input_embeddings()(torch.tensor([i]))
-            for i in self.processor.tokenizer(text).input_ids
-        ]
-        embeddings = torch.cat(parts)
+        placeholder, video = self.config.image_token_id, getattr(self.config, "video_token_id", None)
+        given, ids = {placeholder: iter(kept), video: iter(frames)}, []
+        rows = []
+        for token in self.processor.tokenizer(text).input_ids:
+            if token in given:
+                rows.append(next(given[token]))
+                ids += self.around([token] * len(rows[-1]))
+            else:
+                ids.append(token)
+        tokens = torch.tensor(ids)
+        visual = torch.isin(tokens, torch.tensor([i for i in given if i is not None]))
+        embeddings = self.whole.get_input_embeddings()(tokens)
+        embeddings[visual] = torch.cat([*rows, embeddings[:0]])
         n = len(embeddings)
-        return embeddings, torch.arange(n), torch.zeros(n, dtype=torch.bool), [], n
+        return embeddings, torch.arange(n), visual, [], n, self.special(tokens)
 
 
 class InternVL(Llava):
@@ -468,10 +480,8 @@ class InternVL(Llava):
         count = grid[0] * grid[1]
         return [(grid, scores, tile * count + torch.arange(count)) for tile, scores in enumerate(units)]
 
-    def around(self, rows: Tensor) -> Tensor:
-        start, end = self.processor.start_image_token_id, self.processor.end_image_token_id
-        edges = self.whole.get_input_embeddings()(torch.tensor([start, end]))
-        return torch.cat([edges[:1], rows, edges[1:]])
+    def around(self, image: list[int]) -> list[int]:
+        return [self.processor.start_image_token_id, *image, self.processor.end_image_token_id]
 
 
 class InternVLChat(InternVL):

@@ -85,11 +85,11 @@ class BothStagesOracle(Oracle):
     def judge(self, request: Request, answer: Sequence[int]) -> Judged:
         """As `Oracle.judge`."""
         assert isinstance(request, BothStages)
-        embeddings, positions, visual, levels, after = self.family.prompt(request)
+        embeddings, positions, visual, levels, after, special = self.family.prompt(request)
         positions = positions if positions.dim() == 2 else positions[None]
         n = len(embeddings)
         sequence = _Sequence(self.model, embeddings, positions, visual, levels)
-        kept = self._kept(sequence, request)
+        kept = self._kept(sequence, request, special)
         new = torch.tensor(answer[:-1], dtype=torch.long)
         sequence.embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(new)])
         tail = (after + torch.arange(len(new))).expand(len(positions), -1)
@@ -99,7 +99,7 @@ class BothStagesOracle(Oracle):
         hidden, _ = sequence.run(kept, len(language.layers))
         return self.judged(n, language.norm(hidden[-len(answer) :]), answer)
 
-    def _kept(self, sequence: _Sequence, request: BothStages) -> list[Tensor]:
+    def _kept(self, sequence: _Sequence, request: BothStages, special: Tensor) -> list[Tensor]:
         """Prompt places in each band, from the lowest, which has all."""
         visual, n = sequence.visual, len(sequence.visual)
         asked = [request.kv_keep[min(i, len(request.kv_keep) - 1)] for i in range(len(PRUNE_LAYERS))]
@@ -110,7 +110,7 @@ class BothStagesOracle(Oracle):
         text_stays = request.kv_scope == "vision" or 0.0 in shares
         protected = torch.arange(n) >= n - WINDOW
         protected[0] = True
-        protected[~visual] |= True if text_stays else self._special(request)
+        protected |= ~visual if text_stays else special & ~visual
         kept = [torch.arange(n)]
         for (layer, _), share in zip(PRUNE_LAYERS, shares, strict=True):
             here = kept[-1]
@@ -125,13 +125,6 @@ class BothStagesOracle(Oracle):
                 here = here[sorted(at for *_, at in sorted(ranks)[:count])]
             kept.append(here)
         return kept
-
-    def _special(self, request: BothStages) -> Tensor:
-        """Which of the text tokens are special, placeholders aside."""
-        ids, config = self.family.inputs(request)["input_ids"][0], self.model.config
-        placeholders = {config.image_token_id, getattr(config, "video_token_id", None)}
-        special = set(self.processor.tokenizer.all_special_ids) - placeholders
-        return torch.tensor([i in special for i in ids.tolist() if i not in placeholders])
 
 
 class _Sequence:
@@ -209,10 +202,11 @@ def main() -> None:
         seed=0,
         trust_remote_code=True,
         **device_options(),
-        **engine_kwargs(prune_layers=written, window=WINDOW),
+        # the score that the reference has for every family
+        **engine_kwargs(prune_layers=written, window=WINDOW, score="received"),
     )
     prompts, params = [], []
-    for case in importable.cases("video" in family.other_modalities):
+    for case in importable.cases(family.prunes_videos):
         amount = {"keep_ratio": case.keep_ratio, "aggressiveness": case.aggressiveness or None}
         kv = {"kv_keep": case.kv_keep, "kv_scope": case.kv_scope}
         mm_kwargs, extra_args = request_kwargs(method=case.method, **amount, **kv)

@@ -159,6 +159,20 @@ def test_what_may_be_a_model_is_left_to_vllm(model: str | None) -> None:
     serve._check_folder(model)
 
 
+@pytest.mark.parametrize(("name", "demo"), demo_model.NAMES.items())
+def test_a_demo_model_is_served_by_its_name(
+    name: str, demo: demo_model.DemoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    args = Namespace(additional_config=None, max_num_seqs=4)
+    serve._use_demo_model(args, [name, "--max-num-seqs", "4"], demo)
+    assert args.model == args.model_tag == str(demo.folder) and (demo.folder / "config.json").is_file()
+    assert args.served_model_name == [demo.served_name] and args.max_num_seqs == 4
+    assert args.additional_config == {"vtprune": {"prune_layer": demo.prune_layer}}
+    assert hasattr(args, "limit_mm_per_prompt") is not demo.videos
+    assert demo_model.embedded(args.model) is demo
+
+
 def test_the_project_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve._refuse("vtprune: no.") == serve._refuse("no.") == 2
     assert capsys.readouterr().err == "vtprune: no.\n" * 2
