@@ -45,8 +45,8 @@ def judge(options: argparse.Namespace) -> None:
     if options.size is not None:
         if not (options.server or options.write_questions) or options.questions is not None:
             raise ValueError(
-                "--size is of drawn pictures: give it with --server or --write-questions, for a tower here has "
-                "its own."
+                "--size is of drawn pictures and needs --server or --write-questions: a tower here has its "
+                "own."
             )
         check_size(options.size)
     if options.write_questions is not None and (options.questions or options.tasks):

@@ -179,6 +179,17 @@ def test_questions_from_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_drawn_questions_written_to_a_file_are_read_back(tmp_path: Path) -> None:
+    drawn = drawn_questions("test", 3, 168)
+    write_questions(drawn, tmp_path / "sub" / "scenes.jsonl")
+    read = file_questions(tmp_path / "sub" / "scenes.jsonl")
+    assert [(q.picture, q.kind, q.text, q.answers) for q in read.asked] == [
+        (q.picture, q.kind, q.text, q.answers) for q in drawn.asked
+    ]
+    for one, other in zip(read.pictures, drawn.pictures, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
 @pytest.mark.parametrize(
     ("text", "blamed"),
     [
