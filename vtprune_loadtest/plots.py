@@ -123,7 +123,7 @@ def _latency(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
 def _answers(results: list[dict[str, Any]], key: str, label: str, path: Path) -> Path:
     """Goodput, share of the vision tokens kept, and share of right answers against the load.
 
-    Whiskers are the 95 % interval; settings stand a little apart, so that they do not hide each other's.
+    Whiskers are the 95 % interval; there settings stand a little apart, so as not to hide each other's.
     """
     from matplotlib import pyplot
 
@@ -150,14 +150,15 @@ def _answers(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
                 key=lambda entry: float(entry[key]),
             )
             values = [scale * entry[measure] for entry in shown]
-            spread = None
+            shift, spread = 0.0, None
             if measure == "right":
+                shift = apart * (number - (len(series) - 1) / 2)
                 spread = [
                     [value - scale * entry["right_low"] for value, entry in zip(values, shown, strict=True)],
                     [scale * entry["right_high"] - value for value, entry in zip(values, shown, strict=True)],
                 ]
             axis.errorbar(
-                [entry[key] + apart * (number - (len(series) - 1) / 2) for entry in shown],
+                [entry[key] + shift for entry in shown],
                 values,
                 spread,
                 fmt="-o",
