@@ -62,10 +62,10 @@ CLIP_L = TowerShape(hidden=1024, intermediate=4096, layers=24, heads=16)
 GROUPED_150M = replace(DECODER_150M, kv_heads=4)
 WINDOW_TOWER = WindowTower(hidden=64, intermediate=128, layers=4, heads=1)
 
-#: Makes of the demo model's decoder one of 48 layers and 683 million parameters: a prompt with a picture,
+#: Makes of the demo model's decoder one of 24 layers and 686 million parameters: a prompt with a picture,
 #: 153 tokens, is as many operations as one of 642 tokens on `decoder-150m`. Its prune layer is a quarter of
 #: the depth.
-DEMO_DEEP = Deepening(before=9, after=34, intermediate=36864)
+DEMO_DEEP = Deepening(before=3, after=16, hidden=2048, intermediate=4480)
 
 _EAGER = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16")
 

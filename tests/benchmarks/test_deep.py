@@ -17,7 +17,7 @@ from benchmarks.deep import Deepening, deepen
 from vllm_vtprune import demo_model
 from vtprune_eval.flops import CostShape, RequestShape, request_work
 
-SMALL = Deepening(before=2, after=3, intermediate=500)
+SMALL = Deepening(before=2, after=3, hidden=300, intermediate=500)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,11 @@ def test_added_layers_hand_on_and_the_demos_stand_between_them(deep: Path) -> No
     # entry k is what layer k is given; the last one is behind the final norm
     assert torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
     at_prune_layer = SMALL.before + demo_model.PRUNE_LAYER
-    torch.testing.assert_close(states[at_prune_layer], of_plain[demo_model.PRUNE_LAYER], rtol=1e-5, atol=1e-4)
+    width = plain.config.text_config.hidden_size
+    torch.testing.assert_close(
+        states[at_prune_layer][..., :width], of_plain[demo_model.PRUNE_LAYER], rtol=1e-5, atol=1e-4
+    )
+    assert not states[at_prune_layer][..., width:].any()
     behind = SMALL.before + plain.config.text_config.num_hidden_layers
     assert torch.equal(states[behind], states[behind + 2])
     # what they compute is work on full matrices all the same
@@ -60,7 +64,8 @@ def test_added_layers_hand_on_and_the_demos_stand_between_them(deep: Path) -> No
 def test_a_prompt_costs_as_much_as_the_decoder_bound_models() -> None:
     demo = CostShape.of(demo_model.FOLDER)
     added = models.DEMO_DEEP
-    deep = replace(demo, layers=demo.layers + added.before + added.after, intermediate=added.intermediate)
+    layers = demo.layers + added.before + added.after
+    deep = replace(demo, layers=layers, hidden=added.hidden, intermediate=added.intermediate)
     shape = models.DECODER_150M
     bound = replace(
         demo,
