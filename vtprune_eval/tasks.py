@@ -121,8 +121,12 @@ def write_questions(questions: Questions, path: Path) -> None:
     for name, picture in zip(names, questions.pictures, strict=True):
         picture.save(path.parent / name)
     entries = (
-        {"image": names[asked.picture], "question": asked.text, "answer": list(asked.answers)}
-        | {"kind": asked.kind}
+        {
+            "image": names[asked.picture],
+            "question": asked.text,
+            "answer": list(asked.answers),
+            "kind": asked.kind,
+        }
         for asked in questions.asked
     )
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
