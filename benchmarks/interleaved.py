@@ -27,7 +27,7 @@ from vtprune_loadtest.images import DrawnPictures
 from vtprune_loadtest.plan import LoadPoint, Phase
 from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseRunner
-from vtprune_loadtest.workload import IntRange, Workload, WorkloadSpec
+from vtprune_loadtest.workload import IntRange, Workload, WorkloadSpec, picture_streams
 
 _REQUEST_TIMEOUT_S = 900.0
 # A server that has rested answers its first requests slowly: in blocks of half a second that weighed 12 % on
@@ -125,7 +125,7 @@ class Comparison:
             seed=traffic.seed,
         )
         pictures = DrawnPictures(*traffic.picture_size, "jpeg", traffic.seed)
-        self._workload = Workload(spec, pictures, [arm.pixels for arm in self.arms])
+        self._workload = Workload(picture_streams(spec, pictures, [arm.pixels for arm in self.arms]))
         settings = [arm.setting for arm in self.arms]
         run_id = f"paired-{time.time_ns():x}"
         self._runners = {

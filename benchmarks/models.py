@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models to measure with: the demo model, decoder-bound random ones, LLaVA-1.5-7B's shape without weights.
 
+    vtprune serve $(python -m benchmarks.models demo-deep)
+
+prints a model's folder and the flags that it is served with, its prune layer among them.
+
 Speed does not depend on what the weights say, so random ones do. Which tokens the inflection rule keeps
 does: on random towers its counts mean nothing, and comparisons there fix the share (`X-VTPrune-Keep-Ratio`).
 """
@@ -10,15 +14,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
+from benchmarks.deep import Deepening, deepen
 from benchmarks.llava import DecoderShape, TowerShape, random_llava, write_config
 from benchmarks.qwen import WindowTower, random_qwen2_5_vl
+from vtprune_loadtest.command import SentenceParser, command
 from vtprune_loadtest.errors import LoadTestError
 
 
@@ -54,6 +61,11 @@ CLIP_L = TowerShape(hidden=1024, intermediate=4096, layers=24, heads=16)
 #: patches, and 5 % at 4,096.
 GROUPED_150M = replace(DECODER_150M, kv_heads=4)
 WINDOW_TOWER = WindowTower(hidden=64, intermediate=128, layers=4, heads=1)
+
+#: Makes of the demo model's decoder one of 24 layers and 686 million parameters: a prompt with a picture,
+#: 153 tokens, is as many operations as one of 642 tokens on `decoder-150m`. Its prune layer is a quarter of
+#: the depth.
+DEMO_DEEP = Deepening(before=3, after=16, hidden=2048, intermediate=4480)
 
 _EAGER = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16")
 
@@ -97,6 +109,17 @@ def demo() -> BenchModel:
     return BenchModel("demo", folder, flags, kv_cache_gb=1, prune_layer=demo_model.PRUNE_LAYER)
 
 
+def demo_deep(model_dir: Path) -> BenchModel:
+    """The demo model's answers from a decoder that costs as much as `decoder-150m`'s (2.7 GB, float32)."""
+    from vllm_vtprune import demo_model
+
+    name = "demo-deep"
+    folder = _once(model_dir / name, lambda path: deepen(demo_model.FOLDER, path, DEMO_DEEP))
+    flags = (*_EAGER, "--max-model-len", "1024")
+    prune_layer = DEMO_DEEP.before + demo_model.PRUNE_LAYER
+    return BenchModel(name, folder, flags, kv_cache_gb=1, prune_layer=prune_layer)
+
+
 def decoder_bound(model_dir: Path) -> BenchModel:
     """The decoder-bound model: 576 vision tokens and a decoder of 154 million parameters, float32."""
     flags = (*_EAGER, "--max-model-len", "2048")
@@ -110,7 +133,7 @@ def many_patches(model_dir: Path, patches: int) -> BenchModel:
     tower = replace(TINY_TOWER, image=math.isqrt(patches) * TINY_TOWER.patch)
     name = f"decoder-13m-{patches}"
     folder = _once(model_dir / name, lambda path: random_llava(path, DECODER_13M, tower))
-    flags = (*_EAGER, "--max-model-len", "8192", "--limit-mm-per-prompt", '{"image": 8}')
+    flags = (*_EAGER, "--max-model-len", "8192", "--limit-mm-per-prompt", '{"image":8}')
     return BenchModel(name, folder, flags, kv_cache_gb=1, prune_layer=1)
 
 
@@ -129,7 +152,7 @@ def qwen_vl(model_dir: Path, vision_tokens: int) -> BenchModel:
     )
     # a prompt is prefilled in one step, with the second stage or without
     lengths = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192")
-    limits = ("--limit-mm-per-prompt", '{"image": 1, "video": 0}')
+    limits = ("--limit-mm-per-prompt", '{"image":1,"video":0}')
     return BenchModel(name, folder, (*_EAGER, *lengths, *limits), kv_cache_gb=2, prune_layer=4)
 
 
@@ -140,7 +163,7 @@ def llava_7b(model_dir: Path) -> BenchModel:
     # two servers share the accelerator: the same cache for both, not what each finds free
     memory = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "18G", "--gpu-memory-utilization", "0.42")
     # graphs of few sizes are captured sooner
-    graphs = ("--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}')
+    graphs = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
     flags = (*engine, *memory, *graphs)
     return BenchModel("llava-1.5-7b", folder, flags, kv_cache_gb=0, prune_layer=8)
 
@@ -169,9 +192,32 @@ def _once(folder: Path, build: Callable[[Path], object]) -> Path:
 #: Name -> what builds it.
 MODELS: dict[str, Callable[[Path], BenchModel]] = {
     "demo": lambda _: demo(),
+    "demo-deep": demo_deep,
     "decoder-150m": decoder_bound,
     "twelve-layers": twelve_layers,
     "qwen2.5-vl-1024": lambda model_dir: qwen_vl(model_dir, 1024),
     "qwen2.5-vl-4096": lambda model_dir: qwen_vl(model_dir, 4096),
     "llava-1.5-7b": llava_7b,
 }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what `vtprune serve` is given for a model, building it first; gives the exit status."""
+    prog = "python -m benchmarks.models"
+
+    def run() -> None:
+        parser = SentenceParser(prog=prog, description="Build a model and print how it is served.")
+        parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or a folder")
+        parser.add_argument("--model-dir", type=Path, metavar="FOLDER", help="default ~/.cache/vtprune")
+        options = parser.parse_args(argv)
+        model = model_named(options.model, options.model_dir)
+        if model.kv_cache_gb:
+            print(f"on the CPU: VLLM_CPU_KVCACHE_SPACE={model.kv_cache_gb}", file=sys.stderr)
+        served = ("--served-model-name", model.name, "--prune-layer", str(model.prune_layer))
+        print(model.folder, *model.flags, *served)
+
+    return command(prog, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@
     * PicturesUsedUp (`vtprune_loadtest.images`)
   * StreamError: a stream of events that breaks its protocol (`vtprune_loadtest.stream`)
   * RunnerError: an evaluation that cannot run (`vtprune_eval.backend`)
-  * DataError: an evaluation's questions (`vtprune_eval.tasks`)
+  * DataError: questions of an evaluation or a load test (`vtprune_loadtest.questions`)
   * SearchError: no schedule does what a calibration asks (`vtprune_calibrate.search`)
   * JournalError: the journal of another calibration (`vtprune_calibrate.journal`)
 

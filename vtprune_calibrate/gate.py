@@ -26,8 +26,8 @@ from vtprune_calibrate.search import SearchError
 from vtprune_calibrate.trials import Costs, Floats, Trials
 from vtprune_eval import statistics
 from vtprune_eval.tables import Row, interval, markdown, percent, points
-from vtprune_eval.tasks import normalised
 from vtprune_eval.transformers_backend import LocalRunner
+from vtprune_loadtest.questions import normalised
 
 _EPOCHS, _BATCH, _RATE = 30, 32, 3e-4
 #: Trials of a gate: with the exit on both parts of the questions, and a share of the tokens at its cost.

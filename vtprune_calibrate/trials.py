@@ -23,8 +23,9 @@ from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
 from vtprune_eval.flops import CostShape, RequestShape, kv_bytes, rating_flops, request_work
 from vtprune_eval.setting import AS_SCHEDULED, Setting
-from vtprune_eval.statistics import Interval
-from vtprune_eval.tasks import Questions, is_right, normalised
+from vtprune_eval.tasks import Questions
+from vtprune_loadtest.questions import is_right, normalised
+from vtprune_loadtest.shares import Interval
 
 Floats = NDArray[np.float64]
 
@@ -164,7 +165,9 @@ class Trials:
             same = [normalised(a.text) == normalised(b.text) for a, b in zip(replies, whole, strict=True)]
             return np.array(same, dtype=np.float64)
         pairs = zip(replies, asked, strict=True)
-        return np.array([is_right(reply.text, question) for reply, question in pairs], dtype=np.float64)
+        return np.array(
+            [is_right(reply.text, question.answers) for reply, question in pairs], dtype=np.float64
+        )
 
     def score(self, schedule: Sequence[PruneLayer]) -> float:
         """The share answered as it should be."""

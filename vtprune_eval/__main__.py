@@ -7,6 +7,7 @@
     vtprune eval --preset light,balanced,aggressive --server http://localhost:8000
     vtprune eval llava-hf/llava-1.5-7b-hf --questions mine.jsonl --device cuda --dtype float16
     vtprune eval --draw picture.png --aggressiveness 0.5
+    vtprune eval --scenes 1000 --write-questions scenes.jsonl
     vtprune eval --study --out docs/evaluation
     vtprune eval llava-hf/llava-1.5-7b-hf --tasks pope,gqa,textvqa --prune-layer 8 --out results
 
@@ -46,11 +47,12 @@ from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.setting import Setting
 from vtprune_eval.study import StudySize, run_study
 from vtprune_eval.tables import by_kind, content, summary
-from vtprune_eval.tasks import DataError, Questions, drawn_questions, file_questions
+from vtprune_eval.tasks import Questions, drawn_questions, file_questions, write_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
 from vtprune_loadtest.command import command, make_folder
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.processes import ServerProcess
+from vtprune_loadtest.questions import DataError
 
 #: A large checkpoint may have to be fetched first.
 _START_SECONDS = 3600
@@ -71,6 +73,8 @@ def _run(options: argparse.Namespace) -> None:
         make_folder("--out", options.out)
     if options.draw:
         _draw(options)
+    elif options.write_questions is not None:
+        _write_questions(options)
     elif options.study:
         _study(options)
     elif options.tasks:
@@ -98,6 +102,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"wrote {plot}")
     except ImportError:
         print("No plot: matplotlib is not installed (pip install 'vtprune[bench]').", file=sys.stderr)
+
+
+def _write_questions(options: argparse.Namespace) -> None:
+    size = options.size or model_config(options.model).vision_config.image_size
+    questions = drawn_questions(options.split, options.scenes, size, options.domain)
+    path = options.write_questions
+    make_folder("--write-questions", path.parent)
+    write_questions(questions, path)
+    print(f"wrote {path}: {len(questions.asked)} questions about {len(questions.pictures)} pictures")
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -39,7 +39,8 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         "--size",
         type=count,
         metavar="PIXELS",
-        help="side of drawn pictures, with --server; default: 168. On transformers it is the tower's own",
+        help="side of drawn pictures, with --server or --write-questions; default: 168, and on transformers "
+        "the tower's own",
     )
     what.add_argument(
         "--tasks",
@@ -102,6 +103,12 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, help="folder for the JSON and the plots")
     out.add_argument(
         "--draw", type=Path, nargs="+", metavar="PICTURE", help="draw curve and kept patches instead"
+    )
+    out.add_argument(
+        "--write-questions",
+        type=Path,
+        metavar="FILE",
+        help="write the drawn questions for --questions, their pictures beside it, and ask nothing",
     )
     out.add_argument("--study", action="store_true", help="calibrate and compare everything: docs/evaluation")
     out.add_argument("--validation-scenes", type=count, default=300, help="of the study's calibration")

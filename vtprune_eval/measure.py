@@ -14,7 +14,9 @@ from vllm_vtprune.kv_drop.schedule import band_sizes
 from vtprune_eval import statistics
 from vtprune_eval.backend import Reply, Runner
 from vtprune_eval.setting import Setting
-from vtprune_eval.tasks import OTHER, Questions, is_right, normalised
+from vtprune_eval.tasks import Questions
+from vtprune_loadtest.questions import OTHER, is_right, normalised
+from vtprune_loadtest.shares import wilson
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -135,7 +137,7 @@ def _by_kind(asked: Questions, right: Floats) -> dict[str, Any]:
         owners = asked.picture_of[members]
         alone = len(np.unique(owners)) == len(owners)
         interval = (
-            statistics.wilson(float(right[members].sum()), int(members.sum()))
+            wilson(float(right[members].sum()), int(members.sum()))
             if alone
             else statistics.share(right[members], owners)
         )
@@ -179,7 +181,7 @@ def _cache_share(setting: Setting, replies: Sequence[Reply], layers: int | None)
 def _right(asked: Questions, draws: Sequence[Sequence[Reply]]) -> Floats:
     """1 where the reply is right, averaged over draws, [Q]."""
     runs = (
-        np.array([is_right(reply.text, question) for reply, question in zip(run, asked.asked, strict=True)])
+        np.array([is_right(reply.text, q.answers) for reply, q in zip(run, asked.asked, strict=True)])
         for run in draws
     )
     return _mean([run.astype(np.float64) for run in runs])

@@ -43,9 +43,14 @@ def judge(options: argparse.Namespace) -> None:
     if options.study and (options.out is None or options.server):
         raise ValueError("--study needs --out, and runs on transformers: leave out --server.")
     if options.size is not None:
-        if not options.server or options.questions is not None:
-            raise ValueError("--size is of drawn pictures and needs --server: a tower here has its own.")
+        if not (options.server or options.write_questions) or options.questions is not None:
+            raise ValueError(
+                "--size is of drawn pictures and needs --server or --write-questions: a tower here has its "
+                "own."
+            )
         check_size(options.size)
+    if options.write_questions is not None and (options.questions or options.tasks):
+        raise ValueError("--write-questions writes drawn questions: leave out --questions and --tasks.")
     if missing := [str(path) for path in options.draw or () if not path.is_file()]:
         raise ValueError(f"--draw: there is no picture {', '.join(missing)}.")
     if options.tasks:

@@ -9,43 +9,14 @@ settings are judged on the same resampled pictures, which removes what the pictu
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vtprune_loadtest.shares import Interval
+
 _RESAMPLES = 4000
-_Z = 1.959964
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON, four digits."""
-        return {name: round(value, 4) for name, value in asdict(self).items()}
-
-
-def wilson(right: float, asked: int) -> Interval:
-    """The share of right answers among independent ones (Wilson, JASA 1927)."""
-    if not asked:
-        return Interval(math.nan, math.nan, math.nan)
-    share, z2 = right / asked, _Z * _Z
-    centre = (share + z2 / (2 * asked)) / (1 + z2 / asked)
-    spread = _Z / (1 + z2 / asked) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked * asked))
-    # at 0 and 1 the bound is exact, and rounding would leave it a little short
-    return Interval(share, min(share, centre - spread), max(share, centre + spread))
 
 
 def share(values: NDArray[np.float64], owners: NDArray[np.int64]) -> Interval:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,16 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vllm_vtprune.errors import VTPruneError
 from vtprune_eval.documents import Page
 from vtprune_eval.drawn import is_held_out, make, questions_each
-
-#: Kind of a question whose file names none.
-OTHER = "other"
-
-
-class DataError(VTPruneError, ValueError):
-    """Questions that cannot be used; the message says where."""
+from vtprune_loadtest.questions import DataError, FileQuestion, open_picture, read_questions
 
 
 @dataclass(frozen=True)
@@ -105,45 +97,39 @@ def drawn_questions(split: str, count: int, size: int, domain: str = "scenes") -
 
 
 def file_questions(path: Path, suffix: str = "") -> Questions:
-    """Questions from a JSON-lines file: `image` (a path beside the file), `question`, `answer`, and `kind`.
-
-    `answer` is a text or a list of texts that all count as right; `kind` may be absent.
-
-    Args:
-        path: the file.
-        suffix: added to every question, such as LLaVA-1.5's "Answer the question using a single word or
-            phrase."
+    """The questions of a file and their pictures; see `vtprune_loadtest.questions.read_questions`.
 
     Raises:
         DataError: the file, a line or a picture cannot be read.
     """
-    pictures: dict[str, list[Question]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            answers = entry["answer"] if isinstance(entry["answer"], list) else [entry["answer"]]
-            text = " ".join(filter(None, (str(entry["question"]), suffix)))
-            question = Question(0, str(entry.get("kind", OTHER)), text, tuple(map(str, answers)))
-            pictures.setdefault(str(entry["image"]), []).append(question)
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f'{path}, line {number}: each line must be an object such as {{"image": "cat.jpg", '
-                f'"question": "What is this?", "answer": "cat"}} ({error!r}).'
-            ) from None
-    if not pictures:
-        raise DataError(f"{path} holds no question.")
+    pictures: dict[Path, list[FileQuestion]] = {}
+    for question in read_questions(path, suffix):
+        pictures.setdefault(question.image, []).append(question)
     asked = [
         Question(number, question.kind, question.text, question.answers)
         for number, questions in enumerate(pictures.values())
         for question in questions
     ]
-    return Questions(path.name, [_open(path.parent / name) for name in pictures], asked)
+    return Questions(path.name, [_open(image) for image in pictures], asked)
+
+
+def write_questions(questions: Questions, path: Path) -> None:
+    """Write a file that `file_questions` reads, and its pictures as PNG in a folder of its name beside it."""
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{folder.name}/{number:05d}.png" for number in range(len(questions.pictures))]
+    for name, picture in zip(names, questions.pictures, strict=True):
+        picture.save(path.parent / name)
+    entries = (
+        {
+            "image": names[asked.picture],
+            "question": asked.text,
+            "answer": list(asked.answers),
+            "kind": asked.kind,
+        }
+        for asked in questions.asked
+    )
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def folder_pictures(folder: Path) -> Questions:
@@ -162,19 +148,8 @@ def folder_pictures(folder: Path) -> Questions:
 
 
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
+    with open_picture(path) as image:
+        try:
             return image.convert("RGB")
-    except OSError as error:
-        raise DataError(f"The picture {path} cannot be opened: {error}.") from None
-
-
-def normalised(text: str) -> str:
-    """Lower case without articles and signs, as answers are compared; a hyphen inside a word stays."""
-    words = re.findall(r"\w+(?:[-'.]\w+)*", text.lower())
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
-
-
-def is_right(reply: str, question: Question) -> bool:
-    """Whether a reply equals one of the answers once both are normalised."""
-    return normalised(reply) in {normalised(answer) for answer in question.answers}
+        except OSError as error:
+            raise DataError(f"The picture {path} cannot be opened: {error}.") from None

@@ -3,6 +3,7 @@
 
     vtprune loadtest --sweep off,light,balanced,aggressive --interleave blocks --concurrency 4
     vtprune loadtest --rate 1,2,4,8 --sweep off,balanced --duration 60 --result-dir results
+    vtprune loadtest --questions scenes.jsonl --sweep off,balanced,auto --rate 0.5x,1x,2x --slo ttft:1000
     vtprune loadtest --sweep-header X-VTPrune-Aggressiveness=0,0.25,0.5 --sweep-header X-VTPrune-KV-Keep=1,0.5
 
 Also `python -m vtprune_loadtest`. Exit status: 0; 1 if more than --max-error-share of the measured
@@ -25,6 +26,7 @@ from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.options import parse_options
 from vtprune_loadtest.plots import write_plots
 from vtprune_loadtest.progress import TerminalProgress
+from vtprune_loadtest.questions import DataError
 from vtprune_loadtest.report import error_samples, render
 from vtprune_loadtest.results import build_document, error_share
 from vtprune_loadtest.session import Progress, SessionResult, run_session
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vtprune loadtest") -> i
         if config.result_dir is not None:
             make_folder("--result-dir", config.result_dir)
         session = run_load_test(config)
-    except LoadTestError as error:
+    except (LoadTestError, DataError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return CANNOT_RUN
     document = build_document(config, session)

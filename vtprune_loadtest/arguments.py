@@ -14,6 +14,7 @@ from vtprune_loadtest.plan import Interleave
 
 DEFAULT_REQUESTS = 100
 DEFAULT_CONCURRENCY = 4
+OUTPUT_LEN, ANSWER_LEN = "64", "16"
 N = TypeVar("N", int, float)
 
 
@@ -119,6 +120,14 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("requests").add_argument
+    add(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="ask these questions about their pictures and grade the answers: JSON lines with image, "
+        "question, answer and kind, as `vtprune eval` reads and writes them",
+    )
+    add("--suffix", default="", help="text added to each question of the file")
     add("--images", type=Path, metavar="FOLDER", help="send its pictures; default: drawn ones")
     add(
         "--image-size",
@@ -149,13 +158,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="random words before it; default: %(default)s",
     )
     add(
-        "--output-len", default="64", metavar="N[-M]", help="max_tokens, fixed or drawn; default: %(default)s"
+        "--output-len",
+        metavar="N[-M]",
+        help=f"max_tokens, fixed or drawn; default: {OUTPUT_LEN}, {ANSWER_LEN} with --questions",
     )
     add(
         "--ignore-eos",
         choices=[i.value for i in IgnoreEos],
         default="auto",
-        help="answers run to their full length; auto: if the server is vLLM",
+        help="answers run to their full length; auto: if the server is vLLM and answers are not graded",
     )
     add("--temperature", type=_not_negative, default=0.0, help="default: %(default)g")
     add(

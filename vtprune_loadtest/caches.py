@@ -54,7 +54,7 @@ def cache_note(use: Mapping[str, Any]) -> str:
         f"pictures: of {use['pictures_sent']} pictures, {use['pictures_repeated']} of them sent again on "
         f"purpose, it had {max(use['picture_cache_hits'], use['tower_cache_hits'])} already, and of "
         f"{use['prefix_cache_queried_tokens']} prompt tokens {use['prefix_cache_hit_tokens']} were in its "
-        "prefix cache. Leave out --seed, send other pictures (--images), make prompts differ "
+        "prefix cache. Leave out --seed, send other pictures (--images, --questions), make prompts differ "
         "(--prompt-words), or start the server anew."
     )
 

@@ -215,6 +215,7 @@ def _describe(error: Exception) -> str:
 def _copy_answer(stream: ChatStream, record: RequestRecord) -> None:
     record.token_times_s = stream.token_times
     record.finish_reason = stream.finish_reason
+    record.reply = stream.text if record.question is not None else ""
     usage = stream.usage or {}
     record.output_tokens = usage.get("completion_tokens") or len(stream.token_times)
     record.prompt_tokens = usage.get("prompt_tokens")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.asking import QuestionBook
 from vtprune_loadtest.client import Endpoint
 from vtprune_loadtest.images import PictureSource
 from vtprune_loadtest.plan import Amount, Interleave, LoadPoint
@@ -30,6 +31,7 @@ class LoadTestConfig:
         model: None for the first one the server lists.
         include_usage: ask for the usage chunk; without it output tokens are counted by chunks.
         extra_body: fields added to every request's body.
+        questions: asked and graded instead of drawn pictures and `prompt`; None without any.
         repeat_share: share of pictures sent before by the same setting.
         warmup: requests per setting and load point, left out of the statistics.
         ramp_s: seconds in which the load rises at the start of each measured phase, left out too.
@@ -50,6 +52,7 @@ class LoadTestConfig:
     warmup: int
     ramp_s: float
     process: ArrivalProcess
+    questions: QuestionBook | None
     pictures: PictureSource
     images_per_prompt: IntRange
     repeat_share: float

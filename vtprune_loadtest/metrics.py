@@ -16,6 +16,7 @@ import numpy as np
 from vllm_vtprune.contract import PRESETS
 from vtprune_loadtest.errors import LoadTestError
 from vtprune_loadtest.record import RequestRecord
+from vtprune_loadtest.shares import wilson_of_groups
 
 PERCENTILES = (90, 95, 99)
 SLO_NAMES = ("ttft", "tpot", "e2el")
@@ -91,7 +92,7 @@ def summarise(
     levels = Counter(record.level for record in done if record.level is not None)
     if levels:
         summary["levels"] = {level: levels[level] for level in PRESETS if level in levels}
-    return summary | _pruning(done)
+    return summary | _pruning(done) | _graded(done)
 
 
 def at_equal_concurrency(summaries: Sequence[dict[str, Any]]) -> None:
@@ -135,6 +136,29 @@ def _pruning(done: Sequence[RequestRecord]) -> dict[str, Any]:
             sum(record.prompt_tokens or 0 for record in done) + dropped
         )
     return summary
+
+
+def _graded(done: Sequence[RequestRecord]) -> dict[str, Any]:
+    """The share of right answers among those that came to questions of a file; nothing without any."""
+    asked = [(record, question) for record in done if (question := record.question) is not None]
+    if not asked:
+        return {}
+    right = [bool(record.right) for record, _ in asked]
+    share = wilson_of_groups(right, [question.image for _, question in asked])
+    of, by_kind = (
+        Counter(question.kind for keep, (_, question) in zip(kept, asked, strict=True) if keep)
+        for kept in ([True] * len(asked), right)
+    )
+    return {
+        "right": share.value,
+        "right_low": share.low,
+        "right_high": share.high,
+        "answers_graded": len(asked),
+        "answers_right": sum(right),
+        "answers_cut_off": sum(record.finish_reason == "length" for record, _ in asked),
+        "pictures_asked_about": len({question.image for _, question in asked}),
+        "right_by_kind": {kind: {"right": by_kind[kind], "of": of[kind]} for kind in sorted(of)},
+    }
 
 
 def _statistics(name: str, seconds: Iterable[float]) -> dict[str, float | None]:

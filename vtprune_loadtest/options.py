@@ -8,8 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_loadtest.arguments import DEFAULT_CONCURRENCY, DEFAULT_REQUESTS, N, count, make_parser, positive
+from vtprune_loadtest.arguments import (
+    ANSWER_LEN,
+    DEFAULT_CONCURRENCY,
+    DEFAULT_REQUESTS,
+    OUTPUT_LEN,
+    N,
+    count,
+    make_parser,
+    positive,
+)
 from vtprune_loadtest.arrivals import ArrivalProcess
+from vtprune_loadtest.asking import QuestionBook
 from vtprune_loadtest.client import Endpoint
 from vtprune_loadtest.config import IgnoreEos, LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError
@@ -21,6 +31,11 @@ from vtprune_loadtest.workload import IntRange
 
 _MAX_SIDE = 8192
 _SEED_BITS = 32
+#: What a file of questions stands in place of.
+_NOT_WITH_QUESTIONS = (
+    *("--images", "--image-size", "--image-format", "--images-per-prompt", "--repeat-share"),
+    *("--prompt", "--prompt-words"),
+)
 _OWN_FIELDS = ("model", "messages", "max_tokens", "stream", "stream_options")
 
 
@@ -30,7 +45,14 @@ def parse_options(argv: Sequence[str] | None, prog: str) -> LoadTestConfig:
     Raises:
         LoadTestError: an argument that cannot be used; the message says which and what to write.
     """
-    args = make_parser(prog).parse_args(argv)
+    parser = make_parser(prog)
+    args = parser.parse_args(argv)
+    if args.questions is not None:
+        _judge_questions(args, parser)
+    elif args.suffix:
+        raise LoadTestError("--suffix is added to the questions of a file: give one with --questions.")
+    if args.output_len is None:
+        args.output_len = OUTPUT_LEN if args.questions is None else ANSWER_LEN
     if args.seed is None:
         args.seed = secrets.randbits(_SEED_BITS)
     settings = parse_settings(args.sweep, args.sweep_header)
@@ -55,6 +77,7 @@ def parse_options(argv: Sequence[str] | None, prog: str) -> LoadTestConfig:
         warmup=args.warmup,
         ramp_s=args.ramp,
         process=ArrivalProcess(args.arrivals),
+        questions=None if args.questions is None else QuestionBook(args.questions, args.suffix, args.seed),
         pictures=_pictures(args),
         images_per_prompt=images,
         repeat_share=args.repeat_share,
@@ -75,6 +98,22 @@ def parse_options(argv: Sequence[str] | None, prog: str) -> LoadTestConfig:
         progress=args.progress,
         arguments=_shown(args),
     )
+
+
+def _judge_questions(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what does not go with --questions, and let answers end where they end."""
+    given = [
+        flag
+        for flag in _NOT_WITH_QUESTIONS
+        if getattr(args, name := flag[2:].replace("-", "_")) != parser.get_default(name)
+    ]
+    if given:
+        raise LoadTestError(f"--questions has pictures and prompts of its own: leave out {', '.join(given)}.")
+    if args.ignore_eos == IgnoreEos.ON:
+        raise LoadTestError(
+            "--questions grades answers, which end where the model ends them: leave out --ignore-eos on."
+        )
+    args.ignore_eos = IgnoreEos.OFF.value
 
 
 def _endpoint(args: argparse.Namespace) -> Endpoint:

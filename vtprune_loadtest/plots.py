@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PNG plots of a result document."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ _DPI = 130
 
 
 def write_plots(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Write what the results allow: throughput by setting, and latency against load from two load points up.
+    """Write what the results allow.
+
+    Throughput by setting; from two load points up latency against load, and where there are limits or graded
+    answers, goodput, tokens kept and answers right against load.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,6 +30,8 @@ def write_plots(document: dict[str, Any], folder: Path) -> list[Path]:
         ]
         if len({entry[key] for entry in entries}) > 1:
             written.append(_latency(entries, key, axis, folder / f"latency_{key}.png"))
+            if any(entry.get("request_goodput") is not None or "right" in entry for entry in entries):
+                written.append(_answers(entries, key, axis, folder / f"answers_{key}.png"))
     return written
 
 
@@ -105,6 +111,71 @@ def _latency(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
         _bare(axis)
     figure.legend(
         *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(series)),
+        frameon=False,
+    )
+    figure.savefig(path, dpi=_DPI)
+    pyplot.close(figure)
+    return path
+
+
+def _answers(results: list[dict[str, Any]], key: str, label: str, path: Path) -> Path:
+    """Goodput, share of the vision tokens kept, and share of right answers against the load.
+
+    Whiskers are the 95 % interval; there settings stand a little apart, so as not to hide each other's.
+    """
+    from matplotlib import pyplot
+
+    panels = [
+        panel
+        for panel in (
+            ("request_goodput", "answers in time", "per second", 1),
+            ("vision_tokens_kept_share", "vision tokens kept", "%", 100),
+            ("right", "answers right", "% of the answers", 100),
+        )
+        if any(entry.get(panel[0]) is not None for entry in results)
+    ]
+    series = _series(results, key)
+    colours = _colours(len(series))
+    loads = sorted({float(entry[key]) for entry in results})
+    apart = 0.04 * min(b - a for a, b in pairwise(loads))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4.2), layout="constrained", squeeze=False
+    )
+    for axis, (measure, title, unit, scale) in zip(axes[0], panels, strict=True):
+        for number, ((name, entries), colour) in enumerate(zip(series.items(), colours, strict=True)):
+            shown = sorted(
+                (entry for entry in entries if entry.get(measure) is not None),
+                key=lambda entry: float(entry[key]),
+            )
+            values = [scale * entry[measure] for entry in shown]
+            shift, spread = 0.0, None
+            if measure == "right":
+                shift = apart * (number - (len(series) - 1) / 2)
+                spread = [
+                    [value - scale * entry["right_low"] for value, entry in zip(values, shown, strict=True)],
+                    [scale * entry["right_high"] - value for value, entry in zip(values, shown, strict=True)],
+                ]
+            axis.errorbar(
+                [entry[key] + shift for entry in shown],
+                values,
+                spread,
+                fmt="-o",
+                markersize=4,
+                capsize=3,
+                color=colour,
+                label=name,
+            )
+        axis.set_title(title)
+        axis.set_xlabel(label)
+        axis.set_xticks(loads)
+        axis.set_ylabel(unit)
+        if measure != "right":
+            axis.set_ylim(bottom=0)
+        _bare(axis)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
         loc="outside lower center",
         ncols=min(4, len(series)),
         frameon=False,

@@ -6,6 +6,8 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
+from vtprune_loadtest.questions import FileQuestion, is_right
+
 
 class Role(StrEnum):
     """Why a request was sent; only `MEASURED` ones enter the statistics."""
@@ -28,6 +30,8 @@ class RequestRecord:
         prompt_tokens: from the usage chunk: what the model was given, after pruning.
         vtprune: `usage.vtprune` as the server sent it.
         level: the preset that `auto` was, from the response's header.
+        question: the one of the file that was asked; None where answers are not graded.
+        reply: the answer's text.
         error_kind: None for a complete answer.
     """
 
@@ -47,6 +51,8 @@ class RequestRecord:
     prompt_tokens: int | None = None
     vtprune: dict[str, Any] | None = None
     level: str | None = None
+    question: FileQuestion | None = None
+    reply: str = ""
     finish_reason: str | None = None
     error_kind: str | None = None
     error_message: str | None = None
@@ -55,6 +61,13 @@ class RequestRecord:
     def ok(self) -> bool:
         """Whether a complete answer came."""
         return self.error_kind is None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the answer is right; None where none came or none is known."""
+        if self.question is None or not self.ok:
+            return None
+        return is_right(self.reply, self.question.answers)
 
     @property
     def client_queue_s(self) -> float:
@@ -99,6 +112,8 @@ class RequestRecord:
             "done_s": round(self.done_s, 6),
             "client_queue_time_ms": _ms(self.client_queue_s),
         }
+        if self.question is not None:
+            line |= {"question": self.question.line, "kind": self.question.kind}
         if not self.ok:
             return line | {"error": self.error_kind, "error_message": self.error_message}
         tpot = self.tpot_s
@@ -107,6 +122,8 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "vtprune": self.vtprune,
             "level": self.level,
+            "reply": None if self.question is None else self.reply,
+            "right": self.right,
         }
         return (
             line

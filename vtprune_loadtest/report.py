@@ -38,6 +38,7 @@ _DEFINITIONS = (
     ("E2EL", "from sending to the last token"),
     ("queue", "from the intended arrival to sending: waiting for the cap"),
     ("vision", "share of the vision tokens given to the language model"),
+    ("right", "share of the answers that are right"),
     ("KV", "prompt tokens kept above the prune layer"),
     ("tok/s", "answers' tokens; total: and prompts', as pruned, so pruning lowers it"),
     ("goodput", "answers per second that kept every limit of --slo"),
@@ -86,6 +87,8 @@ def _tables(entries: Sequence[Entry]) -> list[str]:
     lines += ["", *columns(*_amounts(entries))]
     if any("total_input_tokens_before_pruning" in entry for entry in entries):
         lines += ["", *columns(*_tokens(entries))]
+    if any("right" in entry for entry in entries):
+        lines += ["", *columns(*_graded(entries))]
     for entry in entries:
         if (levels := entry.get("levels")) and entry["completed"]:
             shares = (f"{name} {percent(count / entry['completed'])}" for name, count in levels.items())
@@ -98,7 +101,7 @@ def _tables(entries: Sequence[Entry]) -> list[str]:
 
 
 def _first_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Ratio to the first setting, throughput, median latencies in ms, share of the vision tokens kept."""
+    """Ratio to the first, throughput, median latencies in ms, shares of vision tokens kept, answers right."""
     header = ["setting", "req/s", "TTFT ms", "TPOT ms", "E2EL ms"]
     rows = []
     for entry in entries:
@@ -109,6 +112,10 @@ def _first_table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         header.append("vision")
         for row, entry in zip(rows, entries, strict=True):
             row.append(percent(entry.get("vision_tokens_kept_share")))
+    if any("right" in entry for entry in entries):
+        header.append("right")
+        for row, entry in zip(rows, entries, strict=True):
+            row.append(percent(entry.get("right")))
     if len(entries) > 1:
         first = entries[0]["setting"]
         header.insert(1, f"vs {first if len(first) <= _LONG_LABEL else 'the first'}")
@@ -155,6 +162,20 @@ def _amounts(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     present = [(name, key) for name, key in shown if any(entry.get(key) is not None for entry in entries)]
     rows = [[entry["setting"], *(number(entry.get(key)) for _, key in present)] for entry in entries]
     return ["load", *(name for name, _ in present)], rows
+
+
+def _graded(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Answers graded, and the interval of the share of right ones."""
+    header = ["answers", "graded", "right", "95% interval", "pictures", "cut off", "no answer"]
+    keys = ("answers_graded", "answers_right", "pictures_asked_about", "answers_cut_off")
+    rows = []
+    for entry in entries:
+        graded, right, pictures, cut_off = (number(entry.get(key)) for key in keys)
+        interval = (
+            f"{percent(entry['right_low'])} to {percent(entry['right_high'])}" if "right" in entry else _NONE
+        )
+        rows.append([entry["setting"], graded, right, interval, pictures, cut_off, str(entry["failed"])])
+    return header, rows
 
 
 def _tokens(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:

@@ -203,6 +203,7 @@ def _notes(config: LoadTestConfig, point: PointResult, entries: list[Document]) 
         for entry in entries
         if "stands_for" in entry
     )
+    notes.extend(_notes_on_answers(config, point, entries))
     slots = point.point.concurrency
     if (
         point.point.is_closed
@@ -228,5 +229,30 @@ def _notes(config: LoadTestConfig, point: PointResult, entries: list[Document]) 
     if any(record.prompt_tokens is None for record in answers):
         notes.append(
             "The server sent no usage: output tokens were counted by chunks, input tokens are unknown."
+        )
+    return notes
+
+
+def _notes_on_answers(config: LoadTestConfig, point: PointResult, entries: list[Document]) -> list[str]:
+    """How far the share of right answers can be trusted."""
+    if config.questions is None:
+        return []
+    where = point.point.describe()
+    notes = []
+    if failed := sum(entry["failed"] for entry in entries):
+        notes.append(
+            f"{where}: {failed} requests got no answer; they are neither right nor wrong, and the share of "
+            "right answers is of the others."
+        )
+    if cut_off := sum(entry.get("answers_cut_off", 0) for entry in entries):
+        notes.append(
+            f"{where}: {cut_off} answers were cut off and graded as they stood; raise --output-len "
+            f"({config.arguments['output_len']})."
+        )
+    measured = [record for phase in point.phases for record in _measured(phase)]
+    if repeated := sum(record.repeated_images for record in measured):
+        notes.append(
+            f"{where}: {repeated} of {len(measured)} pictures had been sent before, and the server's caches "
+            f"may have answered for them: --questions has {config.questions.pictures} pictures, give it more."
         )
     return notes

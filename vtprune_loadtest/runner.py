@@ -142,6 +142,7 @@ class PhaseRunner:
             images=request.images,
             repeated_images=request.repeated_images,
             max_tokens=request.max_tokens,
+            question=request.question,
             intended_s=intended_s,
             sent_s=self._now(),
         )

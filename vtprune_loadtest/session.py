@@ -3,13 +3,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
+from vtprune_loadtest.asking import QuestionStream
 from vtprune_loadtest.client import ChatClient
 from vtprune_loadtest.config import IgnoreEos, LoadTestConfig
 from vtprune_loadtest.errors import LoadTestError
@@ -27,7 +28,7 @@ from vtprune_loadtest.preflight import require_sizes, require_vtprune
 from vtprune_loadtest.prometheus import Counters, counter_deltas, parse_counters
 from vtprune_loadtest.record import RequestRecord, Role
 from vtprune_loadtest.runner import PhaseResult, PhaseRunner
-from vtprune_loadtest.workload import Workload, WorkloadSpec
+from vtprune_loadtest.workload import RequestStream, Workload, WorkloadSpec, picture_streams
 
 _METRICS_PATH = "/metrics"
 _POLL_S = 1.0
@@ -88,16 +89,7 @@ async def run_session(config: LoadTestConfig, progress: Progress, stop: asyncio.
             base["stream_options"] = {"include_usage": True}
         if config.ignore_eos is IgnoreEos.ON or (config.ignore_eos is IgnoreEos.AUTO and is_vllm):
             base["ignore_eos"] = True
-        spec = WorkloadSpec(
-            base=base | config.extra_body,
-            prompt=config.prompt,
-            prompt_words=config.prompt_words,
-            images_per_prompt=config.images_per_prompt,
-            output_len=config.output_len,
-            repeat_share=config.repeat_share,
-            seed=config.seed,
-        )
-        workload = Workload(spec, config.pictures, [setting.pixels for setting in config.settings])
+        workload = Workload(_streams(config, base | config.extra_body))
         rng = np.random.default_rng([config.seed, 2])
         run_id = f"load-{config.seed}-{time.time_ns():x}"
         runner = PhaseRunner(client, workload, config.settings, config.process, rng, run_id, progress.done)
@@ -187,6 +179,26 @@ class _Session:
             return None if text is None else parse_counters(text)
         except ValueError:  # a page at /metrics that is no Prometheus exposition
             return None
+
+
+def _streams(config: LoadTestConfig, base: dict[str, Any]) -> Sequence[RequestStream]:
+    """Each setting's requests."""
+    pixels = [setting.pixels for setting in config.settings]
+    if (book := config.questions) is not None:
+        return [
+            QuestionStream(base, config.output_len, config.seed, book, setting, pixels)
+            for setting in range(len(pixels))
+        ]
+    spec = WorkloadSpec(
+        base=base,
+        prompt=config.prompt,
+        prompt_words=config.prompt_words,
+        images_per_prompt=config.images_per_prompt,
+        output_len=config.output_len,
+        repeat_share=config.repeat_share,
+        seed=config.seed,
+    )
+    return picture_streams(spec, config.pictures, pixels)
 
 
 def _capacity(measured: PointResult) -> float:

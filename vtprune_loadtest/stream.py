@@ -28,6 +28,7 @@ class ChatStream:
     Attributes:
         token_times: the read time of each chunk that carried output, in the clock's seconds. One chunk is one
             token on most servers at most times; `usage` has the true count.
+        text: the answer's so far, without what a model thinks before it.
         finish_reason: the server's, once it has come.
         usage: the usage chunk's object, `vtprune` inside it where the server prunes; None if none came.
     """
@@ -35,6 +36,7 @@ class ChatStream:
     def __init__(self) -> None:
         """Start with nothing read."""
         self.token_times: list[float] = []
+        self.text = ""
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] | None = None
         self._parser = EventParser()
@@ -86,8 +88,11 @@ class ChatStream:
         if usage := chunk.get("usage"):
             self.usage = dict(usage)
         if choices := chunk.get("choices"):
-            if _carries_output(choices[0].get("delta") or {}):
+            delta = choices[0].get("delta") or {}
+            if _carries_output(delta):
                 self.token_times.append(at)
+            if isinstance(text := delta.get("content"), str):
+                self.text += text
             if reason := choices[0].get("finish_reason"):
                 self.finish_reason = reason
                 self._finish_time = at

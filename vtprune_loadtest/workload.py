@@ -11,12 +11,13 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vtprune_loadtest.errors import LoadTestError
-from vtprune_loadtest.images import PictureSource, PicturesUsedUp, smaller
+from vtprune_loadtest.images import Picture, PictureSource, PicturesUsedUp, smaller
+from vtprune_loadtest.questions import FileQuestion
 
 AHEAD_BYTES = 512 * 2**20  # bodies held in memory; the rest of a longer run is encoded while it goes
 _IDLE_S = 0.01
@@ -55,12 +56,13 @@ class IntRange:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request body, ready to send."""
+    """A request body, ready to send; `question` is the one that it asks, where answers are graded."""
 
     body: bytes
     max_tokens: int
     images: int
     repeated_images: int
+    question: FileQuestion | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,34 @@ class WorkloadSpec:
     seed: int
 
 
+class RequestStream(Protocol):
+    """One setting's requests in order."""
+
+    def next_request(self) -> PreparedRequest:
+        """The next one, encoded now.
+
+        Raises:
+            PicturesUsedUp: the folder holds too few pictures.
+        """
+
+
+def picture_streams(
+    spec: WorkloadSpec, pictures: PictureSource, pixels: Sequence[float]
+) -> list[RequestStream]:
+    """A stream for each setting; `pixels` is each one's share of a picture's pixels."""
+    return [_PictureStream(spec, pictures, index, len(pixels), share) for index, share in enumerate(pixels)]
+
+
 class Workload:
     """Bodies by setting, a queue of ready ones for each.
 
     Runs on the event loop; only the encoding during a run happens in a thread, one body at a time.
     """
 
-    def __init__(self, spec: WorkloadSpec, pictures: PictureSource, pixels: Sequence[float]) -> None:
-        """Prepare nothing yet; `pixels` is each setting's share of a picture's pixels."""
-        self._streams = [
-            _SettingStream(spec, pictures, index, len(pixels), share) for index, share in enumerate(pixels)
-        ]
-        self._ready: list[deque[PreparedRequest]] = [deque() for _ in pixels]
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        """Prepare nothing yet; there is a stream for each setting."""
+        self._streams = streams
+        self._ready: list[deque[PreparedRequest]] = [deque() for _ in streams]
         self._bytes = 0
         self._encoding = asyncio.Lock()
 
@@ -151,7 +169,7 @@ class Workload:
         self._bytes += len(request.body)
 
 
-class _SettingStream:
+class _PictureStream:
     """One setting's requests in order; they depend on no other setting, so timing cannot change them."""
 
     def __init__(
@@ -171,7 +189,7 @@ class _SettingStream:
         spec = self._spec
         max_tokens = spec.output_len.draw(self._lengths)
         images = spec.images_per_prompt.draw(self._lengths)
-        content: list[dict[str, Any]] = []
+        pictures: list[Picture] = []
         repeated = 0
         for _ in range(images):
             number, is_repeat = self._next_picture()
@@ -179,14 +197,10 @@ class _SettingStream:
             picture = self._pictures.picture(number)
             if self._pixels < 1:
                 picture = smaller(picture, self._pixels)
-            encoded = base64.b64encode(picture.data).decode("ascii")
-            content.append(
-                {"type": "image_url", "image_url": {"url": f"data:{picture.mime_type};base64,{encoded}"}}
-            )
+            pictures.append(picture)
         words = self._contents.choice(_WORDS, spec.prompt_words).tolist()
-        content.append({"type": "text", "text": " ".join([*words, spec.prompt])})
-        body = spec.base | {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
-        return PreparedRequest(json.dumps(body).encode(), max_tokens, images, repeated)
+        body = user_message(spec.base, pictures, " ".join([*words, spec.prompt]), max_tokens)
+        return PreparedRequest(body, max_tokens, images, repeated)
 
     def _next_picture(self) -> tuple[int, bool]:
         """The next picture's number and whether it was sent before.
@@ -201,3 +215,16 @@ class _SettingStream:
         number = len(self._fresh) * self._settings + self._setting
         self._fresh.append(number)
         return number, False
+
+
+def user_message(base: dict[str, Any], pictures: Sequence[Picture], text: str, max_tokens: int) -> bytes:
+    """The body of a chat of one message: the pictures, then the text."""
+    content: list[dict[str, Any]] = []
+    for picture in pictures:
+        encoded = base64.b64encode(picture.data).decode("ascii")
+        content.append(
+            {"type": "image_url", "image_url": {"url": f"data:{picture.mime_type};base64,{encoded}"}}
+        )
+    content.append({"type": "text", "text": text})
+    body = base | {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+    return json.dumps(body).encode()

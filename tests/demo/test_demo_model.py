@@ -31,8 +31,9 @@ from vtprune_eval.scene_questions import ask_each, ask_many
 from vtprune_eval.scenes import PRINTED, make_scene
 from vtprune_eval.setting import Setting
 from vtprune_eval.statistics import correlation
-from vtprune_eval.tasks import drawn_questions, is_right
+from vtprune_eval.tasks import drawn_questions
 from vtprune_eval.transformers_backend import LocalModel, LocalRunner
+from vtprune_loadtest.questions import is_right
 
 SIZE = Size()
 
@@ -278,7 +279,7 @@ def test_the_evaluation_answers_as_transformers_generates() -> None:
     texts = prepare.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     replies = LocalRunner(model, questions, frozenset(), 4).answer(Setting())
     assert [reply.text for reply in replies] == [text.strip() for text in texts]
-    assert sum(is_right(r.text, q) for r, q in zip(replies, questions.asked, strict=True)) > 15
+    assert sum(is_right(r.text, q.answers) for r, q in zip(replies, questions.asked, strict=True)) > 15
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

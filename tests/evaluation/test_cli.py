@@ -16,7 +16,7 @@ from vtprune_eval.arguments import make_parser
 from vtprune_eval.backend import RunnerError
 from vtprune_eval.server_backend import RemoteRunner
 from vtprune_eval.study import choose_prune_layer
-from vtprune_eval.tasks import Questions, drawn_questions
+from vtprune_eval.tasks import Questions, drawn_questions, file_questions
 from vtprune_eval.transformers_backend import LocalModel
 from vtprune_loadtest.command import CANNOT_RUN
 
@@ -49,6 +49,19 @@ def test_a_grid_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFi
         assert plot.width > 400
     printed = capsys.readouterr().out
     assert all(label in printed for label in labels)
+
+
+def test_drawn_questions_are_written_at_the_models_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "made" / "scenes.jsonl"
+    assert main(["--scenes", "3", "--write-questions", str(path)]) == 0
+    asked, drawn = file_questions(path), drawn_questions("test", 3, 168)
+    assert [q.text for q in asked.asked] == [q.text for q in drawn.asked]
+    assert {picture.size for picture in asked.pictures} == {(168, 168)}
+    assert f"{len(asked.asked)} questions about 3 pictures" in capsys.readouterr().out
+    assert main(["--write-questions", str(path), "--questions", str(path)]) == CANNOT_RUN
+    assert "leave out --questions" in capsys.readouterr().err
 
 
 def test_presets(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from vtprune_eval.statistics import Interval, correlation, difference, share, wilson
+from vtprune_eval.statistics import correlation, difference, share
+from vtprune_loadtest.shares import Interval, wilson
 
 
 def test_wilson_has_its_published_values() -> None:

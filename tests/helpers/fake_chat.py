@@ -33,6 +33,7 @@ class FakeChat:
         prefill_s, token_s: seconds before the first token and between tokens.
         prefill_of: by preset, instead of `prefill_s`.
         one_chunk: all of an answer's text comes at its end, as where no token alone is valid text.
+        says: from a question's text to the whole answer, which ends there; None for one chunk per token.
         tokens_per_image: what `/vtprune/config` says: None where it depends on the picture.
         fail: from a chat request's number to how it fails: an HTTP status, "cut" (the connection breaks after
             the first token), "event" (an error event), or None.
@@ -57,6 +58,7 @@ class FakeChat:
         self.prefill_s = self.token_s = 0.0
         self.prefill_of: dict[str, float] = {}
         self.one_chunk = False
+        self.says: Callable[[str], str] | None = None
         self.tokens_per_image: int | None = None
         self.fail: Callable[[int], Failure] = lambda number: None
         self.bodies: list[dict[str, Any]] = []
@@ -100,11 +102,15 @@ class FakeChat:
             # The role comes before the prompt is computed, as on some servers: it is no token.
             yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
             await asyncio.sleep(self.prefill_of.get(preset, self.prefill_s))
-            for token in range(1 if self.one_chunk else body["max_tokens"]):
+            said = ["a "] * (1 if self.one_chunk else body["max_tokens"])
+            ends = "length"
+            if self.says is not None:
+                said, ends = list(self.says(body["messages"][0]["content"][-1]["text"])), "stop"
+            for token, text in enumerate(said):
                 if token:
                     await asyncio.sleep(self.token_s)
-                last = self.one_chunk or token == body["max_tokens"] - 1
-                choice = {"index": 0, "delta": {"content": "a "}, "finish_reason": "length" if last else None}
+                last = token == len(said) - 1
+                choice = {"index": 0, "delta": {"content": text}, "finish_reason": ends if last else None}
                 self.tokens.inc()
                 yield _event({"choices": [choice]})
                 if failure == "cut":

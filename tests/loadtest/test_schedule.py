@@ -18,7 +18,7 @@ from vtprune_loadtest.images import DrawnPictures
 from vtprune_loadtest.plan import Amount, Interleave, LoadPoint, plan_phases, requests_needed, total_requests
 from vtprune_loadtest.record import Role
 from vtprune_loadtest.sweep import balanced_order, parse_settings
-from vtprune_loadtest.workload import IntRange, PreparedRequest, Workload, WorkloadSpec
+from vtprune_loadtest.workload import IntRange, PreparedRequest, Workload, WorkloadSpec, picture_streams
 
 processes = st.sampled_from(list(ArrivalProcess))
 seeds = st.integers(0, 2**32 - 1)
@@ -234,7 +234,9 @@ def make_workload(settings: int, **changes: Any) -> Workload:
         "repeat_share": 0.0,
         "seed": 0,
     }
-    return Workload(WorkloadSpec(**fields | changes), DrawnPictures(16, 12, "png", 0), [1.0] * settings)
+    return Workload(
+        picture_streams(WorkloadSpec(**fields | changes), DrawnPictures(16, 12, "png", 0), [1.0] * settings)
+    )
 
 
 def take(workload: Workload, setting: int, count: int) -> list[PreparedRequest]:
