@@ -69,57 +69,66 @@ def touched(cache: torch.Tensor, blocks: list[int], engine: Engine) -> int:
     return int((cache.index_select(dim, torch.tensor(blocks, device=cache.device)) != UNTOUCHED).sum())
 
 
-def reset_while_deciding(
-    engine: Engine, requests: Sequence[Request], order: Sequence[int], steps: Sequence[int] = (1, 2, 3, 8)
-) -> dict[str, Any]:
-    """The prefix cache is reset whenever a gate's decision is in flight, and once more when it has arrived.
+def reset_while_deciding(engine: Engine, requests: Sequence[Request], first: int) -> dict[str, Any]:
+    """The prefix cache is reset under a crowd whenever a gate's decision is in flight.
 
-    The first reset preempts a request before the scheduler hears what was decided on it; the second one
-    before the worker hears what that made of its blocks. Last, a request is aborted behind such a reset.
+    Each request is so preempted before the scheduler hears what was decided on it. One is asked again alone,
+    with a second reset once the decision has arrived: before the worker hears what that made of its blocks.
+    Then it is aborted behind the first reset. Without asynchronous scheduling no decision is ever in flight,
+    and the crowd's resets come after some of the first steps.
 
     Args:
-        engine: its scheduler runs a step ahead, or there is never a decision in flight.
-        requests: a crowd.
-        order: of its requests in the queue. Only the first has room to resume in the step after a reset,
-            which is scheduled before the decision arrives.
-        steps: those after which there is a reset in any case.
+        engine: a step of it takes one prompt.
+        requests: the crowd.
+        first: which of them begins, and is asked again. It alone resumes in the step after a reset, which is
+            scheduled before the decision arrives.
 
     Returns:
-        By request whose decision was in flight at a reset, `late`: what the worker had decided by then, and
-        once the next step is done whether it had resumed and the scheduler had heard. `beyond`: by how many
-        blocks any request was off its plan after any step. `aborted`: decisions in flight at the abort.
+        `late`: by request whose decision was in flight at a reset, what the worker had decided by then, and
+        after the next step whether it had resumed and the scheduler had heard. `beyond`: by how many blocks
+        any request was off its plan after any step. `aborted`: decisions in flight at the abort.
     """
+    steps = () if engine.core.batch_queue is not None else (1, 2, 3, 8)
     late: dict[str, dict[str, Any]] = {}
     beyond: set[int] = set()
 
-    def reset(step: int) -> None:
+    def look() -> tuple[bool, bool]:
+        """Whether decisions are in flight, and whether some have arrived that were at the last look."""
         plans, running = engine.scheduler.prompt_plans, [r.request_id for r in engine.scheduler.running]
         beyond.update(blocks_beyond_plan(engine))
         arrived = [name for name in late if "heard" not in late[name]]
         for name in arrived:
             late[name] |= {"resumed": name in running, "heard": plans[name].gate is None}
-        deciding = in_flight(engine)
+        # each once, or one whose decision got lost would be preempted for ever
+        deciding = [name for name in in_flight(engine) if name not in late]
         late.update({name: {"leaves": decided_by_worker(engine, name)} for name in deciding})
-        if arrived or deciding or step in steps:
+        return bool(deciding), bool(arrived)
+
+    def reset(wanted: bool = True) -> None:
+        if wanted:
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
     before = engine.metric("vllm:num_preemptions")
-    answers = engine.drive({f"late-{i}": requests[i] for i in order}, reset)
+    order = [first, *(i for i in range(len(requests)) if i != first)]
+    answers = engine.drive(
+        {f"late-{i}": requests[i] for i in order}, lambda step: reset(look()[0] or step in steps)
+    )
     preemptions = engine.metric("vllm:num_preemptions") - before
-    engine.add(requests[order[0]], "gone")
+    again = engine.drive({"again": requests[first]}, lambda step: reset(any(look())))["again"]
+    engine.add(requests[first], "gone")
     engine.llm.llm_engine.step()
     aborted = len(in_flight(engine))
-    engine.llm.reset_prefix_cache(reset_running_requests=True)
+    reset()
     engine.llm.llm_engine.abort_request(["gone"])
-    found = leftovers(engine)
-    assert not in_flight(engine), "the step that decided on the aborted request was never heard of"
     return {
         "answers": [answers[f"late-{i}"] for i in range(len(requests))],
-        "late": {int(name.split("-")[1]): told for name, told in late.items()},
+        "again": again,
+        "late": {name.rpartition("-")[0]: told for name, told in late.items()},
         "beyond": beyond,
         "aborted": aborted,
         "preemptions": preemptions,
-        **found,
+        **leftovers(engine),
+        "unheard": len(engine.core.batch_queue or ()),
     }
 
 

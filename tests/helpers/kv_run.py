@@ -261,9 +261,8 @@ def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
         "gated": engine.run(gate_crowd()),
         "gated_preemptions": engine.metric("vllm:num_preemptions"),
     }
-    # one whose tokens leave first: it alone resumes with blocks for them before the scheduler knows
-    order = sorted(range(len(found["gated"])), key=lambda i: found["gated"][i]["gate"] is not True)
-    found["gated_reset"] = reset_while_deciding(engine, gate_crowd(max_tokens=30), order)
+    leaver = next(i for i, a in enumerate(found["gated"]) if a["gate"])
+    found["gated_reset"] = reset_while_deciding(engine, gate_crowd(max_tokens=30), leaver)
     return found | {
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
         "decoder": engine.llm.apply_model(_bands)[0],
