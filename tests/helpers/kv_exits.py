@@ -69,66 +69,107 @@ def touched(cache: torch.Tensor, blocks: list[int], engine: Engine) -> int:
     return int((cache.index_select(dim, torch.tensor(blocks, device=cache.device)) != UNTOUCHED).sum())
 
 
-def reset_while_deciding(engine: Engine, requests: Sequence[Request], first: int) -> dict[str, Any]:
+class LateDecisions:
+    """Sees decisions of a gate that are in flight while the engine is driven.
+
+    Attributes:
+        late: by request whose decision was in flight, what the worker had decided by then, and after the next
+            step whether the request was running and the scheduler had heard.
+        beyond: by how many blocks any running request was off its plan after any step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.late: dict[str, dict[str, bool | None]] = {}
+        self.beyond: set[int] = set()
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether decisions are in flight, each told once, and whether some of the last look have arrived."""
+        scheduler = self._engine.scheduler
+        self.beyond.update(blocks_beyond_plan(self._engine))
+        running = [request.request_id.rpartition("-")[0] for request in scheduler.running]
+        plans = {name.rpartition("-")[0]: plan for name, plan in scheduler.prompt_plans.items()}
+        arrived = [name for name, told in self.late.items() if "heard" not in told]
+        for name in arrived:
+            self.late[name] |= {"running": name in running, "heard": plans[name].gate is None}
+        deciding = {name.rpartition("-")[0]: name for name in in_flight(self._engine)}
+        new = [name for name in deciding if name not in self.late]
+        self.late.update({name: {"leaves": decided_by_worker(self._engine, deciding[name])} for name in new})
+        return bool(new), bool(arrived)
+
+
+def reset_while_deciding(
+    engine: Engine, requests: Sequence[Request], steps: Sequence[int] = (1, 2, 3, 8)
+) -> dict[str, Any]:
     """The prefix cache is reset under a crowd whenever a gate's decision is in flight.
 
-    Each request is so preempted before the scheduler hears what was decided on it. One is asked again alone,
-    with a second reset once the decision has arrived: before the worker hears what that made of its blocks.
-    Then it is aborted behind the first reset. Without asynchronous scheduling no decision is ever in flight,
-    and the crowd's resets come after some of the first steps.
+    Each request is so preempted before the scheduler hears what was decided on it; all but the first, for
+    which a step has no room, wait for longer than that. One whose tokens leave is asked again alone, with a
+    second reset once its decision has arrived: before the worker hears what that made of its blocks. Then it
+    is aborted behind the first reset.
 
     Args:
         engine: a step of it takes one prompt.
         requests: the crowd.
-        first: which of them begins, and is asked again. It alone resumes in the step after a reset, which is
-            scheduled before the decision arrives.
-
-    Returns:
-        `late`: by request whose decision was in flight at a reset, what the worker had decided by then, and
-        after the next step whether it had resumed and the scheduler had heard. `beyond`: by how many blocks
-        any request was off its plan after any step. `aborted`: decisions in flight at the abort.
+        steps: those after which the cache is reset where no decision is ever in flight.
     """
-    steps = () if engine.core.batch_queue is not None else (1, 2, 3, 8)
-    late: dict[str, dict[str, Any]] = {}
-    beyond: set[int] = set()
-
-    def look() -> tuple[bool, bool]:
-        """Whether decisions are in flight, and whether some have arrived that were at the last look."""
-        plans, running = engine.scheduler.prompt_plans, [r.request_id for r in engine.scheduler.running]
-        beyond.update(blocks_beyond_plan(engine))
-        arrived = [name for name in late if "heard" not in late[name]]
-        for name in arrived:
-            late[name] |= {"resumed": name in running, "heard": plans[name].gate is None}
-        # each once, or one whose decision got lost would be preempted for ever
-        deciding = [name for name in in_flight(engine) if name not in late]
-        late.update({name: {"leaves": decided_by_worker(engine, name)} for name in deciding})
-        return bool(deciding), bool(arrived)
+    seen = LateDecisions(engine)
 
     def reset(wanted: bool = True) -> None:
         if wanted:
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
+    if engine.core.batch_queue is not None:
+        steps = ()
     before = engine.metric("vllm:num_preemptions")
-    order = [first, *(i for i in range(len(requests)) if i != first)]
-    answers = engine.drive(
-        {f"late-{i}": requests[i] for i in order}, lambda step: reset(look()[0] or step in steps)
-    )
+    asked = {f"late-{i}": r for i, r in enumerate(requests)}
+    answers = engine.drive(asked, lambda step: reset(seen.look()[0] or step in steps))
     preemptions = engine.metric("vllm:num_preemptions") - before
-    again = engine.drive({"again": requests[first]}, lambda step: reset(any(look())))["again"]
-    engine.add(requests[first], "gone")
+    one = next(name for name in asked if answers[name]["gate"])
+    again = engine.drive({"again": asked[one]}, lambda step: reset(any(seen.look())))["again"]
+    engine.add(asked[one], "gone")
     engine.llm.llm_engine.step()
     aborted = len(in_flight(engine))
     reset()
     engine.llm.llm_engine.abort_request(["gone"])
     return {
-        "answers": [answers[f"late-{i}"] for i in range(len(requests))],
-        "again": again,
-        "late": {name.rpartition("-")[0]: told for name, told in late.items()},
-        "beyond": beyond,
+        "answers": [answers[name] for name in asked],
+        "again": (again["tokens"] == answers[one]["tokens"], again["gate"]),
+        "late": seen.late,
+        "beyond": seen.beyond,
         "aborted": aborted,
         "preemptions": preemptions,
         **leftovers(engine),
-        "unheard": len(engine.core.batch_queue or ()),
+        "unheard": sum(step.total_num_scheduled_tokens for _, step, _ in engine.core.batch_queue or ()),
+    }
+
+
+def reset_then_crowded(engine: Engine, requests: Sequence[Request], first: int) -> dict[str, Any]:
+    """A crowd outgrows the cache, which was reset once, when the decision on its first request was in flight.
+
+    That request resumes in the next step, which is scheduled before the decision arrives: with blocks for
+    tokens that have left. The others take what it returns, while it takes more.
+
+    Args:
+        engine: its cache is too small for the crowd.
+        requests: the crowd.
+        first: which of them begins.
+    """
+    seen = LateDecisions(engine)
+
+    def reset(step: int) -> None:
+        if seen.look()[0] and step == 0:
+            engine.llm.reset_prefix_cache(reset_running_requests=True)
+
+    before = engine.metric("vllm:num_preemptions")
+    order = [first, *(i for i in range(len(requests)) if i != first)]
+    answers = engine.drive({f"first-{i}": requests[i] for i in order}, reset)
+    return {
+        "answers": [answers[f"first-{i}"] for i in range(len(requests))],
+        "late": seen.late.get(f"first-{first}"),
+        "beyond": seen.beyond,
+        "preemptions": engine.metric("vllm:num_preemptions") - before,
+        **leftovers(engine),
     }
 
 
