@@ -125,7 +125,7 @@ def reset_while_deciding(
     asked = {f"late-{i}": r for i, r in enumerate(requests)}
     answers = engine.drive(asked, lambda step: reset(seen.look()[0] or step in steps))
     preemptions = engine.metric("vllm:num_preemptions") - before
-    one = next(name for name in asked if answers[name]["gate"])
+    one = next((name for name in asked if answers[name]["gate"]), "late-0")
     again = engine.drive({"again": asked[one]}, lambda step: reset(any(seen.look())))["again"]
     engine.add(asked[one], "gone")
     engine.llm.llm_engine.step()
