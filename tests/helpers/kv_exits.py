@@ -103,10 +103,10 @@ def reset_while_deciding(
 ) -> dict[str, Any]:
     """The prefix cache is reset under a crowd whenever a gate's decision is in flight.
 
-    Each request is so preempted before the scheduler hears what was decided on it; all but the first, for
-    which a step has no room, wait for longer than that. One whose tokens leave is asked again alone, with a
-    second reset once its decision has arrived: before the worker hears what that made of its blocks. Then it
-    is aborted behind the first reset.
+    Each request is so preempted before the scheduler hears what was decided on it. All but the first then
+    wait until it has heard, since the next step has room for one prompt. One whose tokens leave is asked
+    again alone, with a second reset once its decision has arrived: before the worker hears what that made of
+    its blocks. Then it is aborted behind the first reset.
 
     Args:
         engine: a step of it takes one prompt.
