@@ -82,85 +82,19 @@ def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
 def reset_while_running(
     engine: Engine, requests: Sequence[Request] | None = None, steps: Sequence[int] = (6, 15)
 ) -> dict[str, Any]:
-    """The prefix cache is reset under running requests: each is preempted and resumes in the same step.
-
-    `undecided` is how many were preempted while the scheduler had not heard yet what a gate decided on them.
-    """
-    undecided = 0
+    """The prefix cache is reset under running requests: each is preempted and resumes in the same step."""
 
     def reset(step: int) -> None:
-        nonlocal undecided
         if step in steps:
-            plans, running = engine.scheduler.prompt_plans, engine.scheduler.running
-            gates = [plans[r.request_id].gate for r in running if r.request_id in plans]
-            undecided += sum(gate is not None for gate in gates)
             engine.llm.reset_prefix_cache(reset_running_requests=True)
 
     before = engine.metric("vllm:num_preemptions")
     answers = engine.drive({f"reset-{i}": r for i, r in enumerate(requests or resettable())}, reset)
     return {
         "answers": list(answers[f"reset-{i}"] for i in range(len(answers))),
-        "undecided": undecided,
         "preemptions": engine.metric("vllm:num_preemptions") - before,
         **leftovers(engine),
     }
-
-
-#: Fills the cache before requests come: no key or value is this.
-UNTOUCHED = 77.0
-
-
-def exits(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
-    """Requests on which the gate decides, one at a time: their blocks, and the pool, at every turn.
-
-    `turns` holds, after each time blocks were given out or came back, the blocks by group and the pool's
-    free ones; `written` how many values of the returned blocks the step had written to.
-    """
-    engine.llm.reset_prefix_cache()
-    specs = [g.kv_cache_spec for g in engine.scheduler.kv_cache_config.kv_cache_groups]
-    before, found = engine.pool.get_num_free_blocks(), []
-    schedule = engine.scheduler.schedule
-    for number, request in enumerate(requests):
-        name = f"exit-{number}"
-        turns: list[tuple[str, list[list[int]], int]] = []
-
-        def look(what: str, name: str = name, turns: Any = turns) -> None:
-            held = [i for i in engine.scheduler.requests if i.startswith(f"{name}-")]
-            managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
-            ids = [[b.block_id for b in m.req_to_blocks.get(held[0], ())] for m in managers] if held else []
-            turns.append((what, ids, engine.pool.get_num_free_blocks()))
-
-        def spied(*args: Any, look: Any = look, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            look("scheduled")
-            return output
-
-        for cache in engine.runner.kv_caches:
-            cache.fill_(UNTOUCHED)
-        engine.scheduler.schedule = spied
-        engine.add(request, name)
-        written = None
-        for _ in engine.steps():
-            look("stepped")
-            lost = {i for ids in turns[0][1] for i in ids} - {i for ids in turns[-1][1] for i in ids}
-            if written is None and lost and turns[-1][1]:
-                written = sum(touched(cache, sorted(lost), engine) for cache in engine.runner.kv_caches)
-        engine.scheduler.schedule = schedule
-        counts = [(what, [len(ids) for ids in held], free) for what, held, free in turns]
-        found.append({"turns": counts, "written": written, "request": request})
-    return {
-        "cases": found,
-        "bands": [s.band for s in specs],
-        "block_size": specs[0].block_size,
-        "free": before,
-    }
-
-
-def touched(cache: torch.Tensor, blocks: list[int], engine: Engine) -> int:
-    """Values of some blocks that are not as they were filled."""
-    count = engine.scheduler.kv_cache_config.num_blocks
-    (dim,) = (d for d, size in enumerate(cache.shape) if size == count)
-    return int((cache.index_select(dim, torch.tensor(blocks, device=cache.device)) != UNTOUCHED).sum())
 
 
 def reset_then_abort(engine: Engine) -> dict[str, Any]:

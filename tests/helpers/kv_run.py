@@ -39,13 +39,13 @@ from tests.helpers.kv_events import (
     capacity,
     dummy_runs_between,
     events,
-    exits,
     graphs,
     piecewise_graphs,
     preempted_and_aborted,
     reset_then_abort,
     reset_while_running,
 )
+from tests.helpers.kv_exits import exits, reset_then_crowded, reset_while_deciding
 from tests.helpers.kv_gate import FILE
 from tests.helpers.kv_turns import conversations, otherwise, preempted, reset
 from tests.helpers.pictures import noise
@@ -258,11 +258,12 @@ def scenario_bands_preemption(checkpoint: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "answers": engine.run(ungated(band_crowd())),
         "preemptions": engine.metric("vllm:num_preemptions"),
-        "gated": engine.run(gate_crowd()),
-        "gated_preemptions": engine.metric("vllm:num_preemptions"),
-        # at every step from the first, so that a decision is in flight at one of them
-        "gated_reset": reset_while_running(engine, gate_crowd(max_tokens=30), (1, 2, 3, 8)),
+        "gated_reset": reset_while_deciding(engine, gate_crowd(max_tokens=30)),
     }
+    # one whose tokens leave; where there is none, tests say so
+    leaver = next((i for i, a in enumerate(found["gated_reset"]["answers"]) if a["gate"]), 0)
+    crowded = reset_then_crowded(engine, gate_crowd(), leaver)
+    found |= {"gated": crowded.pop("answers"), "gated_crowd": crowded}
     return found | {
         "blocks_lost": free - engine.pool.get_num_free_blocks(),
         "decoder": engine.llm.apply_model(_bands)[0],

@@ -175,8 +175,9 @@ class _KVDropMixin(Scheduler):
     def _decide(self, request_id: str, leaves: bool) -> None:
         """Plan anew a prompt that the gate decided on; what it then holds in surplus returns to the pool.
 
-        With asynchronous scheduling the request may be a step further, and its blocks are counted with that;
-        it may also have been preempted, holds none then, and comes back by the new plan.
+        With asynchronous scheduling the request may be a step further, and its blocks are counted with that.
+        It may also have been preempted since: then it holds none and comes back by the new plan, or has
+        resumed by the old one and returns what it got for that.
         """
         plan = self.prompt_plans.get(request_id)
         if plan is None or plan.gate is None:
