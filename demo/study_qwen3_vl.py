@@ -37,6 +37,8 @@ from vtprune_eval.tables import by_kind, percent
 
 #: Methods that are another's equal here: the first under a fixed share, the other for videos alone.
 _SAME = ("inflection", "inflection_temporal")
+#: Who choose as many as the knee says; random choice and an even grid take that many too.
+_AT_THE_KNEE = ("inflection", "inflection_diverse", "density_peaks", "cdpruner")
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def study(folder: Path, domain: str, side: int, pictures: int, validation: int) 
     ]
     adaptive = [
         VisionSettings(method=name, aggressiveness=chosen[share], score=score)
-        for share, name in product(SHARES.values(), ("inflection", "inflection_diverse"))
+        for share, name in product(SHARES.values(), _AT_THE_KNEE)
     ]
     methods = [vision for vision in (*fixed, *adaptive) if vision.method != DOWNSCALE]
     runner = Qwen3VLRunner(folder, "test", pictures, side, domain, needs_of(methods))
