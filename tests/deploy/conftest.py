@@ -34,12 +34,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[RayCluster]:
-    """Two nodes with a replica of the demo model on each, as deploy/ray/README.md sets them up."""
+def warm() -> Iterator[Path]:
+    """From which Ray's workers are forked."""
     pytest.importorskip("ray", reason="Ray is not installed here: make test-deploy")
+    from tests.deploy.ray_cluster import warm_process
+
+    with warm_process() as path:
+        yield path
+
+
+@pytest.fixture(scope="session")
+def cluster(warm: Path) -> Iterator[RayCluster]:
+    """Two nodes with a replica of the demo model on each, as deploy/ray/README.md sets them up."""
     from tests.deploy.ray_cluster import ray_cluster, serve_file
 
-    with ray_cluster() as cluster:
+    with ray_cluster(warm) as cluster:
         took = cluster.serve(serve_file())
         print(f"\ntwo engines on two nodes: {took:.0f} s")
         yield cluster
