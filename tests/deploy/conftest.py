@@ -55,8 +55,9 @@ def cluster(warm: Path) -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="session")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def parallel(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Iterator[LiveServer]:
     """`vtprune serve` with two engines and two API processes."""
-    server = start_server(tmp_path_factory.mktemp("parallel") / "server.log", "--data-parallel-size", "2")
+    log = tmp_path_factory.mktemp("parallel") / "server.log"
+    server = start_server(log, "--data-parallel-size", "2", env={"VTPRUNE_TEST_WARM": str(warm)})
     yield server
     stop_server(server)

@@ -188,8 +188,8 @@ class RayCluster:
 
     def engine_of(self, replica: dict[str, Any]) -> psutil.Process:
         """A replica's EngineCore process."""
-        started = Path(f"{self.warm}.{replica['pid']}").read_text().split()
-        return psutil.Process(int(started[started.index("EngineCore") + 1]))
+        started = Path(f"{self.warm}.{replica['pid']}").read_text().splitlines()
+        return psutil.Process(int(dict(line.split() for line in started)["EngineCore"]))
 
     def proxy_of(self, number: int) -> psutil.Process:
         """The process of Serve's proxy on a node."""
@@ -239,23 +239,24 @@ def wait_until(
 
 @contextmanager
 def warm_process() -> Iterator[Path]:
-    """A process from which Ray's workers are forked (tests/helpers/site/warm.py): its socket's path."""
+    """A process that others are forked from (tests/helpers/site/warm_start.py): its socket's path."""
     with tempfile.TemporaryDirectory(prefix="vtpw") as folder:
         path = Path(folder, "socket")
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as Ray gives a replica of one CPU
         env["PYTHONPATH"] = python_path(REPOSITORY, REPOSITORY / "server")
-        process = subprocess.Popen([sys.executable, "-m", "warm", str(path)], env=env)
+        process = subprocess.Popen([sys.executable, "-m", "warm_start", str(path)], env=env)
         try:
+            wait_until(lambda: path.exists() or process.poll() is not None, _START_SECONDS, every=0.1)
+            if process.poll() is not None:
+                raise RuntimeError(f"the process to fork from has ended with {process.returncode}")
             yield path
         finally:
-            process.kill()
+            process.terminate()
             process.wait()
 
 
 @contextmanager
-def ray_cluster(
-    warm: Path, count: int = 2, env: Mapping[str, str] | None = None
-) -> Iterator[RayCluster]:
+def ray_cluster(warm: Path, count: int = 2, env: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
     """Machines with Ray on them, nothing deployed yet."""
     folder = Path(tempfile.mkdtemp(prefix="vtp"))
     try:
@@ -266,11 +267,7 @@ def ray_cluster(
             for number in range(1, count):
                 cluster.start_node(number)
             wait_until(lambda: cluster.nodes_alive() == count, _START_SECONDS, cluster_log(cluster))
-            try:
-                yield cluster
-            finally:
-                for node in reversed(nodes):
-                    node.stop()
+            yield cluster
     finally:
         if not os.environ.get("VTPRUNE_KEEP_LOGS"):
             shutil.rmtree(folder, ignore_errors=True)

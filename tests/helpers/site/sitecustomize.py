@@ -41,6 +41,6 @@ class _Finder:
 sys.meta_path.insert(0, _Finder)
 
 if "VTPRUNE_TEST_WARM" in os.environ:
-    from warm import run_warm
+    from warm_start import run_warm
 
     run_warm()
