@@ -6,12 +6,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import LiveServer, start_server, stop_server
+from tests.conftest import WARM, LiveServer, start_server, stop_server
 
 if TYPE_CHECKING:
     from tests.deploy.ray_cluster import RayCluster
@@ -35,12 +36,20 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Path]:
-    """From which Ray's workers are forked."""
+    """From which Ray's workers, and servers, are forked."""
     pytest.importorskip("ray", reason="Ray is not installed here: make test-deploy")
     from tests.deploy.ray_cluster import warm_process
 
     with warm_process() as path:
         yield path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_start_warm(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("ray") is not None:  # `make test` starts one server for all of its tests
+            patch.setenv(WARM, str(request.getfixturevalue("warm")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +64,8 @@ def cluster(warm: Path) -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="session")
-def parallel(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Iterator[LiveServer]:
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """`vtprune serve` with two engines and two API processes."""
-    log = tmp_path_factory.mktemp("parallel") / "server.log"
-    server = start_server(log, "--data-parallel-size", "2", env={"VTPRUNE_TEST_WARM": str(warm)})
+    server = start_server(tmp_path_factory.mktemp("parallel") / "server.log", "--data-parallel-size", "2")
     yield server
     stop_server(server)
