@@ -40,7 +40,7 @@ setup-deploy: setup  ## make .venv-deploy: .venv and Ray Serve over it
 	@$(python) tools/setup_deploy.py
 
 test-deploy: setup-deploy  ## run the tests of deploy/ (ARGS="any pytest flag"); deploy/README.md has what they use
-	@exec .venv-deploy/bin/python -m pytest tests/deploy $(ARGS)
+	@exec .venv-deploy/bin/python -m pytest tests/deploy $(workers) $(ARGS)
 
 wheel: setup  ## build dist/vtprune-*.whl
 	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

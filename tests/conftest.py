@@ -49,6 +49,8 @@ def python_path(*folders: Path) -> str:
 
 #: Servers start from this: an engine configuration made in the test process changes variables of its own.
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
+#: Names the socket of a process that servers are forked from (tests/helpers/site/warm_start.py).
+WARM = "VTPRUNE_TEST_WARM"
 
 
 def tell_at_the_end(config: pytest.Config, lines: list[str]) -> None:
@@ -94,7 +96,8 @@ def start_server(
 ) -> LiveServer:
     """Start ``python -m vtprune_server.cli serve ARGUMENTS`` and wait until it is healthy."""
     command = [sys.executable, "-m", module, *(["serve"] if module.endswith("cli") else []), *arguments]
-    return LiveServer.start(command, log, {**_ENVIRONMENT, **(env or {})}, within_s=_START_SECONDS)
+    warm = {WARM: os.environ[WARM]} if WARM in os.environ else {}
+    return LiveServer.start(command, log, {**_ENVIRONMENT, **warm, **(env or {})}, within_s=_START_SECONDS)
 
 
 def stop_server(server: LiveServer) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import LiveServer, start_server, stop_server
+from tests.conftest import WARM, LiveServer, start_server, stop_server
 
 if TYPE_CHECKING:
     from tests.deploy.ray_cluster import RayCluster
@@ -34,12 +35,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[RayCluster]:
-    """Two nodes with a replica of the demo model on each, as deploy/ray/README.md sets them up."""
+def warm() -> Iterator[Path]:
+    """From which Ray's workers, and servers, are forked."""
     pytest.importorskip("ray", reason="Ray is not installed here: make test-deploy")
+    from tests.deploy.ray_cluster import warm_process
+
+    with warm_process() as path:
+        yield path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_start_warm(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("ray") is not None:  # `make test` starts one server for all of its tests
+            patch.setenv(WARM, str(request.getfixturevalue("warm")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(warm: Path) -> Iterator[RayCluster]:
+    """Two nodes with a replica of the demo model on each, as deploy/ray/README.md sets them up."""
     from tests.deploy.ray_cluster import ray_cluster, serve_file
 
-    with ray_cluster() as cluster:
+    with ray_cluster(warm) as cluster:
         took = cluster.serve(serve_file())
         print(f"\ntwo engines on two nodes: {took:.0f} s")
         yield cluster

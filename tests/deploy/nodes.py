@@ -55,15 +55,6 @@ class Node:
                 found.append(psutil.Process(pid))
         return found
 
-    def stop(self) -> None:
-        """Ask the programs started here to end."""
-        for process in self._started:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in self._started:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-
     def kill(self) -> None:
         """Lose the machine: everything on it is killed at once."""
         for process in self.processes():

@@ -50,12 +50,14 @@ class RayCluster:
     Args:
         nodes: the machines, the head's first.
         folder: for logs and the token; short, since Ray puts sockets below it.
+        warm: the socket of `warm_process`.
         env: of every node, beside deploy/ray/node.env.
     """
 
-    def __init__(self, nodes: list[Node], folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, nodes: list[Node], folder: Path, warm: Path, env: Mapping[str, str]) -> None:
         self.nodes = nodes
         self.folder = folder
+        self.warm = warm
         self.token = secrets.token_hex(32)
         self.deployed: dict[str, Any] = {}
         self._asking: subprocess.Popen[bytes] | None = None
@@ -66,6 +68,7 @@ class RayCluster:
             # Ray's workers are at 15 otherwise: beside anything else that runs, an engine would hardly start
             "RAY_worker_niceness": "0",
             **env,
+            "VTPRUNE_TEST_WARM": str(warm),
             "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             # the checkout's packages, wherever the environment's install points
@@ -185,10 +188,8 @@ class RayCluster:
 
     def engine_of(self, replica: dict[str, Any]) -> psutil.Process:
         """A replica's EngineCore process."""
-        for child in psutil.Process(replica["pid"]).children(recursive=True):
-            if "EngineCore" in " ".join(child.cmdline()):
-                return child
-        raise LookupError("the replica has no engine process")
+        started = Path(f"{self.warm}.{replica['pid']}").read_text().splitlines()
+        return psutil.Process(int(dict(line.split() for line in started)["EngineCore"]))
 
     def proxy_of(self, number: int) -> psutil.Process:
         """The process of Serve's proxy on a node."""
@@ -237,22 +238,36 @@ def wait_until(
 
 
 @contextmanager
-def ray_cluster(count: int = 2, env: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
+def warm_process() -> Iterator[Path]:
+    """A process that others are forked from (tests/helpers/site/warm_start.py): its socket's path."""
+    with tempfile.TemporaryDirectory(prefix="vtpw") as folder:
+        path = Path(folder, "socket")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as Ray gives a replica of one CPU
+        env["PYTHONPATH"] = python_path(REPOSITORY, REPOSITORY / "server")
+        process = subprocess.Popen([sys.executable, "-m", "warm_start", str(path)], env=env)
+        try:
+            wait_until(lambda: path.exists() or process.poll() is not None, _START_SECONDS, every=0.1)
+            if process.poll() is not None:
+                raise RuntimeError(f"the process to fork from has ended with {process.returncode}")
+            yield path
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@contextmanager
+def ray_cluster(warm: Path, count: int = 2, env: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
     """Machines with Ray on them, nothing deployed yet."""
     folder = Path(tempfile.mkdtemp(prefix="vtp"))
     try:
         with machines(count) as nodes:
-            cluster = RayCluster(nodes, folder, env or {})
+            cluster = RayCluster(nodes, folder, warm, env or {})
             cluster.start_node(0)
             wait_until(lambda: "version" in cluster.api("/api/version"), _START_SECONDS, cluster_log(cluster))
             for number in range(1, count):
                 cluster.start_node(number)
             wait_until(lambda: cluster.nodes_alive() == count, _START_SECONDS, cluster_log(cluster))
-            try:
-                yield cluster
-            finally:
-                for node in reversed(nodes):
-                    node.stop()
+            yield cluster
     finally:
         if not os.environ.get("VTPRUNE_KEEP_LOGS"):
             shutil.rmtree(folder, ignore_errors=True)

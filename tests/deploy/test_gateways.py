@@ -222,7 +222,7 @@ class Dying(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer one request of a connection."""
-        request = self._whole()
+        request = whole(self.request)
         if request.startswith((b"GET", b"OPTIONS")):
             self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return
@@ -233,26 +233,43 @@ class Dying(socketserver.BaseRequestHandler):
             self.request.sendall(head + f"{len(event):x}\r\n".encode() + event + b"\r\n")
             time.sleep(0.3)
 
-    def _whole(self) -> bytes:
-        """A request with its body, which may come in pieces."""
-        request = b""
-        while b"\r\n\r\n" not in request and (piece := self.request.recv(65536)):
-            request += piece
-        head, _, body = request.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: *(\d+)", head)
-        while length and len(body) < int(length[1]) and (piece := self.request.recv(65536)):
-            body += piece
-        return head + b"\r\n\r\n" + body
+
+class Leaving(socketserver.BaseRequestHandler):
+    """A server that closes a connection when it has been idle for as long as a real one keeps it, nearly.
+
+    A real one may do so at the moment when the next request comes, and this one always does.
+    """
+
+    def handle(self) -> None:
+        """Answer a connection's requests."""
+        answered = time.monotonic()
+        while whole(self.request) and time.monotonic() - answered < 4:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            answered = time.monotonic()
 
 
-@pytest.fixture
-def dying() -> Iterator[list[str]]:
-    """The URLs of two of them."""
-    Dying.seen.clear()
+def whole(connection: socket.socket) -> bytes:
+    """A request with its body, which may come in pieces; nothing once the connection is closed."""
+    request = b""
+    while b"\r\n\r\n" not in request:
+        if not (piece := connection.recv(65536)):
+            return b""
+        request += piece
+    head, _, body = request.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    while length and len(body) < int(length[1]) and (piece := connection.recv(65536)):
+        body += piece
+    return head + b"\r\n\r\n" + body
+
+
+@contextmanager
+def two(handler: type[socketserver.BaseRequestHandler]) -> Iterator[list[str]]:
+    """The URLs of two servers."""
     with ExitStack() as stack:
         urls = []
         for _ in range(2):
-            server = stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dying))
+            server = stack.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler))
+            server.daemon_threads = True  # those that wait for a connection's next request
             thread = threading.Thread(target=server.serve_forever)
             thread.start()
             stack.callback(thread.join)
@@ -261,10 +278,9 @@ def dying() -> Iterator[list[str]]:
         yield urls
 
 
-def test_a_request_whose_server_is_lost_is_an_error_and_is_not_sent_again(
-    name: str, tmp_path: Path, dying: list[str]
-) -> None:
-    with gateway(name, tmp_path, dying) as url:
+def test_a_request_whose_server_is_lost_is_an_error_and_is_not_sent_again(name: str, tmp_path: Path) -> None:
+    Dying.seen.clear()
+    with two(Dying) as servers, gateway(name, tmp_path, servers) as url:
         lost = post(url, chat_body())
         assert lost.status_code in (502, 503) and int(lost.headers["Retry-After"]) > 0
         assert lost.json()["error"]["code"] == lost.status_code
@@ -272,3 +288,11 @@ def test_a_request_whose_server_is_lost_is_an_error_and_is_not_sent_again(
         # the end of a chunked body is missing: nobody takes it for a whole one
         with pytest.raises(httpx.RemoteProtocolError):
             post(url, chat_body(stream=True))
+
+
+def test_a_connection_that_a_server_may_be_about_to_close_is_not_used(name: str, tmp_path: Path) -> None:
+    same = {"X-Session-Id": "one server"}
+    with two(Leaving) as servers, gateway(name, tmp_path, servers) as url, httpx.Client() as client:
+        assert post(url, chat_body(), same, client=client).status_code == 200
+        time.sleep(4.5)
+        assert post(url, chat_body(), same, client=client).status_code == 200

@@ -77,7 +77,8 @@ def _traffic(server: str) -> None:
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_every_panel_shows_a_number(query: Query, panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", "1m").replace("$job", "vtprune")
+        # holds the traffic, however long ago it was
+        expression = target["expr"].replace("$__rate_interval", "1h").replace("$job", "vtprune")
         values = [float(series["value"][1]) for series in query(expression)]
         assert values and any(math.isfinite(value) for value in values), expression
 

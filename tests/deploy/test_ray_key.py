@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,14 +17,13 @@ from tests.helpers.pictures import scene
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-def test_every_route_asks_for_the_key_and_the_dashboard_does_not_tell_it() -> None:
-    pytest.importorskip("ray", reason="Ray is not installed here: make test-deploy")
+def test_every_route_asks_for_the_key_and_the_dashboard_does_not_tell_it(warm: Path) -> None:
     from tests.deploy.ray_cluster import ray_cluster, serve_file
 
     if not namespaces_allowed():
         pytest.skip("a second cluster needs a network namespace, which is refused here")
     key = secrets.token_hex(16)
-    with ray_cluster(1, {"VLLM_API_KEY": key}) as cluster:
+    with ray_cluster(warm, 1, {"VLLM_API_KEY": key}) as cluster:
         cluster.serve(serve_file(num_replicas=1), 1)
         url, authorization = cluster.url(0), {"Authorization": f"Bearer {key}"}
         for path in ("/v1/models", "/vtprune/config", "/vtprune/metrics-targets"):

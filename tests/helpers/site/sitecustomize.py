@@ -7,6 +7,7 @@ back at once, and whatever shares the cores with them waits: 40 requests in ten 
 seconds of a core, of which it needs less than two. Python imports this module when it starts.
 """
 
+import os
 import sys
 import time
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -38,3 +39,8 @@ class _Finder:
 
 
 sys.meta_path.insert(0, _Finder)
+
+if "VTPRUNE_TEST_WARM" in os.environ:
+    from warm_start import run_warm
+
+    run_warm()
