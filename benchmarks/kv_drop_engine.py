@@ -64,6 +64,7 @@ def serve(
         paths = [checkout, os.path.join(checkout, "server")]
         sys.path[:0] = paths
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        os.chdir(checkout)  # vLLM inspects models by `python -m`, which imports from here first
         # a spawned process has imported the command, and this checkout's packages with it
         for name in [n for n in sys.modules if n.startswith(("vllm_vtprune", "vtprune_"))]:
             del sys.modules[name]
