@@ -95,10 +95,10 @@ def deepen(source: Path, folder: Path, added: Deepening, seed: int = 0) -> None:
         else:
             weights[name] = wide
     generator = torch.Generator().manual_seed(seed)
-    for number in range(text["num_hidden_layers"]):
-        own = number - added.before
+    for at in range(text["num_hidden_layers"]):
+        own = at - added.before
         layer = layers[own] if 0 <= own < own_layers else _handing_on(layers[0], generator)
-        weights |= {f"{_LAYERS}{number}.{part}": weight for part, weight in layer.items()}
+        weights |= {f"{_LAYERS}{at}.{part}": weight for part, weight in layer.items()}
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             shutil.copy(path, folder)

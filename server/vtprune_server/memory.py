@@ -106,7 +106,7 @@ def _language_parameters(config: Any, tower: int) -> int:
     """
     with torch.device("meta"):
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            model = AutoModelForImageTextToText.from_config(config)
+            model: torch.nn.Module = AutoModelForImageTextToText.from_config(config)
         else:
             model, tower = AutoModelForCausalLM.from_config(config.get_text_config()), 0
     return sum(parameter.numel() for parameter in model.parameters()) - tower

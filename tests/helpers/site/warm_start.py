@@ -4,9 +4,9 @@
     python -m warm_start SOCKET        # that process; its children's PYTHONPATH has this folder
 
 A server on the CPU imports vLLM three times, one after the other: in the process that answers, in its engine,
-in the engine's worker. Each time keeps a core busy for more than ten seconds, and the tests of deploy/ start a
-dozen engines. With `VARIABLE` in its environment a program that is to be a worker of Ray's, or a server, has
-the process fork a child that runs it with its arguments, environment, folder, outputs and network namespace,
+in the engine's worker. Each time keeps a core busy for more than ten seconds, and the tests of deploy/ start
+a dozen engines. With `VARIABLE` in its environment a program that is to be a worker of Ray's, or a server,
+has the process fork a child that runs it with its arguments, environment, folder, outputs and namespace,
 and itself waits for the child's end; when it is killed, so is the child's process group. A child's engine,
 and that one's worker, come from Python's own fork server, a child of the child: they are its descendants, as
 they would be, and get no descriptors but those they are sent.
