@@ -94,7 +94,7 @@ class Judge:
     def family(self, name: str, answers: Answers) -> Counter[str]:
         oracle = family_stage2.BothStagesOracle(self._folders[name])
         counts: Counter[str] = Counter()
-        asked = family_stage2.cases("video" in oracle.family.other_modalities)
+        asked = family_stage2.cases(oracle.family.prunes_videos)
         for request, mine in zip(asked, answers, strict=True):
             assert mine is not None
             theirs = oracle.judge(request, mine["tokens"])
