@@ -118,7 +118,8 @@ def engines(
         time.sleep(REST_S)
         pipe = pipes[arm.checkout, arm.prune_layers]
         pipe.send((arm.keep, seed))
-        return EngineSample(**pipe.recv())
+        sample: EngineSample = pipe.recv()
+        return sample
 
     yield measured
     for pipe in pipes.values():

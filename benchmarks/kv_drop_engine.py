@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -48,7 +48,7 @@ def serve(
     output: int,
     eager: bool,
 ) -> None:
-    """The engine's process: answers each received (kv_keep, seed) with an `EngineSample`, as a dict.
+    """The engine's process: answers each received (kv_keep, seed) with an `EngineSample`.
 
     Args:
         pipe: to the measuring process.
@@ -92,7 +92,7 @@ def serve(
     _measure(llm, 1.0, -1, batch, output)  # kernels and the tower are loaded on first use
     pipe.send("ready")
     for keep, seed in iter(pipe.recv, None):
-        pipe.send(asdict(_measure(llm, keep, seed, batch, output)))
+        pipe.send(_measure(llm, keep, seed, batch, output))
 
 
 def _measure(llm: Any, keep: float, seed: int, batch: int, output: int) -> EngineSample:

@@ -67,15 +67,7 @@ def _throughput(results: list[dict[str, Any]], path: Path) -> Path:
         axis.set_ylim(bottom=0)
         _bare(axis)
     figure.suptitle("Throughput by setting" + _caveat(results))
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(settings)),
-        frameon=False,
-    )
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
-    return path
+    return _written(figure, axes[0], len(settings), path)
 
 
 def _latency(results: list[dict[str, Any]], key: str, label: str, path: Path) -> Path:
@@ -109,15 +101,7 @@ def _latency(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
         axis.set_ylabel("ms")
         axis.set_ylim(bottom=0)
         _bare(axis)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(series)),
-        frameon=False,
-    )
-    figure.savefig(path, dpi=_DPI)
-    pyplot.close(figure)
-    return path
+    return _written(figure, axes[0], len(series), path)
 
 
 def _answers(results: list[dict[str, Any]], key: str, label: str, path: Path) -> Path:
@@ -174,10 +158,17 @@ def _answers(results: list[dict[str, Any]], key: str, label: str, path: Path) ->
         if measure != "right":
             axis.set_ylim(bottom=0)
         _bare(axis)
+    return _written(figure, axes[0][0], len(series), path)
+
+
+def _written(figure: Any, axis: Any, labels: int, path: Path) -> Path:
+    """Save a figure whose panels share the legend of one of them, with so many labels in it."""
+    from matplotlib import pyplot
+
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
+        *axis.get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(4, len(series)),
+        ncols=min(4, labels),
         frameon=False,
     )
     figure.savefig(path, dpi=_DPI)

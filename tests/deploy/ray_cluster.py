@@ -21,7 +21,7 @@ import httpx
 import psutil
 import yaml
 
-from tests.conftest import REPOSITORY, python_path
+from tests.conftest import REPOSITORY, WARM, python_path
 from tests.deploy.nodes import Node, machines
 
 FILES = REPOSITORY / "deploy" / "ray"
@@ -68,7 +68,7 @@ class RayCluster:
             # Ray's workers are at 15 otherwise: beside anything else that runs, an engine would hardly start
             "RAY_worker_niceness": "0",
             **env,
-            "VTPRUNE_TEST_WARM": str(warm),
+            WARM: str(warm),
             "RAY": str(_BIN / "ray"),
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             # the checkout's packages, wherever the environment's install points
